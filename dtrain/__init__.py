@@ -1,0 +1,21 @@
+"""dtrain: distributed PyTorch training that does not lose work.
+
+This is what a training script imports. Nothing heavy is loaded until it is used.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from dtrain.trainer.run import Run, join
+
+__all__ = ["Run", "__version__", "join"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("Run", "join"):
+        from dtrain.trainer import run
+
+        return getattr(run, name)
+    raise AttributeError(f"module 'dtrain' has no attribute {name!r}")

@@ -1,0 +1,47 @@
+"""What a person asks for: the job's spec, recorded in its first event and never changed by dtrain."""
+
+from dataclasses import dataclass, field
+
+from dtrain.common.errors import UserError
+from dtrain.common.names import JobName
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointPolicy:
+    """When checkpoints are taken. Both zero: only on request. Never both set."""
+
+    every_steps: int = 0  # >= 0; a checkpoint at each multiple
+    every_seconds: float = 0.0  # >= 0; seconds between the starts of two checkpoints
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobSpec:
+    """One training run as its submitter described it."""
+
+    name: JobName
+    python: str  # interpreter that runs the script, an absolute path or a name looked up on the worker's PATH
+    script: str  # absolute path on every node
+    args: tuple[str, ...] = ()
+    cwd: str = "/"  # absolute path on every node
+    env: dict[str, str] = field(default_factory=dict)  # added to the worker's own environment
+    nnodes_min: int = 1  # 1 <= nnodes_min <= nnodes_max
+    nnodes_max: int = 1
+    nproc_per_node: int = 1  # >= 1; each takes one slot of a worker
+    max_restarts: int = 10  # >= 0; generations after the first that a failure of a trainer may cost
+    store: str = ""  # file:///folder or s3://bucket/prefix?endpoint=...
+    checkpoints: CheckpointPolicy = field(default_factory=CheckpointPolicy)
+
+    def __post_init__(self) -> None:
+        if self.nnodes_min < 1 or self.nnodes_max < self.nnodes_min:
+            raise UserError(
+                f"nnodes {self.nnodes_min}:{self.nnodes_max} is not valid: "
+                "give N, or MIN:MAX with 1 <= MIN <= MAX, as in --nnodes 1:4."
+            )
+        if self.nproc_per_node < 1:
+            raise UserError(f"nproc-per-node {self.nproc_per_node} is not valid: give 1 or more.")
+        if self.max_restarts < 0:
+            raise UserError(f"max-restarts {self.max_restarts} is not valid: give 0 or more.")
+        if self.checkpoints.every_steps < 0 or self.checkpoints.every_seconds < 0:
+            raise UserError("every-steps and every-seconds must not be negative: leave them out for no checkpoints.")
+        if self.checkpoints.every_steps and self.checkpoints.every_seconds:
+            raise UserError("give --every-steps or --every-seconds, not both.")
