@@ -1,0 +1,97 @@
+"""The process group: how the ranks of one generation find each other.
+
+The script never says how. Under a worker the ranks meet in a store that belongs to their generation alone (a file
+on one node, a TCP store hosted by rank 0 across nodes), so that a rank of a dead generation can never be taken for
+a peer. Under torchrun the usual ``env://`` is used. Started by hand there is a world of one, real enough for DDP.
+
+Rules: every wait has an explicit timeout (torch's default would hide a lost peer for half an hour); a group that
+the script made itself is used and left alone; on an exception nothing is torn down, because tearing down waits for
+peers that may be gone.
+"""
+
+from datetime import timedelta
+from urllib.parse import urlsplit
+
+import torch
+import torch.distributed as dist
+
+from dtrain.common.errors import PermanentError, UserError
+from dtrain.trainer.surroundings import Launcher, Surroundings
+
+JOIN_TIMEOUT_S = 600.0  # longest wait for peers to appear, and for any one collective
+
+
+def choose_device(surroundings: Surroundings) -> torch.device:
+    """Return this rank's device. A node with fewer GPUs than ranks uses none, so that all its ranks agree."""
+    if torch.cuda.is_available() and torch.cuda.device_count() >= surroundings.local_world_size:
+        return torch.device("cuda", surroundings.local_rank)
+    return torch.device("cpu")
+
+
+def join_group(surroundings: Surroundings, device: torch.device, *, timeout_s: float = JOIN_TIMEOUT_S) -> bool:
+    """Bring the process group up. Return True if it is ours, so that leaving destroys it.
+
+    Raises :class:`UserError` when the script's own group has another shape than the launcher said, and
+    :class:`PermanentError` when the peers did not appear within ``timeout_s``.
+    """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if dist.is_initialized():
+        if (dist.get_rank(), dist.get_world_size()) != (surroundings.rank, surroundings.world_size):
+            raise UserError(
+                f"the script's own process group has rank {dist.get_rank()} of {dist.get_world_size()}, but the "
+                f"launcher said rank {surroundings.rank} of {surroundings.world_size}: initialise it from the "
+                "environment (init_process_group()), or leave that to dtrain.join()."
+            )
+        return False
+    timeout = timedelta(seconds=timeout_s)
+    # gloo beside nccl, so that collectives on CPU tensors work too.
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    try:
+        if surroundings.launcher is Launcher.TORCHRUN or (
+            surroundings.launcher is Launcher.WORKER and not surroundings.rendezvous
+        ):
+            dist.init_process_group(backend, init_method="env://", timeout=timeout)
+        else:
+            dist.init_process_group(
+                backend,
+                store=_store(surroundings, timeout),
+                rank=surroundings.rank,
+                world_size=surroundings.world_size,
+                timeout=timeout,
+            )
+    except dist.DistError as error:
+        raise PermanentError(
+            f"rank {surroundings.rank} could not join the process group of {surroundings.world_size} "
+            f"within {timeout_s:g} s: {error}"
+        ) from error
+    return True
+
+
+def leave_group() -> None:
+    """Destroy the process group after a normal end."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _store(surroundings: Surroundings, timeout: timedelta) -> dist.Store:
+    if surroundings.launcher is Launcher.PLAIN:
+        return dist.HashStore()
+    address = urlsplit(surroundings.rendezvous)
+    if address.scheme == "file" and address.path:
+        file_store = dist.FileStore(address.path, surroundings.world_size)
+        file_store.set_timeout(timeout)
+        return file_store
+    if address.scheme == "tcp" and address.hostname and address.port:
+        tcp_store = dist.TCPStore(
+            address.hostname,
+            address.port,
+            surroundings.world_size,
+            is_master=surroundings.rank == 0,
+            timeout=timeout,
+        )
+        # A rank of an older generation that still knows this port finds nothing under its own prefix.
+        return dist.PrefixStore(f"dtrain/{surroundings.job}/{surroundings.generation}", tcp_store)
+    raise UserError(
+        f"DTRAIN_RENDEZVOUS={surroundings.rendezvous!r} is not valid: give file:///path or tcp://host:port."
+    )
