@@ -1,0 +1,87 @@
+"""Services as child processes that never outlive the run that started them.
+
+- Each child leads its own session: Ctrl-C at the terminal reaches the run alone, which takes its services
+  down in the right order.
+- The kernel sends each child a signal when its parent dies, however it dies (PR_SET_PDEATHSIG): SIGTERM, so
+  that a worker can end its trainers.
+- Each child carries a mark in its environment that its own children inherit. What still carries the mark
+  when the run leaves, or when the next one starts, is ended by it.
+"""
+
+import asyncio
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import psutil
+
+MARK = "_DTRAIN_DATA_FOLDER"  # not DTRAIN_...: workers keep those from their trainers
+_PR_SET_PDEATHSIG = 1
+_LEFTOVER_WAIT_S = 5.0  # the kernel needs a moment to end a process with much memory
+
+
+def die_with_parent(signal_number: int) -> Callable[[], None] | None:
+    """What a new child is to do before exec, so that it gets the signal when this process dies."""
+    if not sys.platform.startswith("linux"):
+        return None
+    prctl = ctypes.CDLL(None, use_errno=True).prctl  # looked up here: a forked child must not load libraries
+    parent = os.getpid()
+
+    def before_exec() -> None:
+        prctl(_PR_SET_PDEATHSIG, signal_number, 0, 0, 0)
+        if os.getppid() != parent:  # it died between fork and prctl
+            os._exit(1)
+
+    return before_exec
+
+
+async def start_child(
+    argv: Sequence[str], *, log: Path, folder: Path, keep_fds: Sequence[int] = (), env: Mapping[str, str] | None = None
+) -> asyncio.subprocess.Process:
+    """Start a service; what it prints is appended to ``log``."""
+    environment = {**os.environ, **(env or {}), MARK: str(folder), "PYTHONUNBUFFERED": "1"}
+    with log.open("ab") as output:
+        return await asyncio.create_subprocess_exec(
+            *argv,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=output,
+            stderr=asyncio.subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+            pass_fds=tuple(keep_fds),
+            preexec_fn=die_with_parent(signal.SIGTERM),
+        )
+
+
+def leftovers(folder: Path) -> list[psutil.Process]:
+    """Processes other than this one that carry the mark of ``folder``."""
+    wanted = str(folder)
+    found = []
+    for process in psutil.process_iter():
+        if process.pid == os.getpid():
+            continue
+        try:
+            if process.environ().get(MARK) == wanted:
+                found.append(process)
+        except (psutil.Error, OSError):
+            continue  # gone meanwhile, or another user's: never ours
+    return found
+
+
+def end_leftovers(folder: Path) -> int:
+    """SIGKILL everything that carries the mark of ``folder``; return how many processes that were."""
+    ended = 0
+    while found := leftovers(folder):  # again, in case one of them was just starting another
+        for process in found:
+            try:
+                process.kill()
+            except psutil.Error:
+                continue
+            ended += 1
+        _, alive = psutil.wait_procs(found, timeout=_LEFTOVER_WAIT_S)
+        if alive:
+            break  # beyond a signal (stuck in the kernel); waiting longer would not help
+    return ended
