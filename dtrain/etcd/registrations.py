@@ -1,0 +1,143 @@
+"""A key that says "I am here" for as long as this process lives, whatever happens to etcd meanwhile.
+
+The key is bound to a lease. When the lease is lost (etcd was away, this process was paused), a new one is
+taken and the key is put again. The key is also compared, now and then, with what it should be: a put whose
+answer was lost may be applied late and bind the key to an older lease, an operator may delete it, a restored
+etcd may have forgotten it. So this is a level that is held, not an edge that fires once.
+
+A name has one owner: the newest process that registered it. One that finds its key held by a lease that was
+never its own has been replaced, and is told so by :class:`RegistrationTaken`.
+"""
+
+import asyncio
+import contextlib
+import logging
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from dtrain.common.errors import PermanentError, RetryableError
+from dtrain.etcd.client import EtcdClient
+from dtrain.etcd.errors import LeaseLost
+from dtrain.etcd.keyvalues import KeyValue
+from dtrain.etcd.leases import Lease
+from dtrain.etcd.transactions import create_revision_is, put
+
+logger = logging.getLogger(__name__)
+
+_RETRY_FIRST_S = 0.1  # an etcd that was merely restarted is back within tenths of a second
+_RETRY_MAX_S = 3.0  # after a long outage all workers come back spread over a few seconds, not as one storm
+_CHECK_MIN_S = 1.0  # the key is compared once a time to live, and never more often than this
+
+
+class RegistrationTaken(PermanentError):
+    """Another process has registered the same name since. This one is not the owner any more."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RegistrationChange:
+    """What ``on_change`` is told: the key was put, or its lease was lost."""
+
+    registered: bool
+    lease: int  # id of the lease in question
+    revision: int  # of the store when the key was put; 0 when lost
+
+
+OnChange = Callable[[RegistrationChange], None]
+
+
+async def keep_registered(
+    client: EtcdClient,
+    key: str,
+    value: Callable[[], bytes],
+    ttl_s: float,
+    *,
+    on_change: OnChange | None = None,
+) -> None:
+    """Hold ``key`` = ``value()`` under a lease of ``ttl_s`` seconds until cancelled; then take it back.
+
+    ``value`` is asked anew at each put and each comparison, so a changed value reaches etcd within about
+    ``ttl_s``. ``on_change`` is called in the event loop and must not block. Raises :class:`RegistrationTaken`
+    and :class:`~dtrain.etcd.errors.EtcdRefused`; everything else is waited out.
+    """
+    registration = _Registration(client, key, value, on_change)
+    pause_s = _RETRY_FIRST_S
+    while True:
+        try:
+            lease = await Lease.grant(client, ttl_s)
+            try:
+                if await registration.hold(lease):
+                    pause_s = _RETRY_FIRST_S
+            finally:
+                await lease.revoke()
+        except (RetryableError, LeaseLost) as error:
+            logger.info("%s is not registered: %s", key, error)
+        await asyncio.sleep(pause_s * (0.5 + random.random()))
+        pause_s = min(pause_s * 2, _RETRY_MAX_S)
+
+
+class _Registration:
+    def __init__(self, client: EtcdClient, key: str, value: Callable[[], bytes], on_change: OnChange | None) -> None:
+        self._client = client
+        self._key = key
+        self._value = value
+        self._on_change = on_change
+        self._leases: set[int] = set()  # every lease this process ever put the key with
+
+    async def hold(self, lease: Lease) -> bool:
+        """Put the key and keep it until the lease is lost; return whether the key was ever put."""
+        first = not self._leases
+        self._leases.add(lease.id)
+        beating = asyncio.create_task(lease.keep_alive())
+        registered = False
+        try:
+            revision = await self._claim(lease) if first else await self._restore(lease)
+            while not lease.lost.is_set():
+                if revision:
+                    registered = True
+                    self._tell(RegistrationChange(registered=True, lease=lease.id, revision=revision))
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(lease.lost.wait(), max(_CHECK_MIN_S, lease.ttl_s))
+                if lease.lost.is_set():
+                    break
+                revision = await self._check(lease)
+        finally:
+            beating.cancel()
+            if registered:
+                self._tell(RegistrationChange(registered=False, lease=lease.id, revision=0))
+        return registered
+
+    def _tell(self, change: RegistrationChange) -> None:
+        if self._on_change is not None:
+            self._on_change(change)
+
+    async def _claim(self, lease: Lease) -> int:
+        """Take the name from whoever had it: a restarted process replaces its older self at once."""
+        return await self._client.put(self._key, self._value(), lease=lease.id)
+
+    async def _check(self, lease: Lease) -> int:
+        """Compare, and restore what differs. An etcd that is away is no reason to give up a living lease."""
+        try:
+            return await self._restore(lease)
+        except RetryableError as error:
+            logger.info("%s could not be compared: %s", self._key, error)
+            return 0
+
+    async def _restore(self, lease: Lease) -> int:
+        """Make the key what it should be, unless it is another's; return the revision, 0 if it already was."""
+        wanted = self._value()
+        while True:
+            found = await self._client.get(self._key)
+            if found is not None and found.lease not in self._leases:
+                raise RegistrationTaken(f"{self._key} was registered by another process since.")
+            if found is not None and found.lease == lease.id and found.value == wanted:
+                return 0
+            done = await self._client.txn(
+                [create_revision_is(self._key, _create_revision(found))], [put(self._key, wanted, lease.id)]
+            )
+            if done.succeeded:
+                return done.revision
+
+
+def _create_revision(found: KeyValue | None) -> int:
+    return 0 if found is None else found.create_revision
