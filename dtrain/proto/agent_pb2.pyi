@@ -349,12 +349,14 @@ class Spec(_message.Message):
     def __init__(self, name: _Optional[str] = ..., python: _Optional[str] = ..., script: _Optional[str] = ..., args: _Optional[_Iterable[str]] = ..., cwd: _Optional[str] = ..., env: _Optional[_Mapping[str, str]] = ..., nnodes_min: _Optional[int] = ..., nnodes_max: _Optional[int] = ..., nproc_per_node: _Optional[int] = ..., max_restarts: _Optional[int] = ..., store: _Optional[str] = ..., every_steps: _Optional[int] = ..., every_seconds: _Optional[float] = ...) -> None: ...
 
 class SubmitRequest(_message.Message):
-    __slots__ = ("spec", "request")
+    __slots__ = ("spec", "request", "takes_over")
     SPEC_FIELD_NUMBER: _ClassVar[int]
     REQUEST_FIELD_NUMBER: _ClassVar[int]
+    TAKES_OVER_FIELD_NUMBER: _ClassVar[int]
     spec: Spec
     request: str
-    def __init__(self, spec: _Optional[_Union[Spec, _Mapping]] = ..., request: _Optional[str] = ...) -> None: ...
+    takes_over: bool
+    def __init__(self, spec: _Optional[_Union[Spec, _Mapping]] = ..., request: _Optional[str] = ..., takes_over: _Optional[bool] = ...) -> None: ...
 
 class SubmitReply(_message.Message):
     __slots__ = ("run", "resumes_step")

@@ -1,0 +1,1 @@
+"""The pure core: facts and desired state in, decisions out. No clock, no I/O, no randomness."""

@@ -1,0 +1,236 @@
+"""When a checkpoint is started, aborted, committed.
+
+The step of a checkpoint must still be ahead of every rank when the request reaches it, or the attempt is
+missed. Reports are as old as the last snapshot, so the step is chosen `lead` steps ahead of the furthest rank:
+as many as could pass while a command travels, doubled after each miss.
+
+A step far away is not announced yet: an attempt is started only within HORIZON_S of its step, so that the log
+reads as things happen and an attempt is short.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from dtrain.common.names import AttemptNumber, Step
+from dtrain.coordinator.core.events import (
+    Cause,
+    CheckpointAborted,
+    CheckpointCommitted,
+    CheckpointMarked,
+    CheckpointStarted,
+    Decision,
+    ShardRecord,
+)
+from dtrain.coordinator.core.facts import Now, RankReport, RankState, ShardPhase, ShardReport
+from dtrain.coordinator.core.failures import reports
+from dtrain.coordinator.core.observed import Observed
+from dtrain.coordinator.core.states import GenerationState, InflightCheckpoint, JobState
+
+COMMAND_TRAVEL_S = 0.3  # reconcile, append, send, write to the mailbox: ten times what is usual
+HORIZON_S = 3.0
+LEAD_DOUBLINGS_MAX = 6  # 64 times the lead is seconds even for the fastest steps
+ATTEMPT_TIMEOUT_S = 600.0  # from the moment every rank has passed the step; storage slower than this is down
+_CHECKPOINTABLE_PHASES = frozenset({"training", "checkpointing", "finished"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """How far the ranks of a generation are, as last reported."""
+
+    furthest: Step  # largest completed step of any rank
+    nearest: Step  # smallest
+    until: Step  # last step the script will run; 0 while unknown
+    step_s: float  # shortest last step of any rank
+    age_s: float  # of the oldest report among them
+
+
+def progress(job: JobState, generation: GenerationState, observed: Observed, now: Now) -> Progress | None:
+    """Progress of a generation that can be checkpointed: every rank tracks state, trains, and has done a step."""
+    ranks: list[RankReport] = []
+    age_s = 0.0
+    for member, report in reports(job, generation, observed):
+        ranks.extend(report.ranks)
+        age_s = max(age_s, now.mono_s - observed.view(member.worker).snapshot_at_s)
+    if len(ranks) != generation.world_size:
+        return None
+    for rank in ranks:
+        if rank.state is not RankState.RUNNING or not rank.tracking or rank.phase not in _CHECKPOINTABLE_PHASES:
+            return None
+        if rank.completed_step < 1 or rank.step_s <= 0:
+            return None
+    return Progress(
+        furthest=max(rank.completed_step for rank in ranks),
+        nearest=min(rank.completed_step for rank in ranks),
+        until=min(rank.until_step for rank in ranks),
+        step_s=min(rank.step_s for rank in ranks),
+        age_s=age_s,
+    )
+
+
+def lead_steps(job: JobState, at: Progress) -> int:
+    """Steps that may pass before a request reaches the trainers; at least 1."""
+    base = math.ceil((at.age_s + COMMAND_TRAVEL_S) / at.step_s)
+    return int(max(1, base) << min(job.misses, LEAD_DOUBLINGS_MAX))
+
+
+def due_step(job: JobState, at: Progress, now: Now) -> Step | None:
+    """The step of the checkpoint that should be started now by the job's policy; None if none should."""
+    policy = job.spec.checkpoints
+    if not policy.every_steps and not policy.every_seconds:
+        return None
+    earliest = at.furthest + lead_steps(job, at)
+    horizon = max(earliest, at.furthest + math.ceil(HORIZON_S / at.step_s))
+    newest = job.newest_restorable
+    saved = newest.step if newest is not None else 0
+    step = 0
+    if policy.every_steps:
+        multiple = -(-earliest // policy.every_steps) * policy.every_steps
+        step = multiple if multiple <= horizon else 0
+    elif not 0 <= now.wall_s - job.checkpoint_time < policy.every_seconds:
+        step = earliest  # due, or the clock went back: take one rather than wait for ever
+    if at.until and (step == 0 or step > at.until):
+        # The last step is always saved, so that a longer run can continue from it.
+        step = at.until if earliest <= at.until <= horizon and saved < at.until else 0
+    return Step(step) if step > saved else None
+
+
+def start(job: JobState, generation: GenerationState, observed: Observed, now: Now) -> Decision | None:
+    """CheckpointStarted by policy, or None."""
+    at = progress(job, generation, observed, now)
+    step = None if at is None else due_step(job, at, now)
+    if at is None or step is None:
+        return None
+    cause = Cause(fact="policy_due", detail=f"the furthest rank had completed step {at.furthest}")
+    return Decision(event=_started(job, generation, step), cause=cause)
+
+
+def _started(job: JobState, generation: GenerationState, step: Step) -> CheckpointStarted:
+    return CheckpointStarted(
+        checkpoint=job.next_checkpoint,
+        attempt=AttemptNumber(job.last_attempt + 1),
+        generation=generation.number,
+        step=step,
+    )
+
+
+def start_on_request(
+    job: JobState, generation: GenerationState, observed: Observed, now: Now, request: str
+) -> Decision | None:
+    """CheckpointStarted at the earliest step possible; None if the ranks cannot be checkpointed now."""
+    at = progress(job, generation, observed, now)
+    if at is None:
+        return None
+    step = Step(at.furthest + lead_steps(job, at))
+    if at.until and step > at.until:
+        return None
+    cause = Cause(fact="client_request", detail=request)
+    return Decision(event=_started(job, generation, step), cause=cause)
+
+
+def _shards(
+    job: JobState, generation: GenerationState, inflight: InflightCheckpoint, observed: Observed
+) -> Iterator[tuple[ShardReport, Cause]]:
+    """The members' reports on exactly this attempt. Another attempt's or generation's ack changes nothing."""
+    for member, report in reports(job, generation, observed):
+        snapshot = observed.view(member.worker).snapshot
+        for shard in report.shards:
+            if shard.attempt == inflight.attempt and shard.checkpoint == inflight.number and shard.rank in member.ranks:
+                number = snapshot.number if snapshot is not None else 0
+                fact = f"shard_{shard.phase}"
+                yield shard, Cause(fact=fact, worker=member.worker, snapshot=number, rank=shard.rank)
+
+
+def acknowledged(
+    job: JobState, generation: GenerationState, inflight: InflightCheckpoint, observed: Observed
+) -> tuple[ShardRecord, ...] | None:
+    """Every rank's durable shard in rank order, or None while one is missing."""
+    durable = {
+        shard.rank: ShardRecord(rank=shard.rank, key=shard.key, size_bytes=shard.size_bytes, digest=shard.digest)
+        for shard, _ in _shards(job, generation, inflight, observed)
+        if shard.phase is ShardPhase.DURABLE and shard.step == inflight.step
+    }
+    if len(durable) != generation.world_size:
+        return None
+    return tuple(durable[rank] for rank in range(generation.world_size))
+
+
+def settle(job: JobState, generation: GenerationState, observed: Observed, now: Now) -> Decision | None:
+    """CheckpointCommitted or CheckpointAborted for the attempt in flight, or None while it goes on."""
+    inflight = job.inflight
+    if inflight is None:
+        return None
+    return _unstorable(job, generation, inflight, observed) or (
+        _commit(job, generation, inflight, observed) or _overdue(job, generation, inflight, observed, now)
+    )
+
+
+def _abort(inflight: InflightCheckpoint, reason: str, cause: Cause, *, missed: bool = False) -> Decision:
+    event = CheckpointAborted(
+        checkpoint=inflight.number, attempt=inflight.attempt, reason=reason, missed=missed
+    )
+    return Decision(event=event, cause=cause)
+
+
+def _unstorable(
+    job: JobState, generation: GenerationState, inflight: InflightCheckpoint, observed: Observed
+) -> Decision | None:
+    staged = set()
+    for shard, cause in _shards(job, generation, inflight, observed):
+        if shard.phase is ShardPhase.MISSED:
+            reason = f"rank {shard.rank} had already passed step {inflight.step}"
+            return _abort(inflight, reason, cause, missed=True)
+        if shard.phase is ShardPhase.FAILED:
+            return _abort(inflight, f"rank {shard.rank} could not store its shard: {shard.reason}", cause)
+        if shard.phase in (ShardPhase.STAGED, ShardPhase.DURABLE):
+            staged.add(shard.rank)
+    for member, report in reports(job, generation, observed):
+        for rank in report.ranks:
+            if rank.succeeded and rank.rank not in staged:
+                cause = Cause(fact="trainer_exited", worker=member.worker, rank=rank.rank)
+                return _abort(inflight, f"rank {rank.rank} finished without reaching step {inflight.step}", cause)
+    manifest = observed.manifests.get((job.name, inflight.attempt))
+    if manifest is not None and manifest.refused:
+        return _abort(inflight, manifest.refused, Cause(fact="manifest_refused", detail=manifest.refused))
+    return None
+
+
+def _commit(
+    job: JobState, generation: GenerationState, inflight: InflightCheckpoint, observed: Observed
+) -> Decision | None:
+    shards = acknowledged(job, generation, inflight, observed)
+    manifest = observed.manifests.get((job.name, inflight.attempt))
+    if shards is None or manifest is None:
+        return None
+    event = CheckpointCommitted(
+        checkpoint=inflight.number,
+        attempt=inflight.attempt,
+        generation=inflight.generation,
+        step=inflight.step,
+        world_size=generation.world_size,
+        shards=shards,
+        manifest_key=manifest.key,
+        manifest_digest=manifest.digest,
+    )
+    return Decision(event=event, cause=Cause(fact="manifest_written", detail=manifest.key))
+
+
+def _overdue(
+    job: JobState, generation: GenerationState, inflight: InflightCheckpoint, observed: Observed, now: Now
+) -> Decision | None:
+    ranks = [rank for _, report in reports(job, generation, observed) for rank in report.ranks]
+    if len(ranks) != generation.world_size or any(rank.completed_step < inflight.step for rank in ranks):
+        return None
+    since = observed.reached_since_s.setdefault((job.name, inflight.attempt), now.mono_s)
+    if now.mono_s - since < ATTEMPT_TIMEOUT_S:
+        return None
+    reason = f"not stored within {ATTEMPT_TIMEOUT_S:.0f} s of step {inflight.step}"
+    return _abort(inflight, reason, Cause(fact="timed_out"))
+
+
+def marks(job: JobState, observed: Observed) -> Decision | None:
+    """CheckpointMarked for a committed checkpoint whose marker storage has confirmed."""
+    for number, checkpoint in job.committed.items():
+        if not checkpoint.marked and (job.name, number) in observed.markers:
+            return Decision(event=CheckpointMarked(checkpoint=number), cause=Cause(fact="marker_written"))
+    return None

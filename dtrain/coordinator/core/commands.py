@@ -1,0 +1,114 @@
+"""What each worker must be told, derived from desired state and the worker's own report.
+
+Levels, not edges: a command is owed until the worker's snapshot shows that it took it. So a lost message, a
+restarted worker or a new leader costs a repetition and nothing else, and the worker's journal makes the
+repetition harmless.
+"""
+
+from dataclasses import dataclass
+
+from dtrain.common.names import Generation, JobName
+from dtrain.coordinator.core.events import Member, Position
+from dtrain.coordinator.core.facts import AssignmentReport, RankState
+from dtrain.coordinator.core.failures import start_id
+from dtrain.coordinator.core.observed import WorkerView
+from dtrain.coordinator.core.reconcile import stop_id
+from dtrain.coordinator.core.states import GenerationState, InflightCheckpoint, JobPhase, JobState
+
+CANCEL_GRACE_S = 5.0  # a cancelled script may save something of its own on SIGTERM
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StartTrainers:
+    id: str
+    job: JobState
+    generation: GenerationState
+    member: Member
+    position: Position
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageCheckpoint:
+    id: str
+    job: JobState
+    generation: Generation
+    inflight: InflightCheckpoint
+    position: Position
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StopTrainers:
+    id: str
+    job: JobName
+    generation: Generation
+    grace_s: float
+    position: Position
+
+
+Command = StartTrainers | StageCheckpoint | StopTrainers
+
+
+def commands_for(job: JobState, view: WorkerView) -> list[Command]:
+    """The commands about ``job`` that this worker has not taken yet, in the order it must take them."""
+    generation = job.generation
+    member = None
+    if generation is not None:
+        member = next((m for m in generation.members if m.worker == view.worker), None)
+    if generation is None or member is None or job.phase is JobPhase.CANCELLING:
+        return _stop(job, view)
+    if view.snapshot is None or view.journal != member.journal:
+        return []  # its memory is gone: the generation is about to fail
+    owed: list[Command] = []
+    taken = {command.id for command in view.snapshot.commands}
+    report = view.assignment(job.name)
+    start = start_id(job, generation)
+    if start not in taken and (report is None or report.generation < generation.number):
+        owed.append(
+            StartTrainers(id=start, job=job, generation=generation, member=member, position=generation.position)
+        )
+    inflight = job.inflight
+    if inflight is not None and not _knows(report, generation, inflight):
+        stage = f"{job.name}/g{generation.number}/checkpoint-{inflight.number}/attempt-{inflight.attempt}"
+        if stage not in taken:
+            owed.append(
+                StageCheckpoint(
+                    id=stage, job=job, generation=generation.number, inflight=inflight, position=inflight.position
+                )
+            )
+    return owed
+
+
+def _knows(report: AssignmentReport | None, generation: GenerationState, inflight: InflightCheckpoint) -> bool:
+    return (
+        report is not None
+        and report.generation == generation.number
+        and any(shard.attempt == inflight.attempt for shard in report.shards)
+    )
+
+
+def _stop(job: JobState, view: WorkerView) -> list[Command]:
+    """Stop what the worker still runs of a generation that is over."""
+    over = job.placed.get(view.worker)
+    report = view.assignment(job.name)
+    if over is None or view.snapshot is None:
+        return []
+    if report is not None and all(rank.state is RankState.EXITED for rank in report.ranks):
+        return []
+    if report is None and job.generation is None:
+        return []
+    cancelling = job.phase is JobPhase.CANCELLING
+    stop = f"{job.name}/g{over}/stop"
+    if any(command.id == stop for command in view.snapshot.commands):
+        return []
+    return [
+        StopTrainers(
+            id=stop,
+            job=job.name,
+            generation=over,
+            grace_s=CANCEL_GRACE_S if cancelling else 0.0,
+            position=job.position,
+        )
+    ]
+
+
+__all__ = ["CANCEL_GRACE_S", "Command", "StageCheckpoint", "StartTrainers", "StopTrainers", "commands_for", "stop_id"]

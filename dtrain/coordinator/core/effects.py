@@ -1,0 +1,67 @@
+"""The I/O that the coordinator itself owes, derived from desired state and facts.
+
+Owed until a fact says it is done, so a crash before, during or after it heals by itself: both objects are
+created once and hold nothing that two leaders would write differently.
+"""
+
+from dataclasses import dataclass
+
+from dtrain.common.names import AttemptNumber, CheckpointNumber, JobName
+from dtrain.coordinator.core.checkpoints import acknowledged
+from dtrain.coordinator.core.events import ShardRecord
+from dtrain.coordinator.core.observed import Observed
+from dtrain.coordinator.core.states import CommittedCheckpoint, InflightCheckpoint, JobState
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WriteManifest:
+    """Owed once every rank of the attempt in flight has acknowledged; precedes the commit."""
+
+    job: JobName
+    store: str
+    inflight: InflightCheckpoint
+    world_size: int
+    shards: tuple[ShardRecord, ...]
+
+    @property
+    def key(self) -> tuple[str, JobName, AttemptNumber]:
+        return ("manifest", self.job, self.inflight.attempt)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WriteMarker:
+    """Owed for every committed checkpoint until storage has confirmed it; follows the commit."""
+
+    job: JobName
+    store: str
+    checkpoint: CommittedCheckpoint
+
+    @property
+    def key(self) -> tuple[str, JobName, CheckpointNumber]:
+        return ("marker", self.job, self.checkpoint.number)
+
+
+Effect = WriteManifest | WriteMarker
+
+
+def effects_owed(job: JobState, observed: Observed) -> list[Effect]:
+    """What is owed for ``job`` right now."""
+    owed: list[Effect] = [
+        WriteMarker(job=job.name, store=job.spec.store, checkpoint=checkpoint)
+        for number, checkpoint in job.committed.items()
+        if not checkpoint.marked and (job.name, number) not in observed.markers
+    ]
+    inflight, generation = job.inflight, job.generation
+    if inflight is not None and generation is not None and (job.name, inflight.attempt) not in observed.manifests:
+        shards = acknowledged(job, generation, inflight, observed)
+        if shards is not None:
+            owed.append(
+                WriteManifest(
+                    job=job.name,
+                    store=job.spec.store,
+                    inflight=inflight,
+                    world_size=generation.world_size,
+                    shards=shards,
+                )
+            )
+    return owed

@@ -1,0 +1,210 @@
+"""Every decision the coordinator can take, as it stands in the log for ever.
+
+An event is past tense and holds what was decided, never how it is carried out. Fields are only ever added
+with defaults, because the logs of old runs are replayed for ever.
+"""
+
+from dataclasses import dataclass
+
+from dtrain.common.names import AttemptNumber, CheckpointNumber, Generation, Step, WorkerId
+from dtrain.common.specs import JobSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cause:
+    """The observed fact that led to a decision, so that any decision can be explained from the log alone."""
+
+    fact: str  # snake_case name of the fact: trainer_exited, node_lost, client_request, ...
+    worker: str = ""
+    snapshot: int = 0  # number of the worker's snapshot that showed it; 0 if it came from elsewhere
+    rank: int = -1
+    exit_code: int = 0
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Member:
+    """One node of a generation: ranks first_rank to first_rank + nproc - 1 run there."""
+
+    worker: WorkerId
+    journal: str  # the journal it had when chosen; another journal means the node's memory is gone
+    node_rank: int
+    first_rank: int
+    nproc: int
+
+    @property
+    def ranks(self) -> range:
+        return range(self.first_rank, self.first_rank + self.nproc)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RestorePoint:
+    """The committed checkpoint that a generation starts from."""
+
+    checkpoint: CheckpointNumber
+    attempt: AttemptNumber
+    step: Step
+    manifest_key: str
+    manifest_digest: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardRecord:
+    """One rank's blob as its worker acknowledged it."""
+
+    rank: int
+    key: str
+    size_bytes: int
+    digest: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobSubmitted:
+    spec: JobSpec
+    run: int  # 1 for the first run of this name
+    request: str  # the client's id of this submission; a repeated one submits nothing
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunInterrupted:
+    """The run's launcher is gone and with it the run; the job may be continued by a new run."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CancelRequested:
+    pass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationStarted:
+    generation: Generation
+    members: tuple[Member, ...]
+    world_size: int
+    master_address: str
+    master_port: int
+    restore: RestorePoint | None = None  # None: step 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationFailed:
+    generation: Generation
+    reason: str  # one line for people
+    counted: bool  # it used one of the job's restarts
+    exit_code: int = 1  # what the job would exit with if it ended now
+    error: str = ""  # the failed trainer's last words
+    progressed: bool = False  # some rank joined or completed a step in this generation
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointStarted:
+    checkpoint: CheckpointNumber
+    attempt: AttemptNumber
+    generation: Generation
+    step: Step
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointAborted:
+    checkpoint: CheckpointNumber
+    attempt: AttemptNumber
+    reason: str
+    missed: bool = False  # a rank had already passed the step: choose further ahead next time
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointCommitted:
+    """The commit point of a checkpoint."""
+
+    checkpoint: CheckpointNumber
+    attempt: AttemptNumber
+    generation: Generation
+    step: Step
+    world_size: int
+    shards: tuple[ShardRecord, ...]
+    manifest_key: str
+    manifest_digest: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointMarked:
+    """Storage confirmed the commit marker."""
+
+    checkpoint: CheckpointNumber
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointQuarantined:
+    checkpoint: CheckpointNumber
+    key: str  # the damaged blob
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobSucceeded:
+    pass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobFailed:
+    reason: str
+    exit_code: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobCancelled:
+    pass
+
+
+Event = (
+    JobSubmitted
+    | RunInterrupted
+    | CancelRequested
+    | GenerationStarted
+    | GenerationFailed
+    | CheckpointStarted
+    | CheckpointAborted
+    | CheckpointCommitted
+    | CheckpointMarked
+    | CheckpointQuarantined
+    | JobSucceeded
+    | JobFailed
+    | JobCancelled
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """An event about to be appended, with the fact it answers."""
+
+    event: Event
+    cause: Cause
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Position:
+    """Where a job's log stands."""
+
+    seq: int  # sequence number of the last event, 0 before the first
+    digest: str  # chain digest of that event's bytes; of nothing before the first
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecordedEvent:
+    """One event as it stands in the log."""
+
+    job: str
+    seq: int
+    term: int
+    time: float  # unix time of the decision, for people; no rule reads it across leaders but the checkpoint interval
+    type: str
+    event: Event
+    cause: Cause
+    prev: str
+    key: str  # its key in etcd
+    digest: str  # chain digest of its bytes
+
+    @property
+    def position(self) -> Position:
+        return Position(seq=self.seq, digest=self.digest)

@@ -1,0 +1,210 @@
+"""Everything the coordinator can observe. Facts are the only input of its decisions besides its own log."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from dtrain.common.names import AttemptNumber, CheckpointNumber, Generation, JobName, Step, Term, WorkerId
+from dtrain.common.specs import JobSpec
+
+
+class RankState(StrEnum):
+    PENDING = "pending"
+    RUNNING = "running"
+    EXITED = "exited"
+
+
+class ShardPhase(StrEnum):
+    REQUESTED = "requested"
+    STAGED = "staged"
+    DURABLE = "durable"
+    MISSED = "missed"
+    FAILED = "failed"
+
+
+class RestorePhase(StrEnum):
+    NONE = "none"
+    FETCHING = "fetching"
+    READY = "ready"
+    DAMAGED = "damaged"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankReport:
+    rank: int
+    state: RankState
+    pid: int = 0
+    phase: str = ""  # the trainer's own word
+    completed_step: Step = Step(0)
+    until_step: Step = Step(0)  # 0 while unknown
+    tracking: bool = False  # the script can be checkpointed
+    step_s: float = 0.0  # duration of its last step; 0 before the first
+    metrics_json: str = ""
+    exit_code: int = 0  # once exited; below 0: minus the signal
+    exit_unknown: bool = False  # nobody saw the exit
+    error: str = ""
+    exited_at: float = 0.0  # unix time
+
+    @property
+    def failed(self) -> bool:
+        return self.state is RankState.EXITED and (self.exit_unknown or self.exit_code != 0)
+
+    @property
+    def succeeded(self) -> bool:
+        return self.state is RankState.EXITED and not self.failed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardReport:
+    checkpoint: CheckpointNumber
+    attempt: AttemptNumber
+    rank: int
+    phase: ShardPhase
+    step: Step
+    key: str = ""
+    size_bytes: int = 0
+    digest: str = ""
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RestoreReport:
+    phase: RestorePhase
+    checkpoint: int = 0
+    key: str = ""  # the damaged blob
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AssignmentReport:
+    """What a worker holds of one job."""
+
+    job: JobName
+    generation: Generation
+    phase: str
+    ranks: tuple[RankReport, ...]
+    shards: tuple[ShardReport, ...]
+    restore: RestoreReport
+    position_seq: int  # highest log position of the job that reached the worker
+    position_digest: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommandReport:
+    id: str
+    state: str  # accepted, done, refused
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerSnapshot:
+    worker: WorkerId
+    journal: str
+    incarnation: str
+    number: int
+    term: Term  # highest term the worker has seen
+    version: str
+    host: str
+    address: str  # host:port
+    slots: int
+    rendezvous_port: int
+    phase: str
+    assignments: tuple[AssignmentReport, ...]
+    commands: tuple[CommandReport, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Registration:
+    """A worker's key in etcd; present while its lease lives."""
+
+    worker: WorkerId
+    journal: str
+    address: str
+    slots: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerRegistered:
+    registration: Registration
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerUnregistered:
+    worker: WorkerId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamClosed:
+    worker: WorkerId
+    stream: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SnapshotReceived:
+    snapshot: WorkerSnapshot
+    stream: int  # grows with each stream the leader accepts; an older stream's snapshot says nothing new
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SubmitAsked:
+    spec: JobSpec
+    request: str
+    takes_over: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CancelAsked:
+    job: JobName
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointAsked:
+    job: JobName
+    request: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ManifestWritten:
+    job: JobName
+    attempt: AttemptNumber
+    manifest_key: str
+    manifest_digest: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ManifestRefused:
+    job: JobName
+    attempt: AttemptNumber
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MarkerWritten:
+    job: JobName
+    checkpoint: CheckpointNumber
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ticked:
+    """Time passed."""
+
+
+Request = SubmitAsked | CancelAsked | CheckpointAsked
+
+Fact = (
+    WorkerRegistered
+    | WorkerUnregistered
+    | StreamClosed
+    | SnapshotReceived
+    | ManifestWritten
+    | ManifestRefused
+    | MarkerWritten
+    | Ticked
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Now:
+    """The time, as an argument."""
+
+    wall_s: float  # unix time; goes into events for people, and times the checkpoint interval
+    mono_s: float  # of this leader's own clock; measures how long something has been observed

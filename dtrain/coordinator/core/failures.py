@@ -1,0 +1,200 @@
+"""When a generation has failed, why, and whether its job may go on.
+
+A generation fails as a whole: collectives cannot go on without a member. The first failure by time is named
+as the reason; the peers' connection errors that follow it within milliseconds are its consequences.
+"""
+
+from collections.abc import Iterator
+
+from dtrain.coordinator.core.events import (
+    Cause,
+    CheckpointAborted,
+    CheckpointQuarantined,
+    Decision,
+    GenerationFailed,
+    JobFailed,
+    Member,
+)
+from dtrain.coordinator.core.facts import AssignmentReport, Now, RankReport, RestorePhase
+from dtrain.coordinator.core.observed import Observed
+from dtrain.coordinator.core.states import GenerationState, JobState, LastFailure
+
+# Generations in a row that die with the same words before any rank got anywhere: the script is at fault, and
+# trying again will not help.
+SAME_ERROR_LIMIT = 3
+# A script that raises within this time of its start and never joined or completed a step cannot start at all.
+CANNOT_START_WITHIN_S = 60.0
+CANNOT_START_EXIT_CODE = 2
+_SIGNAL_EXIT_BASE = 128  # a shell's convention for "ended by a signal"
+_STARTED_PHASES = frozenset({"joined", "restoring", "training", "checkpointing", "finished"})
+
+
+def reports(job: JobState, generation: GenerationState, observed: Observed) -> Iterator[tuple[Member, AssignmentReport]]:
+    """Each member that has reported on this generation, with its report."""
+    for member in generation.members:
+        report = observed.assignment(member.worker, job.name, generation.number)
+        if report is not None:
+            yield member, report
+
+
+def failure(job: JobState, generation: GenerationState, observed: Observed, now: Now) -> Decision | None:
+    """The decision that ends a failed generation, one step at a time; None while it is healthy."""
+    found = (
+        _damaged_restore(job, generation, observed)
+        or _refused(job, generation, observed)
+        or _failed_rank(job, generation, observed)
+        or _lost_member(job, generation, observed, now)
+    )
+    if found is None:
+        return None
+    if job.inflight is not None and not isinstance(found.event, CheckpointQuarantined):
+        aborted = CheckpointAborted(
+            checkpoint=job.inflight.number,
+            attempt=job.inflight.attempt,
+            reason=f"generation {generation.number} failed",
+        )
+        return Decision(event=aborted, cause=found.cause)
+    return found
+
+
+def _snapshot_number(observed: Observed, member: Member) -> int:
+    snapshot = observed.view(member.worker).snapshot
+    return snapshot.number if snapshot is not None else 0
+
+
+def _damaged_restore(job: JobState, generation: GenerationState, observed: Observed) -> Decision | None:
+    restore = generation.restore
+    if restore is None:
+        return None
+    for member, report in reports(job, generation, observed):
+        if report.restore.phase is not RestorePhase.DAMAGED or report.restore.checkpoint != restore.checkpoint:
+            continue
+        cause = Cause(
+            fact="checkpoint_damaged",
+            worker=member.worker,
+            snapshot=_snapshot_number(observed, member),
+            detail=f"{report.restore.key}: {report.restore.reason}",
+        )
+        if not job.committed[restore.checkpoint].quarantined:
+            quarantined = CheckpointQuarantined(
+                checkpoint=restore.checkpoint, key=report.restore.key, reason=report.restore.reason
+            )
+            return Decision(event=quarantined, cause=cause)
+        failed = GenerationFailed(
+            generation=generation.number,
+            reason=f"checkpoint {restore.checkpoint} is damaged: {report.restore.key}: {report.restore.reason}",
+            counted=False,
+        )
+        return Decision(event=failed, cause=cause)
+    return None
+
+
+def _refused(job: JobState, generation: GenerationState, observed: Observed) -> Decision | None:
+    """A worker that refuses to start a generation (it was told of a newer one) will never run it."""
+    for member in generation.members:
+        snapshot = observed.view(member.worker).snapshot
+        if snapshot is None:
+            continue
+        for command in snapshot.commands:
+            if command.id == start_id(job, generation) and command.state == "refused":
+                cause = Cause(
+                    fact="command_refused", worker=member.worker, snapshot=snapshot.number, detail=command.reason
+                )
+                reason = f"worker {member.worker} refused to start it: {command.reason}"
+                return Decision(
+                    event=GenerationFailed(generation=generation.number, reason=reason, counted=True), cause=cause
+                )
+    return None
+
+
+def start_id(job: JobState, generation: GenerationState) -> str:
+    """Id of the command that starts this generation's trainers; the same for every leader."""
+    return f"{job.name}/g{generation.number}/start"
+
+
+def _failed_rank(job: JobState, generation: GenerationState, observed: Observed) -> Decision | None:
+    failed: list[tuple[float, int, Member, RankReport]] = []
+    progressed = False
+    for member, report in reports(job, generation, observed):
+        for rank in report.ranks:
+            progressed = progressed or rank.completed_step > 0 or rank.phase in _STARTED_PHASES
+            if rank.failed:
+                failed.append((rank.exited_at, rank.rank, member, rank))
+    if not failed:
+        return None
+    _, _, member, first = min(failed, key=lambda entry: entry[:2])
+    reason = f"rank {first.rank} on {member.worker} {how_it_ended(first)}"
+    event = GenerationFailed(
+        generation=generation.number,
+        reason=reason,
+        counted=True,
+        exit_code=_exit_code(first),
+        error=first.error if first.exit_code > 0 else "",
+        progressed=progressed,
+    )
+    cause = Cause(
+        fact="trainer_exited",
+        worker=member.worker,
+        snapshot=_snapshot_number(observed, member),
+        rank=first.rank,
+        exit_code=first.exit_code,
+        detail=first.error,
+    )
+    return Decision(event=event, cause=cause)
+
+
+def how_it_ended(rank: RankReport) -> str:
+    """The end of a trainer in words."""
+    if rank.exit_unknown:
+        return "ended unseen"
+    if rank.exit_code < 0:
+        return f"was ended by signal {-rank.exit_code}"
+    if rank.exit_code == 0:
+        return "finished"
+    return f"exited with code {rank.exit_code}" + (f": {rank.error}" if rank.error else "")
+
+
+def _exit_code(rank: RankReport) -> int:
+    if rank.exit_unknown:
+        return 1
+    return rank.exit_code if rank.exit_code > 0 else _SIGNAL_EXIT_BASE - rank.exit_code
+
+
+def _lost_member(job: JobState, generation: GenerationState, observed: Observed, now: Now) -> Decision | None:
+    for member in generation.members:
+        view = observed.view(member.worker)
+        if view.journal and view.journal != member.journal:
+            reason = f"worker {member.worker} came back without its memory (its data folder is new)"
+            cause = Cause(fact="journal_replaced", worker=member.worker, snapshot=_snapshot_number(observed, member))
+        elif observed.lost(member.worker, now):
+            reason = f"worker {member.worker} is gone: its lease and its stream ended"
+            cause = Cause(fact="worker_lost", worker=member.worker, snapshot=_snapshot_number(observed, member))
+        else:
+            continue
+        return Decision(
+            event=GenerationFailed(generation=generation.number, reason=reason, counted=False, progressed=True),
+            cause=cause,
+        )
+    return None
+
+
+def verdict(job: JobState) -> Decision | None:
+    """JobFailed for a pending job whose failures leave no hope or no budget; None if it may be restarted."""
+    last = job.last_failure
+    if last is None:
+        return None
+    cannot_start = not last.progressed and last.error != "" and last.age_s < CANNOT_START_WITHIN_S
+    exit_code = CANNOT_START_EXIT_CODE if cannot_start and last.exit_code == 1 else last.exit_code
+    if last.repeats >= SAME_ERROR_LIMIT and cannot_start:
+        reason = f"{last.reason} ({last.repeats} times in a row before it got anywhere)"
+    elif job.restarts_used > job.spec.max_restarts:
+        reason = f"{last.reason}{_budget_words(job, last)}"
+    else:
+        return None
+    cause = Cause(fact="restarts_exhausted", exit_code=last.exit_code, detail=last.error)
+    return Decision(event=JobFailed(reason=reason, exit_code=exit_code), cause=cause)
+
+
+def _budget_words(job: JobState, last: LastFailure) -> str:
+    budget = job.spec.max_restarts
+    return f" (all {budget} restarts are used)" if budget else " (no restarts allowed)"

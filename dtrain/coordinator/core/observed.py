@@ -1,0 +1,155 @@
+"""Observed state: the latest facts, folded. Never persisted; a new leader starts with none and asks again.
+
+`Observed.apply` is the only writer. It returns the jobs a fact touches, so that the work per fact is
+proportional to what changed.
+"""
+
+from dataclasses import dataclass, field
+from typing import assert_never
+
+from dtrain.common.names import AttemptNumber, CheckpointNumber, Generation, JobName, WorkerId
+from dtrain.coordinator.core.facts import (
+    AssignmentReport,
+    Fact,
+    ManifestRefused,
+    ManifestWritten,
+    MarkerWritten,
+    Now,
+    Registration,
+    SnapshotReceived,
+    StreamClosed,
+    Ticked,
+    WorkerRegistered,
+    WorkerSnapshot,
+    WorkerUnregistered,
+)
+
+# How long a worker must be seen without a lease and without a stream before it counts as lost. Covers an agent
+# that is restarted at once, and the moment in which a new leader has not been called by its workers yet.
+LOST_AFTER_S = 3.0
+
+
+@dataclass(slots=True, kw_only=True)
+class WorkerView:
+    """What is known about one worker."""
+
+    worker: WorkerId
+    registration: Registration | None = None  # its lease is alive
+    stream: int = 0  # its open stream; 0 for none
+    snapshot: WorkerSnapshot | None = None  # the newest that reached this leader
+    snapshot_at_s: float = 0.0  # monotonic
+    absent_since_s: float | None = None  # monotonic; since when neither lease nor stream was there
+
+    @property
+    def connected(self) -> bool:
+        return self.stream != 0
+
+    @property
+    def journal(self) -> str:
+        if self.snapshot is not None:
+            return self.snapshot.journal
+        return self.registration.journal if self.registration is not None else ""
+
+    def assignment(self, job: JobName) -> AssignmentReport | None:
+        if self.snapshot is None:
+            return None
+        return next((a for a in self.snapshot.assignments if a.job == job), None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ManifestFact:
+    """What became of the manifest of an attempt."""
+
+    key: str = ""
+    digest: str = ""
+    refused: str = ""  # why it can never be written; empty if it was
+
+
+@dataclass(slots=True, kw_only=True)
+class Observed:
+    """All observed facts of one leadership."""
+
+    since_s: float  # monotonic time at which this leadership began
+    workers: dict[WorkerId, WorkerView] = field(default_factory=dict)
+    manifests: dict[tuple[JobName, AttemptNumber], ManifestFact] = field(default_factory=dict)
+    markers: set[tuple[JobName, CheckpointNumber]] = field(default_factory=set)
+    pending_since_s: dict[JobName, float] = field(default_factory=dict)  # when a job began to wait for workers
+    reached_since_s: dict[tuple[JobName, AttemptNumber], float] = field(default_factory=dict)
+
+    def view(self, worker: WorkerId) -> WorkerView:
+        """The worker's view; one that was never seen has been absent since the leadership began."""
+        if worker not in self.workers:
+            self.workers[worker] = WorkerView(worker=worker, absent_since_s=self.since_s)
+        return self.workers[worker]
+
+    def lost(self, worker: WorkerId, now: Now) -> bool:
+        """True once the worker has been without lease and stream for LOST_AFTER_S."""
+        absent = self.view(worker).absent_since_s
+        return absent is not None and now.mono_s - absent >= LOST_AFTER_S
+
+    def assignment(self, worker: WorkerId, job: JobName, generation: Generation) -> AssignmentReport | None:
+        """The worker's report on exactly this generation of the job."""
+        report = self.view(worker).assignment(job)
+        return report if report is not None and report.generation == generation else None
+
+    def apply(self, fact: Fact, now: Now) -> set[JobName]:
+        """Fold one fact in and return the jobs it touches."""
+        match fact:
+            case WorkerRegistered(registration=registration):
+                view = self.view(registration.worker)
+                view.registration = registration
+                return self._presence_changed(view, now)
+            case WorkerUnregistered(worker=worker):
+                view = self.view(worker)
+                view.registration = None
+                return self._presence_changed(view, now)
+            case StreamClosed(worker=worker, stream=stream):
+                view = self.view(worker)
+                if view.stream == stream:
+                    view.stream = 0
+                return self._presence_changed(view, now)
+            case SnapshotReceived(snapshot=snapshot, stream=stream):
+                return self._snapshot(snapshot, stream, now)
+            case ManifestWritten(job=job, attempt=attempt, manifest_key=key, manifest_digest=digest):
+                self.manifests[job, attempt] = ManifestFact(key=key, digest=digest)
+                return {job}
+            case ManifestRefused(job=job, attempt=attempt, reason=reason):
+                self.manifests[job, attempt] = ManifestFact(refused=reason)
+                return {job}
+            case MarkerWritten(job=job, checkpoint=checkpoint):
+                self.markers.add((job, checkpoint))
+                return {job}
+            case Ticked():
+                return set()
+            case unreachable:
+                assert_never(unreachable)
+
+    def _presence_changed(self, view: WorkerView, now: Now) -> set[JobName]:
+        if view.registration is not None or view.connected:
+            view.absent_since_s = None
+        elif view.absent_since_s is None:
+            view.absent_since_s = now.mono_s
+        return self._jobs_of(view)
+
+    def _snapshot(self, snapshot: WorkerSnapshot, stream: int, now: Now) -> set[JobName]:
+        view = self.view(snapshot.worker)
+        if stream < view.stream:
+            return set()
+        before = view.snapshot
+        if before is not None and before.incarnation == snapshot.incarnation and before.number >= snapshot.number:
+            return set()
+        touched = self._jobs_of(view)
+        view.stream = stream
+        view.snapshot = snapshot
+        view.snapshot_at_s = now.mono_s
+        view.absent_since_s = None
+        return touched | self._jobs_of(view)
+
+    @staticmethod
+    def _jobs_of(view: WorkerView) -> set[JobName]:
+        return set() if view.snapshot is None else {assignment.job for assignment in view.snapshot.assignments}
+
+    def forget(self, job: JobName, attempt: AttemptNumber) -> None:
+        """Drop what was noted about a settled attempt, so that memory stays bounded."""
+        self.manifests.pop((job, attempt), None)
+        self.reached_since_s.pop((job, attempt), None)

@@ -1,0 +1,95 @@
+"""Which workers a generation runs on.
+
+A worker is a candidate if it is connected to this leader, its lease is alive, and it has a free slot for each
+of its ranks. A slot counts as taken while desired state gives it to another job or while the worker reports a
+trainer of another job in it, so that no slot ever runs two trainers. Trainers of the same job's older
+generations do not count: the worker ends them before it starts the new ones.
+"""
+
+from collections.abc import Mapping
+
+from dtrain.common.names import Generation, JobName, WorkerId
+from dtrain.coordinator.core.events import Cause, Decision, GenerationStarted, Member
+from dtrain.coordinator.core.facts import Now, RankState
+from dtrain.coordinator.core.observed import Observed, WorkerView
+from dtrain.coordinator.core.states import JobState
+
+# How long a job that could start with fewer nodes than it may have waits for more of them.
+GATHER_S = 2.0
+_LOOPBACK = "127.0.0.1"
+
+
+def taken_slots(view: WorkerView, job: JobName, jobs: Mapping[JobName, JobState]) -> int:
+    """Slots of this worker that other jobs hold, by desired state or by report, whichever is more for each job."""
+    taken: dict[JobName, int] = {}
+    for other in jobs.values():
+        if other.name != job and other.generation is not None:
+            for member in other.generation.members:
+                if member.worker == view.worker:
+                    taken[other.name] = member.nproc
+    if view.snapshot is not None:
+        for assignment in view.snapshot.assignments:
+            if assignment.job != job:
+                running = sum(rank.state is RankState.RUNNING for rank in assignment.ranks)
+                taken[assignment.job] = max(taken.get(assignment.job, 0), running)
+    return sum(taken.values())
+
+
+def candidates(job: JobState, observed: Observed, jobs: Mapping[JobName, JobState]) -> list[WorkerView]:
+    """Workers this job could run on, best first: those that ran it last, then by name."""
+    found = []
+    for view in observed.workers.values():
+        if view.snapshot is None or not view.connected or view.registration is None:
+            continue
+        if view.snapshot.slots - taken_slots(view, job.name, jobs) >= job.spec.nproc_per_node:
+            found.append(view)
+    return sorted(found, key=lambda view: (-job.placed.get(view.worker, 0), view.worker))
+
+
+def waiting_for(job: JobState, observed: Observed, jobs: Mapping[JobName, JobState]) -> str:
+    """What a pending job waits for, in words."""
+    have, need = len(candidates(job, observed, jobs)), job.spec.nnodes_min
+    if have >= need:
+        return f"more workers, up to {job.spec.nnodes_max}, for a moment"
+    return f"{need} worker(s) with {job.spec.nproc_per_node} free slot(s) each; {have} there"
+
+
+def start(job: JobState, observed: Observed, jobs: Mapping[JobName, JobState], now: Now) -> Decision | None:
+    """GenerationStarted for a pending job, or None while it must wait."""
+    since = observed.pending_since_s.setdefault(job.name, now.mono_s)
+    found = candidates(job, observed, jobs)
+    if len(found) < job.spec.nnodes_min:
+        return None
+    if len(found) < job.spec.nnodes_max and now.mono_s - since < GATHER_S:
+        return None
+    chosen = found[: job.spec.nnodes_max]
+    nproc = job.spec.nproc_per_node
+    members = tuple(
+        Member(
+            worker=WorkerId(view.worker),
+            journal=view.journal,
+            node_rank=node_rank,
+            first_rank=node_rank * nproc,
+            nproc=nproc,
+        )
+        for node_rank, view in enumerate(chosen)
+    )
+    first = chosen[0].snapshot
+    assert first is not None  # candidates have one
+    newest = job.newest_restorable
+    event = GenerationStarted(
+        generation=Generation(job.last_generation + 1),
+        members=members,
+        world_size=len(members) * nproc,
+        master_address=_LOOPBACK if len(members) == 1 else first.address.rsplit(":", 1)[0],
+        master_port=first.rendezvous_port,
+        restore=newest.restore_point if newest is not None else None,
+    )
+    observed.pending_since_s.pop(job.name, None)
+    last = job.last_failure
+    cause = Cause(
+        fact="workers_available",
+        detail=f"{len(found)} of {job.spec.nnodes_min} to {job.spec.nnodes_max} workers"
+        + (f"; after: {last.reason}" if last is not None else ""),
+    )
+    return Decision(event=event, cause=cause)

@@ -1,0 +1,118 @@
+"""reconcile: compare desired state with the facts and decide the next event.
+
+One call gives one decision; `decide` repeats it, folding each decision in, until desired state and facts
+agree. Everything decided in one round is appended as one transaction. The rules are tried in the order below
+and the first that applies wins:
+
+    ended        owed marks only
+    CANCELLING   abort the attempt in flight; end once nothing of the job runs any more
+    PENDING      fail for good if its failures say so; else start a generation as soon as workers allow
+    RUNNING      fail the generation; settle the attempt in flight; succeed; start a checkpoint
+"""
+
+from collections.abc import Callable, Mapping
+from typing import assert_never
+
+from dtrain.common.errors import InvariantError
+from dtrain.common.names import JobName
+from dtrain.coordinator.core import checkpoints, failures, placement
+from dtrain.coordinator.core.events import Cause, CheckpointAborted, Decision, JobCancelled, JobSucceeded
+from dtrain.coordinator.core.facts import Now, RankState
+from dtrain.coordinator.core.observed import Observed
+from dtrain.coordinator.core.states import GenerationState, JobPhase, JobState
+
+# More decisions than this about one job in one round mean that two rules answer each other for ever. A job has
+# at most a mark for each unmarked checkpoint and a handful of others; marks are spread over rounds.
+DECISIONS_MAX = 16
+
+Jobs = Mapping[JobName, JobState]
+
+
+def reconcile(job: JobState, observed: Observed, jobs: Jobs, now: Now) -> Decision | None:
+    """Return the next decision about ``job``, or None if desired state and facts agree."""
+    marked = checkpoints.marks(job, observed)
+    if marked is not None:
+        return marked
+    match job.phase:
+        case JobPhase.PENDING:
+            return failures.verdict(job) or placement.start(job, observed, jobs, now)
+        case JobPhase.RUNNING:
+            assert job.generation is not None
+            return _running(job, job.generation, observed, now)
+        case JobPhase.CANCELLING:
+            return _cancelling(job, observed, now)
+        case JobPhase.SUCCEEDED | JobPhase.FAILED | JobPhase.CANCELLED | JobPhase.INTERRUPTED:
+            return None
+        case unreachable:
+            assert_never(unreachable)
+
+
+def decide(
+    job: JobState,
+    observed: Observed,
+    jobs: Jobs,
+    now: Now,
+    fold: Callable[[JobState, Decision], JobState],
+) -> tuple[JobState, list[Decision]]:
+    """Reconcile until nothing is left to decide. ``fold`` gives the state after a decision."""
+    decisions: list[Decision] = []
+    while (decision := reconcile(job, observed, jobs, now)) is not None:
+        decisions.append(decision)
+        job = fold(job, decision)
+        if len(decisions) == DECISIONS_MAX:
+            if all(d == decision for d in decisions):
+                raise InvariantError(f"job {job.name}: {decision} is decided again and again")
+            break
+    return job, decisions
+
+
+def _running(job: JobState, generation: GenerationState, observed: Observed, now: Now) -> Decision | None:
+    return (
+        failures.failure(job, generation, observed, now)
+        or checkpoints.settle(job, generation, observed, now)
+        or _success(job, generation, observed)
+        or (checkpoints.start(job, generation, observed, now) if job.inflight is None else None)
+    )
+
+
+def _success(job: JobState, generation: GenerationState, observed: Observed) -> Decision | None:
+    if job.inflight is not None:
+        return None
+    ranks = [rank for _, report in failures.reports(job, generation, observed) for rank in report.ranks]
+    if len(ranks) != generation.world_size or not all(rank.succeeded for rank in ranks):
+        return None
+    return Decision(event=JobSucceeded(), cause=Cause(fact="all_ranks_finished"))
+
+
+def _cancelling(job: JobState, observed: Observed, now: Now) -> Decision | None:
+    if job.inflight is not None:
+        aborted = CheckpointAborted(
+            checkpoint=job.inflight.number, attempt=job.inflight.attempt, reason="the job is being cancelled"
+        )
+        return Decision(event=aborted, cause=Cause(fact="client_request"))
+    if job.generation is not None:
+        for member in job.generation.members:
+            if not observed.lost(member.worker, now) and not _stopped(job, job.generation, member.worker, observed):
+                return None
+    return Decision(event=JobCancelled(), cause=Cause(fact="all_ranks_ended"))
+
+
+def _stopped(job: JobState, generation: GenerationState, worker: str, observed: Observed) -> bool:
+    """True if the worker's own report says that nothing of this generation runs there or ever will."""
+    snapshot = next((v.snapshot for v in observed.workers.values() if v.worker == worker), None)
+    if snapshot is None:
+        return False
+    stop = stop_id(job, generation)
+    if any(command.id == stop and command.state == "done" for command in snapshot.commands):
+        return True
+    report = next((a for a in snapshot.assignments if a.job == job.name), None)
+    return (
+        report is not None
+        and report.generation >= generation.number
+        and all(rank.state is RankState.EXITED for rank in report.ranks)
+    )
+
+
+def stop_id(job: JobState, generation: GenerationState) -> str:
+    """Id of the command that ends this generation's trainers; the same for every leader."""
+    return f"{job.name}/g{generation.number}/stop"

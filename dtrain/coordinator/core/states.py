@@ -1,0 +1,150 @@
+"""Desired state of one job: the fold of its events, and nothing else.
+
+    phase         event                                   next phase
+    ------------  --------------------------------------  ------------
+    (none)        JobSubmitted                            PENDING
+    PENDING       GenerationStarted                       RUNNING
+    PENDING       JobFailed                               FAILED
+    RUNNING       GenerationFailed                        PENDING
+    RUNNING       JobSucceeded                            SUCCEEDED
+    PENDING,
+    RUNNING       CancelRequested                         CANCELLING
+    CANCELLING    JobCancelled                            CANCELLED
+    PENDING, RUNNING,
+    CANCELLING    RunInterrupted                          INTERRUPTED
+    any ended     JobSubmitted (next run)                 PENDING
+
+    Checkpoint events: STARTED -> ABORTED or COMMITTED; COMMITTED -> QUARANTINED. At most one is in flight,
+    and only while RUNNING; it is settled before its generation ends.
+
+`evolve` raises InvariantError on any other transition and changes nothing, so a log that could not have been
+written by these rules is refused at replay.
+"""
+
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+
+from dtrain.common.names import AttemptNumber, CheckpointNumber, Generation, JobName, Step, Term, WorkerId
+from dtrain.common.specs import JobSpec
+from dtrain.coordinator.core.events import Member, Position, RestorePoint, ShardRecord
+
+
+class JobPhase(StrEnum):
+    PENDING = "pending"  # waits for workers
+    RUNNING = "running"  # a generation is active
+    CANCELLING = "cancelling"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    INTERRUPTED = "interrupted"
+
+
+ENDED = frozenset({JobPhase.SUCCEEDED, JobPhase.FAILED, JobPhase.CANCELLED, JobPhase.INTERRUPTED})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationState:
+    number: Generation
+    members: tuple[Member, ...]  # Invariant: their ranks are 0 .. world_size-1 without gap or overlap
+    world_size: int
+    master_address: str
+    master_port: int
+    restore: RestorePoint | None
+    position: Position  # of its GenerationStarted
+    started_time: float  # unix time of that event
+    restarts: int  # generations of this run that failed before it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InflightCheckpoint:
+    number: CheckpointNumber
+    attempt: AttemptNumber
+    generation: Generation  # Invariant: the active generation
+    step: Step
+    position: Position  # of its CheckpointStarted
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommittedCheckpoint:
+    number: CheckpointNumber
+    attempt: AttemptNumber
+    generation: Generation
+    step: Step
+    world_size: int
+    shards: tuple[ShardRecord, ...]
+    manifest_key: str
+    manifest_digest: str
+    position: Position  # of its CheckpointCommitted; carried by its commit marker
+    time: float
+    marked: bool = False  # storage confirmed the marker
+    quarantined: str = ""  # why it is never restored from again; empty if it is sound
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(shard.size_bytes for shard in self.shards)
+
+    @property
+    def restore_point(self) -> RestorePoint:
+        return RestorePoint(
+            checkpoint=self.number,
+            attempt=self.attempt,
+            step=self.step,
+            manifest_key=self.manifest_key,
+            manifest_digest=self.manifest_digest,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LastFailure:
+    """What the newest failed generation died of; kept to recognise a failure that repeats itself."""
+
+    reason: str
+    error: str
+    exit_code: int
+    progressed: bool
+    age_s: float  # of the generation when it failed
+    repeats: int  # how many generations in a row failed just so, this one included
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobState:
+    """Desired state of one job."""
+
+    name: JobName
+    position: Position  # of the newest event folded in
+    term: Term  # of that event; never goes back
+    spec: JobSpec  # of the newest run
+    run: int
+    request: str
+    phase: JobPhase
+    generation: GenerationState | None = None  # Invariant: set iff RUNNING, or CANCELLING with trainers to stop
+    last_generation: int = 0  # number of the newest generation ever started
+    restarts_used: int = 0  # counted failures of this run
+    restarts: int = 0  # failed generations of this run, counted or not
+    last_failure: LastFailure | None = None  # of this run
+    inflight: InflightCheckpoint | None = None
+    committed: dict[CheckpointNumber, CommittedCheckpoint] = field(default_factory=dict)  # quarantined ones too
+    last_attempt: int = 0  # newest attempt ever started
+    misses: int = 0  # attempts missed in a row
+    checkpoint_time: float = 0.0  # unix time the newest attempt started, or this run was submitted
+    placed: dict[WorkerId, Generation] = field(default_factory=dict)  # newest generation each worker was given
+    reason: str = ""  # once ended: why
+    exit_code: int = 0  # once ended
+
+    @property
+    def ended(self) -> bool:
+        return self.phase in ENDED
+
+    @property
+    def newest_restorable(self) -> CommittedCheckpoint | None:
+        """The newest committed checkpoint that is not quarantined."""
+        sound = [number for number, checkpoint in self.committed.items() if not checkpoint.quarantined]
+        return self.committed[max(sound)] if sound else None
+
+    @property
+    def next_checkpoint(self) -> CheckpointNumber:
+        """An aborted attempt leaves its checkpoint's number to the next attempt."""
+        return CheckpointNumber(max(self.committed, default=0) + 1)
+
+    def with_checkpoint(self, checkpoint: CommittedCheckpoint) -> "JobState":
+        return replace(self, committed={**self.committed, checkpoint.number: checkpoint})
