@@ -83,15 +83,15 @@ class _Registration:
         self._value = value
         self._on_change = on_change
         self._leases: set[int] = set()  # every lease this process ever put the key with
+        self._claimed = False  # a put of ours was acknowledged, so that a foreign key is a newer owner's
 
     async def hold(self, lease: Lease) -> bool:
         """Put the key and keep it until the lease is lost; return whether the key was ever put."""
-        first = not self._leases
         self._leases.add(lease.id)
         beating = asyncio.create_task(lease.keep_alive())
         registered = False
         try:
-            revision = await self._claim(lease) if first else await self._restore(lease)
+            revision = await self._restore(lease) if self._claimed else await self._claim(lease)
             while not lease.lost.is_set():
                 if revision:
                     registered = True
@@ -113,7 +113,9 @@ class _Registration:
 
     async def _claim(self, lease: Lease) -> int:
         """Take the name from whoever had it: a restarted process replaces its older self at once."""
-        return await self._client.put(self._key, self._value(), lease=lease.id)
+        revision = await self._client.put(self._key, self._value(), lease=lease.id)
+        self._claimed = True
+        return revision
 
     async def _check(self, lease: Lease) -> int:
         """Compare, and restore what differs. An etcd that is away is no reason to give up a living lease."""
