@@ -1,0 +1,221 @@
+"""The small process between an agent and one trainer: it waits, so that an exit status outlives the agent.
+
+Run as ``python -I -S keeper.py <rank folder>``. It is a program of its own: standard library only, so that it
+starts in a few milliseconds, and it imports nothing of dtrain.
+
+Rules:
+- at most one trainer a rank folder, ever: the lock is taken first, and whoever finds that the folder was used
+  before leaves at once. So an agent that does not know whether its predecessor started a keeper starts another;
+- ``started.json`` is written before the fork and again after it: a trainer that ran without this file saying so
+  cannot be, however early the keeper dies;
+- no trainer outlives its keeper (PR_SET_PDEATHSIG), no descendant outlives its trainer (the keeper is the
+  subreaper of all of them);
+- no trainer outlives its agent by more than ``orphan_after_s``: the agent's lock file tells whether it lives.
+"""
+
+import ctypes
+import fcntl
+import json
+import os
+import signal
+import sys
+import time
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+PR_SET_CHILD_SUBREAPER = 36
+EXIT_USED = 75  # this folder had its keeper, or has it now
+EXIT_CANNOT_RUN = 127  # as a shell says when a program cannot be run
+WATCH_S = 1.0  # how often the agent's lock is tried
+SWEEP_S = 0.02  # pause between two looks for descendants that are being killed
+SWEEPS_MAX = 500  # ten seconds: only a process stuck in the kernel lasts longer
+LOG_TAIL_BYTES = 8192  # of the log's end, read for its last line
+ERROR_MAX_CHARS = 500  # of that line, kept
+CHILD_SIGNALS = {signal.SIGCHLD, signal.SIGTERM, signal.SIGQUIT, signal.SIGINT, signal.SIGHUP}
+
+
+def main(folder: str) -> int:
+    """Run and keep the trainer of this rank folder."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, CHILD_SIGNALS)  # from now on they are waited for, never delivered
+    lock = os.open(os.path.join(folder, "keeper.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return EXIT_USED
+    if any(os.path.exists(os.path.join(folder, name)) for name in ("started.json", "exited.json")):
+        return EXIT_USED
+    with open(os.path.join(folder, "keeper.json"), encoding="utf-8") as file:
+        plan = json.load(file)
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    me = {"keeper_pid": os.getpid(), "keeper_start": start_time(os.getpid())}
+    write_json(folder, "started.json", {**me, "trainer_pid": 0, "trainer_start": 0})
+    trainer = spawn(plan, libc)
+    write_json(folder, "started.json", {**me, "trainer_pid": trainer, "trainer_start": start_time(trainer)})
+    status = wait(trainer, plan)
+    code = os.waitstatus_to_exitcode(status)
+    error = "" if code == 0 else last_error(plan)
+    write_json(folder, "exited.json", {"code": code, "at_unix_s": time.time(), "error": error})
+    end_descendants()
+    return 0
+
+
+def start_time(pid: int) -> int:
+    """Ticks since boot at which ``pid`` started: with the pid, the identity of a process. 0 if it is gone."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return int(file.read().rsplit(b")", 1)[1].split()[19])
+    except OSError:
+        return 0
+
+
+def write_json(folder: str, name: str, record: dict) -> None:  # type: ignore[type-arg]
+    """Write the file so that it is there whole or not at all."""
+    temporary = os.path.join(folder, f".{name}.new")
+    with open(temporary, "w", encoding="utf-8") as file:
+        json.dump(record, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.rename(temporary, os.path.join(folder, name))
+
+
+def spawn(plan: dict, libc: ctypes.CDLL) -> int:  # type: ignore[type-arg]
+    """Fork the trainer into a session of its own. What keeps it from running is told in its log."""
+    keeper = os.getpid()
+    log = os.open(plan["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+    trainer = os.fork()
+    if trainer:
+        os.close(log)
+        return trainer
+    try:
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != keeper:  # it died before the line above
+            os._exit(EXIT_CANNOT_RUN)
+        os.setsid()
+        null = os.open(os.devnull, os.O_RDONLY)
+        os.dup2(null, 0)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        signal.pthread_sigmask(signal.SIG_SETMASK, set())
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python ignores these two, and exec would pass that on
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+        os.chdir(plan["cwd"])
+        os.execvpe(plan["argv"][0], plan["argv"], plan["env"])
+    except OSError as error:
+        where = plan["cwd"] if error.filename == plan["cwd"] else plan["argv"][0]
+        os.write(2, f"dtrain: cannot run {where}: {error.strerror}\n".encode())
+    finally:
+        os._exit(EXIT_CANNOT_RUN)
+
+
+def wait(trainer: int, plan: dict) -> int:  # type: ignore[type-arg]
+    """Return the trainer's wait status. Meanwhile hand signals on, reap orphans, and watch the agent."""
+    kill_at = agent_gone_since = None
+    next_watch = time.monotonic() + WATCH_S
+    while True:
+        while True:  # one SIGCHLD may stand for several children
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                raise SystemExit("the trainer was reaped by somebody else") from None
+            if pid == trainer:
+                return status
+            if pid == 0:
+                break
+        now = time.monotonic()
+        wake = min(next_watch, kill_at) if kill_at is not None else next_watch
+        received = signal.sigtimedwait(CHILD_SIGNALS, max(0.0, wake - now))
+        now = time.monotonic()
+        if received is not None and received.si_signo == signal.SIGTERM:
+            send(trainer, signal.SIGTERM)
+            kill_at = min(kill_at or float("inf"), now + plan["grace_s"])
+        elif (received is not None and received.si_signo == signal.SIGQUIT) or (kill_at is not None and now >= kill_at):
+            send(trainer, signal.SIGKILL)
+            kill_at = None
+        if now >= next_watch:
+            next_watch = now + WATCH_S
+            if agent_lives(plan["agent_lock"]):
+                agent_gone_since = None
+            elif agent_gone_since is None:
+                agent_gone_since = now
+            elif now - agent_gone_since >= plan["orphan_after_s"]:
+                note = f"dtrain: ended, because its worker was gone for {plan['orphan_after_s']:g} s\n"
+                with open(plan["log"], "a", encoding="utf-8") as log:
+                    log.write(note)
+                send(trainer, signal.SIGKILL)
+
+
+def send(trainer: int, number: int) -> None:
+    """Signal the trainer's whole process group; it is not reaped yet, so the number is still its own."""
+    try:
+        os.killpg(trainer, number)
+    except ProcessLookupError:  # it has not reached setsid yet
+        os.kill(trainer, number)
+
+
+def agent_lives(path: str) -> bool:
+    """Whether some agent holds the lock. The look takes the lock for microseconds; an agent that starts tries again."""
+    try:
+        lock = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(lock)
+    return False
+
+
+def last_error(plan: dict) -> str:  # type: ignore[type-arg]
+    """One line on why the trainer failed: its error file's message, else the last line of its log."""
+    try:
+        with open(plan["error_file"], encoding="utf-8") as file:
+            message = json.load(file)["message"]
+        text = message["message"] if isinstance(message, dict) else str(message)
+        return text.strip().replace("\n", " ")[:ERROR_MAX_CHARS]
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # no error file, or not one that we can read: the log is the next best witness
+    try:
+        with open(plan["log"], "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - LOG_TAIL_BYTES))
+            lines = [line.strip() for line in file.read().decode(errors="replace").splitlines()]
+    except OSError:
+        return ""
+    return next((line for line in reversed(lines) if line), "")[:ERROR_MAX_CHARS]
+
+
+def end_descendants() -> None:
+    """Kill what the trainer left. Orphans become our children, so all are gone when we have no child."""
+    for _ in range(SWEEPS_MAX):
+        for child in children():
+            try:
+                os.kill(child, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        try:
+            while os.waitpid(-1, os.WNOHANG) != (0, 0):
+                continue
+        except ChildProcessError:
+            return
+        signal.sigtimedwait({signal.SIGCHLD}, SWEEP_S)
+
+
+def children() -> list[int]:
+    """The processes whose parent is this one."""
+    me = os.getpid()
+    found = []
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            try:
+                with open(f"/proc/{name}/stat", "rb") as file:
+                    parent = int(file.read().rsplit(b")", 1)[1].split()[1])
+            except OSError:
+                continue
+            if parent == me:
+                found.append(int(name))
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
