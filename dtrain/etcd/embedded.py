@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from dtrain.common.errors import PermanentError, RetryableError, UserError
@@ -27,7 +28,10 @@ __all__ = ["EmbeddedEtcd", "find_etcd", "find_etcdctl", "known_lossy", "probe"]
 
 QUOTA_BYTES = 2 * 1024**3  # some 7 million events; etcd keeps the whole file mapped
 COMPACTION_RETENTION = "1h"  # old versions of re-put keys are worth nothing to dtrain after that
-_READY_POLL_S = 0.05
+# A member without peers still waits one to ten heartbeats before it elects itself: 20 to 200 ms, where etcd's own
+# default for networks makes each start last up to a second.
+HEARTBEAT_MS = 20
+_READY_POLL_S = 0.02
 _READY_ATTEMPT_S = 1.0  # one question to a starting etcd waits at most this long
 _IN_USE_GRACE_S = 2.0  # the etcd of a run that was just killed may hold its files for a moment
 _STOP_S = 5.0  # etcd ends within tenths of a second when asked; after this it is killed, which loses nothing
@@ -36,13 +40,26 @@ _LOG_TAIL_BYTES = 64 * 1024
 
 
 class EmbeddedEtcd:
-    """One etcd of one member. Order of calls: start, wait_ready, any number of alive; stop."""
+    """One etcd of one member. Order of calls: start, wait_ready, any number of alive; stop.
+
+    ``binary`` overrules where the program is looked for; ``options`` are appended to etcd's own arguments,
+    where a later one wins.
+    """
 
     def __init__(
-        self, data_dir: Path, *, client_port: int | None = None, peer_port: int | None = None, log_path: Path
+        self,
+        data_dir: Path,
+        *,
+        client_port: int | None = None,
+        peer_port: int | None = None,
+        log_path: Path,
+        binary: Path | None = None,
+        options: Sequence[str] = (),
     ) -> None:
         self._data_dir = data_dir
         self._log_path = log_path
+        self._binary = binary
+        self._options = tuple(options)
         self._wanted_ports = (client_port, peer_port)
         self._ports = (0, 0)  # client, peer; 0 before the first start
         self._process: subprocess.Popen[bytes] | None = None
@@ -65,7 +82,7 @@ class EmbeddedEtcd:
         """Start etcd and return at once. Call it from a thread that outlives etcd. No effect while it is alive."""
         if self.alive():
             return
-        binary = find_etcd()
+        binary = self._binary or find_etcd()
         try:
             self._data_dir.mkdir(parents=True, exist_ok=True)
             self._log_path.parent.mkdir(parents=True, exist_ok=True)
@@ -159,12 +176,15 @@ class EmbeddedEtcd:
             f"--listen-peer-urls={peer_url}",
             f"--initial-advertise-peer-urls={peer_url}",
             f"--initial-cluster=embedded={peer_url}",
+            f"--heartbeat-interval={HEARTBEAT_MS}",
+            f"--election-timeout={10 * HEARTBEAT_MS}",
             "--auto-compaction-mode=periodic",
             f"--auto-compaction-retention={COMPACTION_RETENTION}",
             f"--quota-backend-bytes={QUOTA_BYTES}",
             "--logger=zap",
             "--log-level=warn",
             "--log-outputs=stderr",
+            *self._options,
         ]
 
     def _choose_ports(self) -> tuple[int, int]:
@@ -188,8 +208,11 @@ class EmbeddedEtcd:
     async def _ask(self, timeout_s: float) -> str | None:
         try:
             async with EtcdClient([self.endpoint], timeout_s=timeout_s) as client:
-                await client.get("ready")  # linearizable: answered only once there is a leader
-                return (await client.status()).version
+                status = await client.status()
+                if not status.has_leader:
+                    return None  # a read would now wait inside etcd, longer than the election takes
+                await client.get("ready")
+                return status.version
         except (RetryableError, PermanentError):
             return None
 

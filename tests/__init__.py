@@ -1,0 +1,1 @@
+"""Tests, in one folder a room."""
