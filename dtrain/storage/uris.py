@@ -85,7 +85,7 @@ def _open_s3(uri: str) -> ObjectStore:
             f"store {parts.scheme}://{parts.netloc.rpartition('@')[2]} is not valid: write s3://bucket/prefix; "
             "credentials come from the environment or ~/.aws, a host from endpoint=."
         )
-    endpoint = parameters.get("endpoint", [None])[0]
+    endpoint, region = (parameters[name][0] if name in parameters else None for name in _S3_PARAMETERS)
     if endpoint is not None:
         where = urlsplit(endpoint)
         if where.scheme not in ("http", "https") or not where.hostname or where.username or where.query:
@@ -93,9 +93,12 @@ def _open_s3(uri: str) -> ObjectStore:
     # boto3 takes 0.2 s to import: only whoever uses S3 pays for it.
     from dtrain.storage.s3 import S3Store
 
-    return S3Store(
-        bucket=parts.netloc,
-        prefix=unquote(parts.path).strip("/"),
-        endpoint=endpoint,
-        region=parameters.get("region", [None])[0],
-    )
+    try:
+        return S3Store(
+            bucket=parts.netloc,
+            prefix=unquote(parts.path).strip("/"),
+            endpoint=endpoint,
+            region=region,
+        )
+    except PermanentError as error:
+        raise UserError(f"store {uri!r} is not valid: {error}") from error

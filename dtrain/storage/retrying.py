@@ -1,0 +1,59 @@
+"""Trying again, within bounds: the one policy for every call to storage.
+
+Waits grow and are drawn at random, so that the ranks of a job, which all failed at the same moment, do not
+all come back at the same moment. A deadline bounds the whole, since a checkpoint that is late is better
+aborted than pursued; an event ends the waiting at once, when the attempt is no longer wanted.
+"""
+
+import threading
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from tenacity import RetryCallState, Retrying, retry_if_exception_type, wait_random_exponential
+
+from dtrain.common.errors import DtrainError, RetryableError
+
+WAIT_FIRST_S = 0.1  # upper end of the first wait's range; it doubles with each try
+WAIT_MAX_S = 5.0  # upper end of any wait's range
+
+_T = TypeVar("_T")
+
+
+class GaveUp(DtrainError):
+    """The caller's event was set: what was tried is no longer wanted. Chained to the last failure, if any."""
+
+
+def with_retries(call: Callable[[], _T], *, deadline_s: float, give_up: threading.Event | None = None) -> _T:
+    """Return ``call()``, tried again on :class:`RetryableError` until ``deadline_s`` seconds have passed.
+
+    It is called at least once, for the last time at the deadline; a call under way is not cut short. After the
+    deadline the last error is raised; when ``give_up`` is set, :class:`GaveUp`. Other errors pass at once.
+    """
+    given_up = give_up or threading.Event()
+    deadline = time.monotonic() + deadline_s
+
+    def attempt() -> _T:
+        if given_up.is_set():
+            raise GaveUp("no longer wanted")
+        return call()
+
+    def is_over(_: RetryCallState) -> bool:
+        return given_up.is_set() or time.monotonic() >= deadline
+
+    def wait(seconds: float) -> None:
+        given_up.wait(min(seconds, max(0.0, deadline - time.monotonic())))
+
+    retrying = Retrying(
+        retry=retry_if_exception_type(RetryableError),
+        wait=wait_random_exponential(multiplier=WAIT_FIRST_S, max=WAIT_MAX_S),
+        stop=is_over,
+        sleep=wait,
+        reraise=True,
+    )
+    try:
+        return retrying(attempt)
+    except RetryableError as error:
+        if given_up.is_set():
+            raise GaveUp("no longer wanted") from error
+        raise

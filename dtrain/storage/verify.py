@@ -1,0 +1,93 @@
+"""Does storage still hold what the log calls committed? Reads everything, and names what does not match.
+
+A digest proves a blob only if the digest itself is to be trusted, so trust goes down a chain: the event (or
+the caller) knows the manifest's digest, the manifest knows the shards'. Memory stays bounded whatever a
+shard's size: one chunk at a time.
+"""
+
+import xxhash
+
+from dtrain.common.digests import BLOB_ALGORITHM, blob_digest
+from dtrain.common.errors import ShardDamagedError
+from dtrain.storage.keys import MARKER_NAME
+from dtrain.storage.manifests import CommitMarker, Manifest, ShardEntry, decode_manifest, decode_marker
+from dtrain.storage.objects import NotFound, ObjectStore
+
+CHUNK_BYTES = 32 * 1024 * 1024  # read at a time, and the memory used; large enough for one request to S3 to pay
+
+
+def verify_checkpoint(
+    store: ObjectStore, key: str, expected_manifest_digest: str | None = None
+) -> list[ShardDamagedError]:
+    """Return everything that is wrong with a checkpoint; an empty list says that each byte is as recorded.
+
+    ``key`` is that of a commit marker (whose digest of the manifest is then used) or of a manifest.
+    ``expected_manifest_digest`` is what the log says; without it a manifest is believed as it stands.
+    Errors of the store itself (unreachable, refused) are raised: they say nothing about the checkpoint.
+    """
+    try:
+        manifest = _read_from(store, key, expected_manifest_digest)
+    except ShardDamagedError as finding:
+        return [finding]
+    buffer = memoryview(bytearray(min(CHUNK_BYTES, max(entry.size_bytes for entry in manifest.shards))))
+    found: list[ShardDamagedError] = []
+    for entry in manifest.shards:
+        try:
+            _verify_shard(store, entry, buffer)
+        except ShardDamagedError as finding:
+            found.append(finding)
+    return found
+
+
+def read_marker(store: ObjectStore, key: str) -> CommitMarker:
+    """Return the commit marker; raise :class:`ShardDamagedError` if it is missing or cannot be read."""
+    return decode_marker(_get(store, key), key=key)
+
+
+def read_manifest(store: ObjectStore, key: str, expected_digest: str | None = None) -> Manifest:
+    """Return the manifest; raise :class:`ShardDamagedError` if missing, unreadable or not of this digest."""
+    data = _get(store, key)
+    if expected_digest is not None and (digest := blob_digest(data)) != expected_digest:
+        raise ShardDamagedError(key, f"has digest {digest}, but {expected_digest} is recorded")
+    return decode_manifest(data, key=key)
+
+
+def _read_from(store: ObjectStore, key: str, expected_manifest_digest: str | None) -> Manifest:
+    if key.rpartition("/")[2] != MARKER_NAME:
+        return read_manifest(store, key, expected_manifest_digest)
+    marker = read_marker(store, key)
+    if expected_manifest_digest is not None and marker.manifest_digest != expected_manifest_digest:
+        raise ShardDamagedError(
+            key, f"says that the manifest has digest {marker.manifest_digest}, but the log {expected_manifest_digest}"
+        )
+    manifest = read_manifest(store, marker.manifest_key, marker.manifest_digest)
+    theirs = (manifest.job, manifest.checkpoint, manifest.attempt, manifest.step)
+    if theirs != (marker.job, marker.checkpoint, marker.attempt, marker.step):
+        raise ShardDamagedError(marker.manifest_key, f"is not of the checkpoint that {key} names")
+    return manifest
+
+
+def _get(store: ObjectStore, key: str) -> bytes:
+    try:
+        return store.get(key)
+    except NotFound as error:
+        raise ShardDamagedError(key, "is missing") from error
+
+
+def _verify_shard(store: ObjectStore, entry: ShardEntry, buffer: memoryview) -> None:
+    found = store.head(entry.key)
+    if found is None:
+        raise ShardDamagedError(entry.key, "is missing")
+    if found.size_bytes != entry.size_bytes:
+        raise ShardDamagedError(entry.key, f"has {found.size_bytes} bytes, but {entry.size_bytes} are recorded")
+    hasher = xxhash.xxh3_128()
+    for start in range(0, entry.size_bytes, len(buffer)):
+        part = buffer[: min(len(buffer), entry.size_bytes - start)]
+        try:
+            store.read_into(entry.key, part, offset=start)
+        except NotFound as error:
+            raise ShardDamagedError(entry.key, "went missing while it was read") from error
+        hasher.update(part)
+    digest = f"{BLOB_ALGORITHM}:{hasher.hexdigest()}"
+    if digest != entry.digest:
+        raise ShardDamagedError(entry.key, f"has digest {digest}, but {entry.digest} is recorded")

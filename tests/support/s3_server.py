@@ -1,0 +1,189 @@
+"""Real S3 servers for tests, on loopback: SeaweedFS as a process, moto in this process.
+
+SeaweedFS checks signatures and honours conditional puts as S3 does; moto accepts any credentials and keeps
+everything in memory. Both end with their context, and keep nothing outside the folder they were given.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sysconfig
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import boto3.session
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+START_DEADLINE_S = 60.0  # it takes under a second on an idle machine
+PORT_TRIES = 3  # a free port may be taken between its finding and its use
+POLL_S = 0.05
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class S3Server:
+    """A running server with one empty bucket."""
+
+    endpoint: str
+    bucket: str
+    access_key: str
+    secret_key: str
+    pid: int  # of the server's process; 0 if it runs in this one
+
+    def uri(self, prefix: str = "") -> str:
+        """Return the URI for :func:`dtrain.storage.uris.open_store`."""
+        return f"s3://{self.bucket}/{prefix}".rstrip("/") + f"?endpoint={self.endpoint}&region=us-east-1"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The variables that a process needs to use it, and none that would lead it elsewhere."""
+        return {
+            "AWS_ACCESS_KEY_ID": self.access_key,
+            "AWS_SECRET_ACCESS_KEY": self.secret_key,
+            "AWS_EC2_METADATA_DISABLED": "true",
+            "AWS_CONFIG_FILE": os.devnull,
+            "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+        }
+
+    def client(self) -> "S3Client":
+        """Return a plain boto3 client, for looking behind the store's back."""
+        session = boto3.session.Session(
+            aws_access_key_id=self.access_key, aws_secret_access_key=self.secret_key, region_name="us-east-1"
+        )
+        config = Config(
+            connect_timeout=2,
+            read_timeout=10,
+            retries={"total_max_attempts": 1},
+            s3={"addressing_style": "path"},
+            request_checksum_calculation="when_required",
+        )
+        return session.client("s3", endpoint_url=self.endpoint, config=config)
+
+
+@contextmanager
+def seaweedfs(folder: Path, *, bucket: str = "dtrain-test") -> Iterator[S3Server]:
+    """Run SeaweedFS with its data in ``folder``; kill it on leaving."""
+    for tries_left in reversed(range(PORT_TRIES)):
+        ports = _free_ports(9)
+        process = _start(folder, ports)
+        try:
+            server = S3Server(
+                endpoint=f"http://127.0.0.1:{ports[0]}",
+                bucket=bucket,
+                access_key="dtraintestkey",
+                secret_key="dtraintestsecret",
+                pid=process.pid,
+            )
+            if not _wait_until_ready(server, process):
+                if tries_left:
+                    continue
+                raise RuntimeError(f"SeaweedFS ended at once:\n{_log_tail(folder)}")
+            yield server
+            return
+        finally:
+            process.kill()
+            process.wait()
+
+
+@contextmanager
+def moto(*, bucket: str = "dtrain-test") -> Iterator[S3Server]:
+    """Run moto's server in a thread; stop it on leaving."""
+    from moto.server import ThreadedMotoServer
+
+    with ExitStack() as stack:
+        threaded = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+        threaded.start()
+        stack.callback(threaded.stop)
+        host, port = threaded.get_host_and_port()
+        server = S3Server(endpoint=f"http://{host}:{port}", bucket=bucket, access_key="any", secret_key="thing", pid=0)
+        server.client().create_bucket(Bucket=bucket)
+        yield server
+
+
+def _start(folder: Path, ports: list[int]) -> "subprocess.Popen[bytes]":
+    folder.mkdir(parents=True, exist_ok=True)
+    identities = {
+        "identities": [
+            {
+                "name": "tests",
+                "credentials": [{"accessKey": "dtraintestkey", "secretKey": "dtraintestsecret"}],
+                "actions": ["Admin", "Read", "Write", "List", "Tagging"],
+            }
+        ]
+    }
+    config = folder / "s3.json"
+    config.write_text(json.dumps(identities))
+    command = [
+        str(Path(sysconfig.get_path("scripts")) / "weed"),
+        "server",
+        f"-dir={folder}",
+        "-ip=127.0.0.1",
+        "-ip.bind=127.0.0.1",
+        f"-s3.port={ports[0]}",
+        f"-s3.port.grpc={ports[1]}",
+        f"-master.port={ports[2]}",
+        f"-master.port.grpc={ports[3]}",
+        f"-volume.port={ports[4]}",
+        f"-volume.port.grpc={ports[5]}",
+        f"-filer.port={ports[6]}",
+        f"-filer.port.grpc={ports[7]}",
+        "-s3",
+        "-filer",
+        f"-s3.config={config}",
+        "-s3.autoCreateBucket=false",
+        "-s3.port.iceberg=0",
+        "-s3.port.lance=0",
+        "-master.telemetry=false",
+        "-master.volumeSizeLimitMB=1024",
+        "-volume.max=16",
+        "-volume.preStopSeconds=0",
+        "-webdav=false",
+    ]
+    environment = {"PATH": os.environ.get("PATH", ""), "HOME": str(folder), "TMPDIR": str(folder)}
+    with (folder / "weed.log").open("ab") as log:
+        return subprocess.Popen(
+            command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
+        )
+
+
+def _wait_until_ready(server: S3Server, process: "subprocess.Popen[bytes]") -> bool:
+    """Make the bucket as soon as the server takes it; return False if the process ended before."""
+    client = server.client()
+    deadline = time.monotonic() + START_DEADLINE_S
+    last: Exception | None = None
+    while time.monotonic() < deadline:
+        try:
+            client.create_bucket(Bucket=server.bucket)
+            client.put_object(Bucket=server.bucket, Key="ready", Body=b"x")  # volumes come later than the gateway
+            client.delete_object(Bucket=server.bucket, Key="ready")
+            return True
+        except ClientError as error:
+            last = error
+        except BotoCoreError as error:
+            last = error
+        try:
+            process.wait(timeout=POLL_S)  # the pause between two tries ends early if the server does
+            return False
+        except subprocess.TimeoutExpired:
+            continue
+    raise TimeoutError(f"SeaweedFS was not ready after {START_DEADLINE_S} s: {last}")
+
+
+def _free_ports(count: int) -> list[int]:
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [int(each.getsockname()[1]) for each in sockets]
+
+
+def _log_tail(folder: Path) -> str:
+    return (folder / "weed.log").read_text(errors="replace")[-2000:]
