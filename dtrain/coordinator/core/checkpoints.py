@@ -166,9 +166,7 @@ def settle(job: JobState, generation: GenerationState, observed: Observed, now: 
 
 
 def _abort(inflight: InflightCheckpoint, reason: str, cause: Cause, *, missed: bool = False) -> Decision:
-    event = CheckpointAborted(
-        checkpoint=inflight.number, attempt=inflight.attempt, reason=reason, missed=missed
-    )
+    event = CheckpointAborted(checkpoint=inflight.number, attempt=inflight.attempt, reason=reason, missed=missed)
     return Decision(event=event, cause=cause)
 
 
@@ -209,6 +207,7 @@ def _commit(
         step=inflight.step,
         world_size=generation.world_size,
         shards=shards,
+        store=job.spec.store,
         manifest_key=manifest.key,
         manifest_digest=manifest.digest,
     )

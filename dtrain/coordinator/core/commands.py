@@ -7,9 +7,9 @@ repetition harmless.
 
 from dataclasses import dataclass
 
-from dtrain.common.names import Generation, JobName
+from dtrain.common.names import Generation, JobName, Term
 from dtrain.coordinator.core.events import Member, Position
-from dtrain.coordinator.core.facts import AssignmentReport, RankState
+from dtrain.coordinator.core.facts import AssignmentReport
 from dtrain.coordinator.core.failures import start_id
 from dtrain.coordinator.core.observed import WorkerView
 from dtrain.coordinator.core.reconcile import stop_id
@@ -48,18 +48,18 @@ class StopTrainers:
 Command = StartTrainers | StageCheckpoint | StopTrainers
 
 
-def commands_for(job: JobState, view: WorkerView) -> list[Command]:
+def commands_for(job: JobState, view: WorkerView, term: Term) -> list[Command]:
     """The commands about ``job`` that this worker has not taken yet, in the order it must take them."""
     generation = job.generation
     member = None
     if generation is not None:
         member = next((m for m in generation.members if m.worker == view.worker), None)
     if generation is None or member is None or job.phase is JobPhase.CANCELLING:
-        return _stop(job, view)
+        return _stop(job, view, term)
     if view.snapshot is None or view.journal != member.journal:
         return []  # its memory is gone: the generation is about to fail
     owed: list[Command] = []
-    taken = {command.id for command in view.snapshot.commands}
+    taken = {command.id for command in view.snapshot.commands if command.taken_from(term)}
     report = view.assignment(job.name)
     start = start_id(job, generation)
     if start not in taken and (report is None or report.generation < generation.number):
@@ -86,19 +86,16 @@ def _knows(report: AssignmentReport | None, generation: GenerationState, infligh
     )
 
 
-def _stop(job: JobState, view: WorkerView) -> list[Command]:
-    """Stop what the worker still runs of a generation that is over."""
+def _stop(job: JobState, view: WorkerView, term: Term) -> list[Command]:
+    """Stop, and let go of, what the worker still holds of a generation that is over."""
     over = job.placed.get(view.worker)
-    report = view.assignment(job.name)
     if over is None or view.snapshot is None:
         return []
-    if report is not None and all(rank.state is RankState.EXITED for rank in report.ranks):
-        return []
-    if report is None and job.generation is None:
-        return []
     cancelling = job.phase is JobPhase.CANCELLING
-    stop = f"{job.name}/g{over}/stop"
-    if any(command.id == stop for command in view.snapshot.commands):
+    if view.assignment(job.name) is None and not (cancelling and job.generation is not None):
+        return []  # it holds nothing; only a cancellation needs to hear it say so
+    stop = stop_id(job.name, over)
+    if any(command.id == stop and command.taken_from(term) for command in view.snapshot.commands):
         return []
     return [
         StopTrainers(
@@ -109,6 +106,3 @@ def _stop(job: JobState, view: WorkerView) -> list[Command]:
             position=job.position,
         )
     ]
-
-
-__all__ = ["CANCEL_GRACE_S", "Command", "StageCheckpoint", "StartTrainers", "StopTrainers", "commands_for", "stop_id"]

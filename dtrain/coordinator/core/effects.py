@@ -47,7 +47,7 @@ Effect = WriteManifest | WriteMarker
 def effects_owed(job: JobState, observed: Observed) -> list[Effect]:
     """What is owed for ``job`` right now."""
     owed: list[Effect] = [
-        WriteMarker(job=job.name, store=job.spec.store, checkpoint=checkpoint)
+        WriteMarker(job=job.name, store=checkpoint.store, checkpoint=checkpoint)
         for number, checkpoint in job.committed.items()
         if not checkpoint.marked and (job.name, number) not in observed.markers
     ]

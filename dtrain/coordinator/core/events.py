@@ -46,6 +46,7 @@ class RestorePoint:
     step: Step
     manifest_key: str
     manifest_digest: str
+    store: str  # the run that wrote it may have used another store than this one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,6 +124,7 @@ class CheckpointCommitted:
     step: Step
     world_size: int
     shards: tuple[ShardRecord, ...]
+    store: str
     manifest_key: str
     manifest_digest: str
 

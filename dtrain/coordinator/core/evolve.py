@@ -219,6 +219,7 @@ def _committed(state: JobState, record: RecordedEvent, event: CheckpointCommitte
         step=event.step,
         world_size=event.world_size,
         shards=event.shards,
+        store=event.store,
         manifest_key=event.manifest_key,
         manifest_digest=event.manifest_digest,
         position=record.position,

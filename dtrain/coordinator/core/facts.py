@@ -6,6 +6,8 @@ from enum import StrEnum
 from dtrain.common.names import AttemptNumber, CheckpointNumber, Generation, JobName, Step, Term, WorkerId
 from dtrain.common.specs import JobSpec
 
+_NO_STEP = Step(0)
+
 
 class RankState(StrEnum):
     PENDING = "pending"
@@ -34,8 +36,8 @@ class RankReport:
     state: RankState
     pid: int = 0
     phase: str = ""  # the trainer's own word
-    completed_step: Step = Step(0)
-    until_step: Step = Step(0)  # 0 while unknown
+    completed_step: Step = _NO_STEP
+    until_step: Step = _NO_STEP  # 0 while unknown
     tracking: bool = False  # the script can be checkpointed
     step_s: float = 0.0  # duration of its last step; 0 before the first
     metrics_json: str = ""
@@ -92,7 +94,16 @@ class AssignmentReport:
 class CommandReport:
     id: str
     state: str  # accepted, done, refused
+    term: int  # of the leader whose command this answers
     reason: str = ""
+
+    def taken_from(self, term: int) -> bool:
+        """True if the worker needs this command no more from a leader of ``term``."""
+        return self.state != "refused" or self.term >= term
+
+    def refused_by(self, term: int) -> bool:
+        """True if the worker refused it although it came from a leader of ``term`` or newer."""
+        return self.state == "refused" and self.term >= term
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -29,7 +29,9 @@ _SIGNAL_EXIT_BASE = 128  # a shell's convention for "ended by a signal"
 _STARTED_PHASES = frozenset({"joined", "restoring", "training", "checkpointing", "finished"})
 
 
-def reports(job: JobState, generation: GenerationState, observed: Observed) -> Iterator[tuple[Member, AssignmentReport]]:
+def reports(
+    job: JobState, generation: GenerationState, observed: Observed
+) -> Iterator[tuple[Member, AssignmentReport]]:
     """Each member that has reported on this generation, with its report."""
     for member in generation.members:
         report = observed.assignment(member.worker, job.name, generation.number)
@@ -96,7 +98,7 @@ def _refused(job: JobState, generation: GenerationState, observed: Observed) -> 
         if snapshot is None:
             continue
         for command in snapshot.commands:
-            if command.id == start_id(job, generation) and command.state == "refused":
+            if command.id == start_id(job, generation) and command.refused_by(observed.term):
                 cause = Cause(
                     fact="command_refused", worker=member.worker, snapshot=snapshot.number, detail=command.reason
                 )

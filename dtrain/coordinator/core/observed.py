@@ -7,7 +7,7 @@ proportional to what changed.
 from dataclasses import dataclass, field
 from typing import assert_never
 
-from dtrain.common.names import AttemptNumber, CheckpointNumber, Generation, JobName, WorkerId
+from dtrain.common.names import AttemptNumber, CheckpointNumber, Generation, JobName, Term, WorkerId
 from dtrain.coordinator.core.facts import (
     AssignmentReport,
     Fact,
@@ -69,6 +69,7 @@ class ManifestFact:
 class Observed:
     """All observed facts of one leadership."""
 
+    term: Term  # of this leadership
     since_s: float  # monotonic time at which this leadership began
     workers: dict[WorkerId, WorkerView] = field(default_factory=dict)
     manifests: dict[tuple[JobName, AttemptNumber], ManifestFact] = field(default_factory=dict)

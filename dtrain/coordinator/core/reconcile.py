@@ -14,9 +14,9 @@ from collections.abc import Callable, Mapping
 from typing import assert_never
 
 from dtrain.common.errors import InvariantError
-from dtrain.common.names import JobName
+from dtrain.common.names import Generation, JobName
 from dtrain.coordinator.core import checkpoints, failures, placement
-from dtrain.coordinator.core.events import Cause, CheckpointAborted, Decision, JobCancelled, JobSucceeded
+from dtrain.coordinator.core.events import Cause, CheckpointAborted, Decision, JobCancelled, JobSucceeded, Member
 from dtrain.coordinator.core.facts import Now, RankState
 from dtrain.coordinator.core.observed import Observed
 from dtrain.coordinator.core.states import GenerationState, JobPhase, JobState
@@ -92,17 +92,17 @@ def _cancelling(job: JobState, observed: Observed, now: Now) -> Decision | None:
         return Decision(event=aborted, cause=Cause(fact="client_request"))
     if job.generation is not None:
         for member in job.generation.members:
-            if not observed.lost(member.worker, now) and not _stopped(job, job.generation, member.worker, observed):
+            if not observed.lost(member.worker, now) and not _stopped(job, job.generation, member, observed):
                 return None
     return Decision(event=JobCancelled(), cause=Cause(fact="all_ranks_ended"))
 
 
-def _stopped(job: JobState, generation: GenerationState, worker: str, observed: Observed) -> bool:
+def _stopped(job: JobState, generation: GenerationState, member: Member, observed: Observed) -> bool:
     """True if the worker's own report says that nothing of this generation runs there or ever will."""
-    snapshot = next((v.snapshot for v in observed.workers.values() if v.worker == worker), None)
+    snapshot = observed.view(member.worker).snapshot
     if snapshot is None:
         return False
-    stop = stop_id(job, generation)
+    stop = stop_id(job.name, generation.number)
     if any(command.id == stop and command.state == "done" for command in snapshot.commands):
         return True
     report = next((a for a in snapshot.assignments if a.job == job.name), None)
@@ -113,6 +113,6 @@ def _stopped(job: JobState, generation: GenerationState, worker: str, observed: 
     )
 
 
-def stop_id(job: JobState, generation: GenerationState) -> str:
+def stop_id(job: JobName, generation: Generation) -> str:
     """Id of the command that ends this generation's trainers; the same for every leader."""
-    return f"{job.name}/g{generation.number}/stop"
+    return f"{job}/g{generation}/stop"

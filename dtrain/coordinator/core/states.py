@@ -72,6 +72,7 @@ class CommittedCheckpoint:
     step: Step
     world_size: int
     shards: tuple[ShardRecord, ...]
+    store: str
     manifest_key: str
     manifest_digest: str
     position: Position  # of its CheckpointCommitted; carried by its commit marker
@@ -91,6 +92,7 @@ class CommittedCheckpoint:
             step=self.step,
             manifest_key=self.manifest_key,
             manifest_digest=self.manifest_digest,
+            store=self.store,
         )
 
 

@@ -1,0 +1,135 @@
+"""Performs the effects the coordinator owes: manifests and commit markers, in storage.
+
+Each effect runs once at a time, in a thread, and is tried until it is done or refused for good. Both objects
+are create-only and the same whoever writes them, so a second writer finds its own bytes there and is content.
+"""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import assert_never
+
+from dtrain.common.digests import blob_digest
+from dtrain.common.errors import DtrainError, RetryableError
+from dtrain.coordinator.core.effects import Effect, WriteManifest, WriteMarker
+from dtrain.coordinator.core.facts import Fact, ManifestRefused, ManifestWritten, MarkerWritten
+from dtrain.storage import keys, manifests
+from dtrain.storage.objects import AlreadyExists, NotFound, ObjectStore
+from dtrain.storage.uris import open_store
+
+logger = logging.getLogger(__name__)
+
+THREADS_MAX = 8  # effects are small objects; more at once would only queue in storage
+_RETRY_FIRST_S = 0.2
+_RETRY_MAX_S = 10.0
+
+
+class EffectRunner:
+    """Runs effects and brings back facts through ``tell``."""
+
+    def __init__(self, tell: Callable[[Fact], Awaitable[None]]) -> None:
+        self._tell = tell
+        self._running: dict[tuple[str, str, int], asyncio.Task[None]] = {}
+        self._threads = ThreadPoolExecutor(THREADS_MAX, thread_name_prefix="effect")
+        self._stores: dict[str, ObjectStore] = {}
+
+    def perform(self, effects: list[Effect]) -> None:
+        """Start those that are not running."""
+        for effect in effects:
+            if effect.key not in self._running:
+                self._running[effect.key] = asyncio.create_task(self._run(effect), name=":".join(map(str, effect.key)))
+
+    async def close(self) -> None:
+        """Stop caring. A write under way may still be done, which harms nobody."""
+        tasks = list(self._running.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def _run(self, effect: Effect) -> None:
+        pause_s = _RETRY_FIRST_S
+        while True:
+            try:
+                fact = await asyncio.get_running_loop().run_in_executor(self._threads, self._perform, effect)
+                break
+            except RetryableError as error:
+                logger.warning("%s is still owed: %s", effect.key, error)
+            except DtrainError as error:
+                logger.error("%s was refused: %s", effect.key, error)
+                if isinstance(effect, WriteManifest):
+                    fact = ManifestRefused(job=effect.job, attempt=effect.inflight.attempt, reason=str(error))
+                    break
+            await asyncio.sleep(pause_s)  # a refused marker stays owed: somebody may give the rights back
+            pause_s = min(pause_s * 2, _RETRY_MAX_S)
+        await self._tell(fact)
+        del self._running[effect.key]
+
+    def _store(self, uri: str) -> ObjectStore:
+        if uri not in self._stores:
+            self._stores[uri] = open_store(uri)
+        return self._stores[uri]
+
+    def _perform(self, effect: Effect) -> Fact:
+        store = self._store(effect.store)
+        match effect:
+            case WriteManifest():
+                return _write_manifest(store, effect)
+            case WriteMarker():
+                return _write_marker(store, effect)
+            case unreachable:
+                assert_never(unreachable)
+
+
+def _put_once(store: ObjectStore, key: str, data: bytes) -> None:
+    """Create ``key``; content if exactly these bytes are there already."""
+    try:
+        store.put(key, data, if_absent=True)
+    except AlreadyExists:
+        if store.get(key) != data:
+            raise
+
+
+def _write_manifest(store: ObjectStore, effect: WriteManifest) -> ManifestWritten:
+    inflight = effect.inflight
+    for shard in effect.shards:
+        # The worker's acknowledgement is believed for the digest; that the object is there is cheap to see.
+        info = store.head(shard.key)
+        if info is None or info.size_bytes != shard.size_bytes:
+            found = "nothing" if info is None else f"{info.size_bytes} bytes"
+            raise NotFound(f"{shard.key}: acknowledged with {shard.size_bytes} bytes, storage has {found}")
+    manifest = manifests.Manifest(
+        job=effect.job,
+        checkpoint=inflight.number,
+        attempt=inflight.attempt,
+        generation=inflight.generation,
+        step=inflight.step,
+        world_size=effect.world_size,
+        shards=tuple(
+            manifests.ShardEntry(rank=s.rank, key=s.key, size_bytes=s.size_bytes, digest=s.digest)
+            for s in effect.shards
+        ),
+    )
+    data = manifests.encode(manifest)
+    key = keys.manifest_key(effect.job, inflight.number, inflight.attempt)
+    _put_once(store, key, data)
+    return ManifestWritten(
+        job=effect.job, attempt=inflight.attempt, manifest_key=key, manifest_digest=blob_digest(data)
+    )
+
+
+def _write_marker(store: ObjectStore, effect: WriteMarker) -> MarkerWritten:
+    checkpoint = effect.checkpoint
+    marker = manifests.CommitMarker(
+        job=effect.job,
+        checkpoint=checkpoint.number,
+        attempt=checkpoint.attempt,
+        step=checkpoint.step,
+        manifest_key=checkpoint.manifest_key,
+        manifest_digest=checkpoint.manifest_digest,
+        position_seq=checkpoint.position.seq,
+        position_digest=checkpoint.position.digest,
+    )
+    _put_once(store, keys.marker_key(effect.job, checkpoint.number), manifests.encode(marker))
+    return MarkerWritten(job=effect.job, checkpoint=checkpoint.number)

@@ -1,0 +1,137 @@
+"""The event log: a fenced, contiguous append, and replay.
+
+One transaction carries everything decided in a round, for all jobs. It succeeds only while the leader key's
+create revision is still this leader's term and the first new sequence number of each job is still free; the
+numbers after it are then free too, because events are only ever appended in whole transactions.
+
+A lost answer is resolved by reading back: the transaction is atomic, so if the first event is there with
+exactly these bytes, all of it is; if the key is absent it was not applied, or not yet, and trying again is
+safe, since a late first try makes the second one's compare fail and the bytes are then found to be ours. The
+bytes of another mean that another leads.
+"""
+
+import asyncio
+import logging
+import random
+from collections.abc import Sequence
+from itertools import groupby
+
+from dtrain.common.errors import DtrainError, InvariantError, LogDamagedError, RetryableError
+from dtrain.common.names import JobName, Term
+from dtrain.coordinator.codec import Entry
+from dtrain.coordinator.core.evolve import evolve
+from dtrain.coordinator.core.states import JobState
+from dtrain.coordinator.election import Leadership
+from dtrain.coordinator.history import read_all
+from dtrain.etcd.client import EtcdClient
+from dtrain.etcd.errors import EtcdRefused
+from dtrain.etcd.transactions import absent, create_revision_is, put
+
+logger = logging.getLogger(__name__)
+
+# Below etcd's 128 operations and 1.5 MiB, with room for what surrounds them.
+TXN_EVENTS_MAX = 100
+TXN_BYTES_MAX = 1_000_000
+# Compares are kept few: old etcd releases lost acknowledged transactions with many of them.
+TXN_JOBS_MAX = 16
+_RETRY_FIRST_S = 0.05
+_RETRY_MAX_S = 1.0
+
+
+class Deposed(DtrainError):
+    """This process does not lead any more. Everything it knows is thrown away."""
+
+
+class EventLog:
+    """Appends for one leadership."""
+
+    def __init__(self, client: EtcdClient, leadership: Leadership) -> None:
+        self._client = client
+        self._leadership = leadership
+
+    @property
+    def term(self) -> Term:
+        return self._leadership.term
+
+    async def append(self, entries: Sequence[Entry]) -> None:
+        """Make all entries durable, in order. Raises Deposed; then some, and only a prefix, may be durable."""
+        for batch in _batches(entries):
+            await self._append_one(batch)
+
+    async def _append_one(self, batch: Sequence[Entry]) -> None:
+        firsts = {entry.record.job: entry for entry in reversed(batch)}
+        compares = [create_revision_is(self._leadership.key, self.term)]
+        compares += [absent(entry.record.key) for entry in firsts.values()]
+        writes = [put(entry.record.key, entry.value) for entry in batch]
+        pause_s = _RETRY_FIRST_S
+        while True:
+            self._require_leadership()
+            try:
+                result = await self._client.txn(compares, writes)
+                if result.succeeded:
+                    return
+                if await self._is_there(batch[0]):
+                    return
+                raise Deposed(f"another leader has appended {batch[0].record.key}, or holds the leader key")
+            except EtcdRefused as error:
+                raise InvariantError(
+                    f"etcd refuses {len(batch)} events from {batch[0].record.key} on: {error}"
+                ) from error
+            except RetryableError as error:
+                logger.warning("append of %s is not confirmed: %s", batch[0].record.key, error)
+            await asyncio.sleep(pause_s * (0.5 + random.random()))
+            pause_s = min(pause_s * 2, _RETRY_MAX_S)
+            if await self._is_there(batch[0]):
+                return
+
+    async def _is_there(self, entry: Entry) -> bool:
+        """True if the entry is in the log by its content, False if its key is absent. Raises Deposed otherwise."""
+        while True:
+            self._require_leadership()
+            try:
+                kv = await self._client.get(entry.record.key)
+            except RetryableError as error:
+                logger.warning("cannot read back %s: %s", entry.record.key, error)
+                await asyncio.sleep(_RETRY_FIRST_S)
+                continue
+            if kv is None:
+                return False
+            if kv.value == entry.value:
+                return True
+            raise Deposed(f"{entry.record.key} was written by another leader")
+
+    def _require_leadership(self) -> None:
+        if not self._leadership.alive():
+            raise Deposed(f"the lease of term {self.term} is over")
+
+
+def _batches(entries: Sequence[Entry]) -> list[list[Entry]]:
+    """Cut into transactions within etcd's limits. A job's events stay in one where they fit."""
+    batches: list[list[Entry]] = [[]]
+    jobs = size_bytes = 0
+    for _, group in groupby(entries, key=lambda entry: entry.record.job):
+        events = list(group)
+        group_bytes = sum(len(entry.value) + len(entry.record.key) for entry in events)
+        full = len(batches[-1]) + len(events) > TXN_EVENTS_MAX
+        if batches[-1] and (full or jobs == TXN_JOBS_MAX or size_bytes + group_bytes > TXN_BYTES_MAX):
+            batches.append([])
+            jobs = size_bytes = 0
+        batches[-1].extend(events)
+        jobs += 1
+        size_bytes += group_bytes
+    return batches if batches[0] else []
+
+
+async def replay(client: EtcdClient, prefix: str) -> dict[JobName, JobState]:
+    """Fold every job's log. Raises LogDamagedError naming the key of the first event that does not fit."""
+    jobs: dict[JobName, JobState] = {}
+    for name, events in (await read_all(client, prefix)).items():
+        state: JobState | None = None
+        for event in events:
+            try:
+                state = evolve(state, event)
+            except InvariantError as error:
+                raise LogDamagedError(event.key, str(error)) from error
+        if state is not None:
+            jobs[name] = state
+    return jobs

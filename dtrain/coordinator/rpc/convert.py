@@ -1,0 +1,204 @@
+"""Between the wire's messages and the core's records. Malformed messages raise ValueError or UserError."""
+
+from typing import assert_never
+
+from dtrain.common import names
+from dtrain.common.names import AttemptNumber, CheckpointNumber, Generation, Step, Term
+from dtrain.common.specs import CheckpointPolicy, JobSpec
+from dtrain.coordinator.core.commands import Command, StageCheckpoint, StartTrainers, StopTrainers
+from dtrain.coordinator.core.events import Position
+from dtrain.coordinator.core.facts import (
+    AssignmentReport,
+    CommandReport,
+    RankReport,
+    RankState,
+    RestorePhase,
+    RestoreReport,
+    ShardPhase,
+    ShardReport,
+    WorkerSnapshot,
+)
+from dtrain.proto import agent_pb2 as wire
+
+
+def snapshot_from_wire(message: wire.Snapshot) -> WorkerSnapshot:
+    return WorkerSnapshot(
+        worker=names.worker_id(message.worker),
+        journal=message.journal,
+        incarnation=message.incarnation,
+        number=message.number,
+        term=Term(message.term),
+        version=message.version,
+        host=message.host,
+        address=message.address,
+        slots=message.slots,
+        rendezvous_port=message.rendezvous_port,
+        phase=wire.WorkerPhase.Name(message.phase).lower(),
+        assignments=tuple(_assignment(assignment) for assignment in message.assignments),
+        commands=tuple(
+            CommandReport(
+                id=command.id,
+                state=wire.CommandState.Name(command.state).lower(),
+                term=command.term,
+                reason=command.reason,
+            )
+            for command in message.commands
+        ),
+    )
+
+
+def _assignment(message: wire.Assignment) -> AssignmentReport:
+    return AssignmentReport(
+        job=names.job_name(message.job),
+        generation=Generation(message.generation),
+        phase=wire.WorkerPhase.Name(message.phase).lower(),
+        ranks=tuple(rank_from_wire(rank) for rank in message.ranks),
+        shards=tuple(
+            ShardReport(
+                checkpoint=CheckpointNumber(shard.checkpoint),
+                attempt=AttemptNumber(shard.attempt),
+                rank=shard.rank,
+                phase=ShardPhase(wire.ShardState.Name(shard.state).lower()),
+                step=Step(shard.step),
+                key=shard.key,
+                size_bytes=shard.size_bytes,
+                digest=shard.digest,
+                reason=shard.reason,
+            )
+            for shard in message.shards
+        ),
+        restore=RestoreReport(
+            phase=RestorePhase(wire.RestoreState.Name(message.restore.state).lower()),
+            checkpoint=message.restore.checkpoint,
+            key=message.restore.key,
+            reason=message.restore.reason,
+        ),
+        position_seq=message.position.seq,
+        position_digest=message.position.digest,
+    )
+
+
+def rank_from_wire(message: wire.RankReport) -> RankReport:
+    return RankReport(
+        rank=message.rank,
+        state=RankState(wire.RankState.Name(message.state).lower()),
+        pid=message.pid,
+        phase=message.phase,
+        completed_step=Step(message.completed_step),
+        until_step=Step(message.until_step),
+        tracking=message.tracking,
+        step_s=message.step_s,
+        metrics_json=message.metrics_json,
+        exit_code=message.exit_code,
+        exit_unknown=message.exit_unknown,
+        error=message.error,
+        exited_at=message.exited_at,
+    )
+
+
+def rank_to_wire(rank: RankReport) -> wire.RankReport:
+    return wire.RankReport(
+        rank=rank.rank,
+        state=wire.RankState.Value(rank.state.upper()),
+        pid=rank.pid,
+        phase=rank.phase,
+        completed_step=rank.completed_step,
+        until_step=rank.until_step,
+        tracking=rank.tracking,
+        step_s=rank.step_s,
+        metrics_json=rank.metrics_json,
+        exit_code=rank.exit_code,
+        exit_unknown=rank.exit_unknown,
+        error=rank.error,
+        exited_at=rank.exited_at,
+    )
+
+
+def spec_from_wire(message: wire.Spec) -> JobSpec:
+    return JobSpec(
+        name=names.job_name(message.name),
+        python=message.python,
+        script=message.script,
+        args=tuple(message.args),
+        cwd=message.cwd,
+        env=dict(sorted(message.env.items())),
+        nnodes_min=message.nnodes_min,
+        nnodes_max=message.nnodes_max,
+        nproc_per_node=message.nproc_per_node,
+        max_restarts=message.max_restarts,
+        store=message.store,
+        checkpoints=CheckpointPolicy(every_steps=message.every_steps, every_seconds=message.every_seconds),
+    )
+
+
+def command_to_wire(command: Command) -> wire.Command:
+    match command:
+        case StartTrainers():
+            return wire.Command(
+                id=command.id,
+                job=command.job.name,
+                generation=command.generation.number,
+                position=_position(command.position),
+                start_trainers=_start(command),
+            )
+        case StageCheckpoint():
+            return wire.Command(
+                id=command.id,
+                job=command.job.name,
+                generation=command.generation,
+                position=_position(command.position),
+                stage_checkpoint=wire.StageCheckpoint(
+                    checkpoint=command.inflight.number,
+                    attempt=command.inflight.attempt,
+                    step=command.inflight.step,
+                    store=command.job.spec.store,
+                ),
+            )
+        case StopTrainers():
+            return wire.Command(
+                id=command.id,
+                job=command.job,
+                generation=command.generation,
+                position=_position(command.position),
+                stop_trainers=wire.StopTrainers(grace_s=command.grace_s),
+            )
+        case unreachable:
+            assert_never(unreachable)
+
+
+def _position(position: Position) -> wire.LogPosition:
+    return wire.LogPosition(seq=position.seq, digest=position.digest)
+
+
+def _start(command: StartTrainers) -> wire.StartTrainers:
+    spec, generation, member = command.job.spec, command.generation, command.member
+    start = wire.StartTrainers(
+        python=spec.python,
+        script=spec.script,
+        args=spec.args,
+        cwd=spec.cwd,
+        env=spec.env,
+        world_size=generation.world_size,
+        nnodes=len(generation.members),
+        node_rank=member.node_rank,
+        first_rank=member.first_rank,
+        nproc=member.nproc,
+        master_address=generation.master_address,
+        master_port=generation.master_port,
+        restarts=generation.restarts,
+        max_restarts=spec.max_restarts,
+        store=spec.store,
+    )
+    restore = generation.restore
+    if restore is not None:
+        start.restore.CopyFrom(
+            wire.Restore(
+                checkpoint=restore.checkpoint,
+                attempt=restore.attempt,
+                step=restore.step,
+                manifest_key=restore.manifest_key,
+                manifest_digest=restore.manifest_digest,
+                store=restore.store,
+            )
+        )
+    return start
