@@ -193,13 +193,13 @@ class Mailbox:
         self._words[_Word.STEP_NS] = value
 
     @property
-    def metrics(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float | str]:
         """The newest metrics that the script reported."""
         text = self._read_region(_Word.METRICS_SEQ, _Word.METRICS_LEN, _METRICS_AT)
         return json.loads(text) if text else {}
 
     @metrics.setter
-    def metrics(self, values: dict[str, float]) -> None:
+    def metrics(self, values: dict[str, float | str]) -> None:
         text = json.dumps(values).encode()
         if len(text) > _METRICS_MAX:
             raise ValueError(f"metrics take {len(text)} bytes as JSON; at most {_METRICS_MAX} fit")

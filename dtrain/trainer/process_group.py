@@ -15,6 +15,9 @@ from urllib.parse import urlsplit
 import torch
 import torch.distributed as dist
 
+# Public, but torch does not re-export them in the way that mypy asks for.
+from torch.distributed import FileStore, HashStore, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
+
 from dtrain.common.errors import PermanentError, UserError
 from dtrain.trainer.surroundings import Launcher, Surroundings
 
@@ -74,16 +77,16 @@ def leave_group() -> None:
         dist.destroy_process_group()
 
 
-def _store(surroundings: Surroundings, timeout: timedelta) -> dist.Store:
+def _store(surroundings: Surroundings, timeout: timedelta) -> Store:
     if surroundings.launcher is Launcher.PLAIN:
-        return dist.HashStore()
+        return HashStore()
     address = urlsplit(surroundings.rendezvous)
     if address.scheme == "file" and address.path:
-        file_store = dist.FileStore(address.path, surroundings.world_size)
+        file_store = FileStore(address.path, surroundings.world_size)
         file_store.set_timeout(timeout)
         return file_store
     if address.scheme == "tcp" and address.hostname and address.port:
-        tcp_store = dist.TCPStore(
+        tcp_store = TCPStore(
             address.hostname,
             address.port,
             surroundings.world_size,
@@ -91,7 +94,7 @@ def _store(surroundings: Surroundings, timeout: timedelta) -> dist.Store:
             timeout=timeout,
         )
         # A rank of an older generation that still knows this port finds nothing under its own prefix.
-        return dist.PrefixStore(f"dtrain/{surroundings.job}/{surroundings.generation}", tcp_store)
+        return PrefixStore(f"dtrain/{surroundings.job}/{surroundings.generation}", tcp_store)
     raise UserError(
         f"DTRAIN_RENDEZVOUS={surroundings.rendezvous!r} is not valid: give file:///path or tcp://host:port."
     )

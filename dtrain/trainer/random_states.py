@@ -12,7 +12,7 @@ deterministic.
 import hashlib
 import random
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,13 +58,14 @@ class RandomStates:
 def capture() -> RandomStates:
     """Return the present states. CUDA is never woken by this: unused generators still hold the script's seed."""
     version, words, gauss = random.getstate()
+    in_use = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     return RandomStates(
         python_version=version,
         python_words=words,
         python_gauss=gauss,
-        numpy=cast("dict[str, Any]", np.random.get_state(legacy=False)),
+        numpy=np.random.get_state(legacy=False),
         torch_cpu=torch.get_rng_state(),
-        torch_cuda=tuple(torch.cuda.get_rng_state_all()) if torch.cuda.is_initialized() else (),
+        torch_cuda=tuple(torch.cuda.get_rng_state_all()) if in_use else (),
     )
 
 

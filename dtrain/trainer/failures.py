@@ -1,0 +1,64 @@
+"""When the script fails: say so where others look, and leave at once.
+
+Others look in two places: the record that torchrun's convention wants (TORCHELASTIC_ERROR_FILE), and the worker's
+mailbox. Leaving at once matters as much. A rank that dies with a collective under way would, at the interpreter's
+end, wait for the peers in that collective, while they wait for it: so the process ends after the traceback and the
+exit handlers, without taking the process group down.
+"""
+
+import atexit
+import json
+import logging
+import os
+import sys
+import time
+import traceback
+from pathlib import Path
+from types import TracebackType
+
+_log = logging.getLogger("dtrain")
+
+EXIT_FAILED = 1
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells say it
+
+
+def one_line(error: BaseException) -> str:
+    """Return the error as the last line of its traceback says it, with its first line only."""
+    text = "".join(traceback.format_exception_only(error)).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def write_error_file(path: Path, error: BaseException) -> None:
+    """Write the record that torch's ``@record`` writes. A failure to do so is logged: the error itself matters more."""
+    record = {
+        "message": {
+            "message": one_line(error),
+            "extraInfo": {
+                "py_callstack": "".join(traceback.format_exception(error)),
+                "timestamp": str(int(time.time())),
+            },
+        }
+    }
+    try:
+        path.write_text(json.dumps(record))
+    except OSError as problem:
+        _log.warning("could not write the error file %s: %s", path, problem)
+
+
+def is_failure(error: BaseException | None) -> bool:
+    """Say whether leaving with ``error`` means that the script failed. ``sys.exit(0)`` does not."""
+    return error is not None and not (isinstance(error, SystemExit) and error.code in (None, 0))
+
+
+def leave_at_once_if_uncaught() -> None:
+    """Arrange that an exception nobody catches ends the process right after its traceback is printed."""
+    inner = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        inner(kind, error, trace)
+        atexit._run_exitfuncs()  # what the interpreter's end would run, without what it would wait for
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(EXIT_INTERRUPTED if issubclass(kind, KeyboardInterrupt) else EXIT_FAILED)
+
+    sys.excepthook = hook

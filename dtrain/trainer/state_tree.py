@@ -1,0 +1,235 @@
+"""State trees: what ``state_dict()`` gives, as a JSON text and a flat dict of tensors, and back. No pickle.
+
+A checkpoint must load without running anybody's code and must give back exactly what was put in: the same types,
+the same order, the same bits. So every kind of value has its own tag, and what has none is refused with the path to
+it, instead of being stored as something like it.
+
+    null, true, false, "text", 12, [...]     themselves (integers of more than 63 bits as {"int": "0x..."})
+    {"float": "0x1.8p+1"}                     exact, by float.hex(); NaNs with their bits
+    {"tuple": [...]} {"set": [...]} ...       containers by their exact type
+    {"dict": [[key, value], ...]}             in order; keys may be text, numbers, bools, None, tuples of these
+    {"tensor": "model.weight"}                by its name in the shard
+
+Two names for one tensor (tied weights) are stored twice, once under each name. Whoever loads gets tensors and arrays
+of its own.
+"""
+
+import base64
+import json
+import math
+import struct
+from collections import Counter, OrderedDict, defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+
+from dtrain.common.errors import PermanentError
+from dtrain.trainer.tensor_codes import as_stored, why_not_storable
+
+Json: TypeAlias = bool | int | str | list["Json"] | dict[str, "Json"] | None
+
+DEPTH_MAX = 64  # nesting deeper than this is a cycle, or will not be read back by common JSON parsers
+BYTES_INLINE_MAX = 1024  # longer byte strings are stored like tensors: base64 in a header is slow and large
+_INT_PLAIN_MAX = 2**63  # larger ones would lose bits in parsers that read numbers as 64 bits
+_HOW = "Give the object state_dict() and load_state_dict() that use plain data."
+_SCALARS = "?bBhHiIlLqQefdFD"  # numpy's codes of bools, integers and floats that every machine has alike
+_FACTORIES: dict[str, Callable[[], Any]] = {
+    "int": int,
+    "float": float,
+    "str": str,
+    "bool": bool,
+    "list": list,
+    "dict": dict,
+    "set": set,
+}
+
+
+class Encoder:
+    """Turns values into JSON and collects their tensors. One encoder per shard, so that names stay unique."""
+
+    def __init__(self) -> None:
+        # name in the shard -> the tensor whose bytes are stored under it. These are views: copy them before the
+        # next step changes what they show.
+        self.tensors: dict[str, torch.Tensor] = {}
+
+    def encode(self, value: object, path: str) -> Json:
+        """Return ``value`` as JSON. Raises TypeError naming the path of what cannot be stored."""
+        return self._encode(value, path, 0)
+
+    def _encode(self, value: Any, path: str, depth: int) -> Json:
+        if depth > DEPTH_MAX:
+            raise TypeError(f"{path} is nested more than {DEPTH_MAX} levels deep, or contains itself. {_HOW}")
+        kind = type(value)
+        if value is None or kind is bool or kind is str:
+            return value  # type: ignore[no-any-return]
+        if kind is int:
+            return value if -_INT_PLAIN_MAX <= value < _INT_PLAIN_MAX else {"int": hex(value)}
+        if kind is float:
+            return {"float": _float_text(value)}
+        if isinstance(value, torch.Tensor):
+            return self._tensor(value, path)
+        if kind is list:
+            return self._items(value, path, depth)
+        if kind in _SEQUENCES:
+            return {_SEQUENCES[kind]: self._items(value, path, depth)}
+        if kind in _MAPPINGS:
+            return self._mapping(value, path, depth)
+        if kind in (set, frozenset):
+            items = self._items(value, path, depth)
+            return {kind.__name__: sorted(items, key=json.dumps)}  # sets have no order; a shard's bytes do
+        if kind is np.ndarray:
+            return self._array(value, path)
+        return self._leaf(value, path)
+
+    def _leaf(self, value: Any, path: str) -> Json:
+        kind = type(value)
+        if kind is complex:
+            return {"complex": [_float_text(value.real), _float_text(value.imag)]}
+        if kind is bytes:
+            if len(value) > BYTES_INLINE_MAX:
+                stored = torch.frombuffer(bytearray(value), dtype=torch.uint8)
+                return {"bytes": {"tensor": self._name(stored, path)}}
+            return {"bytes": base64.b64encode(value).decode()}
+        if kind is torch.dtype:
+            return {"dtype": str(value).removeprefix("torch.")}
+        if kind is torch.device:
+            return {"device": str(value)}
+        if isinstance(value, np.generic) and value.dtype.char in _SCALARS:
+            native = value.astype(value.dtype.newbyteorder("="))
+            return {"scalar": [native.dtype.str, base64.b64encode(native.tobytes()).decode()]}
+        raise TypeError(f"{path} is a {kind.__module__}.{kind.__qualname__}, which a checkpoint cannot hold. {_HOW}")
+
+    def _items(self, values: Iterable[object], path: str, depth: int) -> list[Json]:
+        return [self._encode(value, f"{path}.{index}", depth + 1) for index, value in enumerate(values)]
+
+    def _mapping(self, value: Mapping[Any, Any], path: str, depth: int) -> Json:
+        pairs: list[Json] = [
+            [self._key(key, path), self._encode(item, f"{path}.{key}", depth + 1)] for key, item in value.items()
+        ]
+        node: dict[str, Json] = {_MAPPINGS[type(value)]: pairs}
+        if isinstance(value, defaultdict):
+            factory = value.default_factory
+            name = None if factory is None else getattr(factory, "__name__", "")
+            if factory is not None and _FACTORIES.get(str(name)) is not factory:
+                raise TypeError(f"{path} is a defaultdict of {factory!r}, which a checkpoint cannot hold. {_HOW}")
+            node["factory"] = name
+        if hasattr(value, "_metadata"):  # torch's modules keep the versions of their state there
+            node["metadata"] = self._encode(value._metadata, f"{path}._metadata", depth + 1)
+        return node
+
+    def _key(self, key: object, path: str) -> Json:
+        if key is None or type(key) in (str, int, bool, float):
+            return self._encode(key, path, 0)
+        if type(key) is tuple:
+            return {"tuple": [self._key(part, path) for part in key]}
+        raise TypeError(
+            f"{path} has a key of type {type(key).__module__}.{type(key).__qualname__}; "
+            f"keys may be text, numbers, bools, None and tuples of these. {_HOW}"
+        )
+
+    def _tensor(self, tensor: torch.Tensor, path: str) -> Json:
+        if why := why_not_storable(tensor):
+            raise TypeError(f"{path} {why}.")
+        node: dict[str, Json] = {"tensor": self._name(as_stored(tensor), path)}
+        if tensor.dtype is torch.complex128:
+            node["pairs"] = True
+        if tensor.device.type != "cpu":
+            node["device"] = tensor.device.type
+        return node
+
+    def _array(self, array: np.ndarray[Any, Any], path: str) -> Json:
+        try:
+            native = np.array(array, dtype=array.dtype.newbyteorder("="), order="C")  # a copy: arrays may be read-only
+            stored = torch.from_numpy(native)
+        except TypeError as error:
+            raise TypeError(
+                f"{path} is a numpy array of {array.dtype}, which a checkpoint cannot hold. {_HOW}"
+            ) from error
+        return {"array": self._tensor(stored, path), "dtype": array.dtype.str}
+
+    def _name(self, stored: torch.Tensor, path: str) -> str:
+        name, copies = path, 1
+        while name in self.tensors:  # {"a": {"b": t}} beside {"a.b": t}
+            copies += 1
+            name = f"{path}#{copies}"
+        self.tensors[name] = stored
+        return name
+
+
+_SEQUENCES: dict[type, str] = {tuple: "tuple", torch.Size: "size"}
+_MAPPINGS: dict[type, str] = {dict: "dict", OrderedDict: "ordered", defaultdict: "defaultdict", Counter: "counter"}
+
+
+def decode(node: Json, load: Callable[[str], torch.Tensor], device: torch.device) -> Any:
+    """Return the value that :meth:`Encoder.encode` was given.
+
+    ``load`` returns a tensor by its name in the shard, owned by the caller, on the CPU. Tensors that were on an
+    accelerator go to ``device`` if it is of the same type, and stay on the CPU otherwise.
+    """
+    if node is None or isinstance(node, bool | int | str):
+        return node
+    if isinstance(node, list):
+        return [decode(item, load, device) for item in node]
+    tag = next(iter(node))
+    body: Any = node[tag]
+    match tag:
+        case "int":
+            return int(body, 16)
+        case "float":
+            return _float_value(body)
+        case "complex":
+            return complex(_float_value(body[0]), _float_value(body[1]))
+        case "bytes":
+            return load(body["tensor"]).numpy().tobytes() if isinstance(body, dict) else base64.b64decode(body)
+        case "tuple" | "size" | "set" | "frozenset":
+            kinds: dict[str, Callable[[Any], Any]]
+            kinds = {"tuple": tuple, "size": torch.Size, "set": set, "frozenset": frozenset}
+            return kinds[tag](decode(item, load, device) for item in body)
+        case "dict" | "ordered" | "defaultdict" | "counter":
+            return _decode_mapping(tag, node, load, device)
+        case "dtype":
+            return getattr(torch, body)
+        case "device":
+            return torch.device(body)
+        case "scalar":
+            return np.frombuffer(base64.b64decode(body[1]), dtype=np.dtype(body[0]))[0]
+        case "array":
+            return decode(body, load, device).numpy().astype(np.dtype(str(node["dtype"])), copy=False)
+        case "tensor":
+            tensor = load(body)
+            if node.get("pairs"):
+                tensor = torch.view_as_complex(tensor)
+            return tensor.to(device) if node.get("device") == device.type else tensor
+    raise PermanentError(f"the checkpoint holds a value tagged {tag!r}, which this version of dtrain does not know")
+
+
+def _decode_mapping(tag: str, node: dict[str, Json], load: Callable[[str], torch.Tensor], device: torch.device) -> Any:
+    body: Any = node[tag]
+    pairs = [(decode(key, load, device), decode(item, load, device)) for key, item in body]
+    match tag:
+        case "dict":
+            return dict(pairs)
+        case "counter":
+            return Counter(dict(pairs))
+        case "defaultdict":
+            name = node["factory"]
+            return defaultdict(None if name is None else _FACTORIES[str(name)], pairs)
+    ordered = OrderedDict(pairs)
+    if "metadata" in node:
+        ordered._metadata = decode(node["metadata"], load, device)  # type: ignore[attr-defined]
+    return ordered
+
+
+def _float_text(value: float) -> str:
+    if math.isnan(value):
+        return "nan:" + struct.pack(">d", value).hex()
+    return value.hex()
+
+
+def _float_value(text: str) -> float:
+    if text.startswith("nan:"):
+        (value,) = struct.unpack(">d", bytes.fromhex(text.removeprefix("nan:")))
+        return float(value)
+    return float.fromhex(text)

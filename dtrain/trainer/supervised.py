@@ -1,0 +1,148 @@
+"""Life under a worker: the trainer's side of the mailbox.
+
+    JOINED -> RESTORING -> TRAINING <-> CHECKPOINTING
+                              +-> FINISHED
+
+At the end of each step the trainer publishes the step it completed, and *then* looks at the request. The worker
+writes a request at any time, for a step that the coordinator believes to be ahead of every rank. Two orders are
+possible at the boundary of step s:
+
+- the request for s was written before the look: it is staged;
+- it was written after the look: the trainer sees it at the boundary of s + 1, and reports it as missed.
+
+So every request gets an answer (staged, missed, failed) unless the trainer dies, and only the answer counts: nobody
+may conclude from ``completed_step`` that a request was seen, or was not. Publishing first makes the number that the
+coordinator chooses from as fresh as can be. A request for a later step waits; one that can no longer be met when the
+steps are over is reported as missed.
+
+A state that cannot be stored (a value no checkpoint can hold, shared memory full) is reported, and training goes on.
+"""
+
+import logging
+import mmap
+from collections.abc import Callable
+from pathlib import Path
+from time import perf_counter_ns
+
+from dtrain.common.errors import UserError
+from dtrain.common.mailbox import MAILBOX_BYTES, Mailbox, TrainerPhase, unpack
+from dtrain.common.names import Step
+from dtrain.trainer.failures import one_line
+from dtrain.trainer.restoring import RESTORE_FILE, read_shard_file, wait_for_worker
+from dtrain.trainer.staging import StageSlots, lay_out
+from dtrain.trainer.tracking import CapturedState, SavedState
+
+_log = logging.getLogger("dtrain")
+
+
+class WorkerStation:
+    """Progress out, checkpoint requests in, through the mailbox in ``rank_dir``."""
+
+    def __init__(self, rank_dir: Path, *, rank: int, world_size: int) -> None:
+        self._rank_dir = rank_dir
+        self._rank = rank
+        self._world_size = world_size
+        self._map, self._mailbox = _open_mailbox(rank_dir / "mailbox")
+        self._slots = StageSlots(rank_dir)
+        self._capture: Callable[[Step], CapturedState] | None = None  # set by begin()
+        self._answered = 0  # the last request that was staged, missed or failed; 0 before the first
+        self._step_began_ns = 0  # perf_counter_ns() at the end of the last boundary
+        self._error_shown = False  # whether the error region tells of a failed staging
+        self._mailbox.phase = TrainerPhase.JOINED
+
+    def track(self) -> None:
+        """Say that this trainer can be checkpointed."""
+        self._mailbox.tracking = True
+
+    def load(self) -> SavedState | None:
+        """Wait for the worker's word and return what this rank starts from; None for nothing."""
+        self._mailbox.phase = TrainerPhase.RESTORING
+        return read_shard_file(self._rank_dir / RESTORE_FILE) if wait_for_worker(self._mailbox) else None
+
+    def begin(self, *, step: Step, until: Step, capture: Callable[[Step], CapturedState]) -> None:
+        """The steps begin: ``step`` is done, ``until`` will be the last."""
+        self._capture = capture
+        mailbox = self._mailbox
+        mailbox.until_step = until
+        mailbox.completed_step = step
+        mailbox.phase = TrainerPhase.TRAINING
+        self._step_began_ns = perf_counter_ns()
+
+    def boundary(self, step: Step) -> None:
+        """The body of ``step`` has run. Costs about a microsecond unless a checkpoint is asked for."""
+        mailbox = self._mailbox
+        mailbox.completed_step = step
+        now_ns = perf_counter_ns()
+        mailbox.step_ns = now_ns - self._step_began_ns
+        self._step_began_ns = now_ns
+        if mailbox.request != self._answered:
+            self._answer(mailbox.request, step)
+            self._step_began_ns = perf_counter_ns()
+
+    def finish(self) -> None:
+        """No step will follow."""
+        request = self._mailbox.request
+        if request != self._answered:
+            self._mailbox.missed = self._answered = request
+        self._mailbox.phase = TrainerPhase.FINISHED
+
+    def report(self, metrics: dict[str, float | str]) -> None:
+        """Show ``metrics`` to whoever watches. Raises ValueError if they do not fit."""
+        self._mailbox.metrics = metrics
+
+    def fail(self, text: str) -> None:
+        """Say why this trainer is about to end."""
+        self._mailbox.error = text
+
+    def close(self) -> None:
+        """Let go of the shared memory; the files belong to the worker."""
+        self._slots.close()
+        self._mailbox.close()
+        self._map.close()
+
+    def _answer(self, request: int, step: Step) -> None:
+        _, wanted_step = unpack(request)
+        if wanted_step > step:
+            return  # not yet
+        self._answered = request
+        if request == 0:
+            return
+        if wanted_step < step:
+            self._mailbox.missed = request
+            return
+        self._mailbox.phase = TrainerPhase.CHECKPOINTING
+        self._stage(request, step)
+        self._mailbox.phase = TrainerPhase.TRAINING
+
+    def _stage(self, request: int, step: Step) -> None:
+        if self._capture is None:
+            raise AssertionError("a step boundary before begin()")
+        mailbox = self._mailbox
+        began_ns = perf_counter_ns()
+        try:
+            image = lay_out(self._capture(step), rank=self._rank, world_size=self._world_size)
+            slot = self._slots.stage(image)
+        except Exception as error:  # whatever a script's state_dict() may raise: no checkpoint stops training
+            _log.warning("the state of step %d could not be stored", step, exc_info=True)
+            mailbox.error = f"step {step} could not be stored: {one_line(error)}"
+            self._error_shown = True
+            mailbox.stall_ns = perf_counter_ns() - began_ns
+            mailbox.stage_failed = request
+            return
+        if self._error_shown:
+            mailbox.error = ""
+            self._error_shown = False
+        mailbox.stall_ns = perf_counter_ns() - began_ns
+        mailbox.publish_staged(request, slot=slot, size_bytes=image.plan.total_bytes)
+
+
+def _open_mailbox(path: Path) -> tuple[mmap.mmap, Mailbox]:
+    try:
+        with path.open("r+b") as file:
+            mapped = mmap.mmap(file.fileno(), MAILBOX_BYTES)
+        return mapped, Mailbox(mapped)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"the worker's mailbox {path} cannot be used ({error}): start this script with 'dtrain run', "
+            "or unset DTRAIN_RANK_DIR to run it by hand."
+        ) from error
