@@ -1,0 +1,43 @@
+"""What one agent is told when it starts."""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dtrain.common.errors import UserError
+from dtrain.common.names import WorkerId
+
+SHARED_MEMORY = Path("/dev/shm")
+
+
+def default_slots() -> int:
+    """One trainer a processor."""
+    return os.cpu_count() or 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerConfig:
+    """The settings of one agent. Times are in seconds."""
+
+    etcd: tuple[str, ...]  # "host:port", at least one
+    worker_id: WorkerId
+    data_dir: Path  # journal, lock and logs; one agent at a time
+    prefix: str = "/dtrain"
+    slots: int = field(default_factory=default_slots)  # trainers that may run here at once, >= 1
+    listen: str = "127.0.0.1:0"  # where the Logs service listens; port 0: any free one
+    advertise: str = ""  # host, or host:port, under which others reach this node; empty: where it listens
+    heartbeat_s: float = 0.5  # a snapshot at least this often
+    lease_ttl_s: float = 5.0  # how long etcd remembers a node that says nothing
+    fence_after_s: float = 1800.0  # without any coordinator for so long, the trainers are ended
+    orphan_after_s: float = 600.0  # without their agent for so long, the trainers are ended
+    shared_memory: Path = SHARED_MEMORY  # where rank folders lie; the data folder if it is not there
+
+    def __post_init__(self) -> None:
+        if not self.etcd:
+            raise UserError("no etcd endpoint was given: name one, as in --etcd 127.0.0.1:2379.")
+        if self.slots < 1:
+            raise UserError(f"slots {self.slots} is not valid: give 1 or more.")
+        if self.listen.rpartition(":")[0] in ("0.0.0.0", "[::]", "") and not self.advertise:
+            raise UserError(
+                f"listening on {self.listen} does not say how others reach this node: give --advertise HOST as well."
+            )

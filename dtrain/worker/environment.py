@@ -1,0 +1,71 @@
+"""The environment that a trainer is born into: torchrun's variables as torchrun 2.13 sets them, and our own.
+
+A script written for torchrun must not notice the difference. So every variable that torchrun sets is set here
+with the same meaning; the agent's own settings (DTRAIN_*) are taken out first, since a trainer that read them
+would act on its agent's orders; what the job asked for comes next; what only the agent can know comes last.
+CUDA_VISIBLE_DEVICES is left as it is, as torchrun leaves it.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from dtrain.worker.core.states import TrainersSpec
+from dtrain.worker.rank_dirs import RankId
+
+ERROR_FILE = "error.json"
+ROLE = "default"  # torchrun's name for its only role
+
+
+def trainer_environment(
+    inherited: Mapping[str, str], spec: TrainersSpec, of: RankId, rank_dir: Path, journal_id: str
+) -> dict[str, str]:
+    """Return the whole environment of one trainer. ``inherited`` is the agent's own."""
+    env = {name: value for name, value in inherited.items() if not name.startswith("DTRAIN_")}
+    env.update(spec.env)
+    if spec.nproc > 1:
+        env.setdefault("OMP_NUM_THREADS", "1")  # or each rank would start a thread on every core
+    env.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")
+    env["PYTHONUNBUFFERED"] = "1"  # what a rank printed must be in its log when it is killed
+    env.update(_torchrun_variables(spec, of, rank_dir))
+    env.update(_own_variables(spec, of, rank_dir, journal_id))
+    return env
+
+
+def _torchrun_variables(spec: TrainersSpec, of: RankId, rank_dir: Path) -> dict[str, str]:
+    return {
+        "RANK": str(of.rank),
+        "LOCAL_RANK": str(of.rank - spec.first_rank),
+        "WORLD_SIZE": str(spec.world_size),
+        "LOCAL_WORLD_SIZE": str(spec.nproc),
+        "GROUP_RANK": str(spec.node_rank),
+        "GROUP_WORLD_SIZE": str(spec.nnodes),
+        "ROLE_NAME": ROLE,
+        "ROLE_RANK": str(of.rank),
+        "ROLE_WORLD_SIZE": str(spec.world_size),
+        "MASTER_ADDR": spec.master_address,
+        "MASTER_PORT": str(spec.master_port),
+        "TORCHELASTIC_RESTART_COUNT": str(spec.restarts),
+        "TORCHELASTIC_MAX_RESTARTS": str(spec.max_restarts),
+        "TORCHELASTIC_RUN_ID": of.job,
+        "TORCHELASTIC_USE_AGENT_STORE": "False",  # rank 0 hosts the store at MASTER_PORT
+        "TORCHELASTIC_ERROR_FILE": str(rank_dir / ERROR_FILE),
+    }
+
+
+def _own_variables(spec: TrainersSpec, of: RankId, rank_dir: Path, journal_id: str) -> dict[str, str]:
+    if spec.nnodes == 1:
+        rendezvous = f"file://{rank_dir.parent / 'rendezvous'}"
+    else:
+        rendezvous = f"tcp://{spec.master_address}:{spec.master_port}"
+    return {
+        "DTRAIN_JOB": of.job,
+        "DTRAIN_GENERATION": str(of.generation),
+        "DTRAIN_RANK_DIR": str(rank_dir),
+        "DTRAIN_RENDEZVOUS": rendezvous,
+        "DTRAIN_TRAINER": trainer_mark(of, journal_id),
+    }
+
+
+def trainer_mark(of: RankId, journal_id: str) -> str:
+    """The mark by which every process of this rank can be found, whoever its parent is now."""
+    return f"{journal_id}/{of.job}/{of.generation}/{of.rank}"

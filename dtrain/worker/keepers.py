@@ -1,0 +1,241 @@
+"""Starts keepers, finds those that a dead agent left, and turns their ends into facts.
+
+A keeper is detached: neither a Ctrl-C at the agent's terminal nor the agent's death reaches it. What is known of
+it lies in its rank folder, so a restarted agent needs no memory of its own to go on:
+
+| in the folder                | what it means                                   | what ``ensure`` does |
+|------------------------------|-------------------------------------------------|----------------------|
+| no folder                    | shared memory was lost: the node was restarted   | reports an unknown exit |
+| nothing                      | no keeper has forked; one may be on its way      | starts one; the lock lets one of two go on |
+| started.json, keeper lives   | the trainer runs                                 | watches the keeper |
+| started.json, keeper is gone | exited.json says how it ended, or nobody saw it  | reports the exit |
+
+An exit is reported when the keeper is gone too, since it leaves last: then no descendant of the trainer holds a
+port, a device or a lock any more. A keeper that was itself killed takes its trainer along (the kernel does it);
+what the trainer had started is found by the mark in its environment, and killed before the exit is reported.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from dtrain.worker import keeper
+from dtrain.worker.core.inputs import TrainerExited, TrainerStarted
+from dtrain.worker.core.states import ExitFact
+from dtrain.worker.environment import trainer_mark
+from dtrain.worker.rank_dirs import RankId, Started, forbid, read_exited, read_started
+
+logger = logging.getLogger(__name__)
+
+STRAYS_S = 10.0  # how long killed processes may take to vanish before the exit is reported all the same
+STRAYS_PAUSE_S = 0.02
+
+
+class _Kept:
+    """One keeper as this agent knows it."""
+
+    def __init__(self, of: RankId, folder: Path) -> None:
+        self.of = of
+        self.folder = folder
+        self.child: subprocess.Popen[bytes] | None = None  # the keeper that this process started
+        self.started: Started | None = None
+        self.pidfd = -1
+        self.told_started = False
+        self.end_grace_s: float | None = None  # asked to end before its keeper was known
+        self.kill_timer: asyncio.TimerHandle | None = None
+
+
+class Keepers:
+    """All keepers of the agent. Used in the event loop only."""
+
+    def __init__(
+        self,
+        emit: Callable[[TrainerStarted | TrainerExited], None],
+        read_last: Callable[[RankId], None],
+        journal_id: str,
+    ) -> None:
+        self._emit = emit
+        self._read_last = read_last
+        self._journal_id = journal_id
+        self._kept: dict[RankId, _Kept] = {}
+        self._ending: set[asyncio.Task[None]] = set()
+
+    def ensure(self, of: RankId, folder: Path, *, start: bool) -> None:
+        """Have the rank kept, or its end reported; never started twice, never at all unless ``start``."""
+        if of in self._kept:
+            return
+        kept = self._kept[of] = _Kept(of, folder)
+        if not folder.is_dir():
+            self._finish(kept, ExitFact(code=None, at_unix_s=time.time(), error="its folder in shared memory is gone"))
+        elif read_started(folder) is not None or read_exited(folder) is not None:
+            self._look(kept)
+        elif start:
+            self._spawn(kept)
+        else:
+            self._look(kept)
+
+    def _spawn(self, kept: _Kept) -> None:
+        log = os.open(kept.folder / "keeper.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        try:
+            kept.child = subprocess.Popen(
+                [sys.executable, "-I", "-S", keeper.__file__, str(kept.folder)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd="/",
+                env={},  # the mark of its trainer is not in here, so a sweep never takes a keeper for a stray
+                start_new_session=True,
+            )
+        except OSError as error:
+            self._finish(kept, ExitFact(code=None, at_unix_s=time.time(), error=f"its keeper cannot run: {error}"))
+        finally:
+            os.close(log)
+
+    def poll(self) -> None:
+        """Look after keepers that have not said yet who they are. The others wake the loop themselves."""
+        for kept in tuple(self._kept.values()):
+            if not kept.told_started:
+                self._look(kept)
+
+    def _look(self, kept: _Kept) -> None:
+        started = read_started(kept.folder)
+        if started is None:
+            if kept.child is None or kept.child.poll() is not None:
+                # Nobody of ours is on the way. If no other keeper holds the lock, none will ever start here.
+                fact = read_exited(kept.folder) or forbid(kept.folder, self._why_never_started(kept))
+                if fact is not None:
+                    self._finish(kept, fact)
+            return
+        kept.started = started
+        if kept.pidfd < 0 and not self._watch(kept, started):
+            return
+        if started.trainer_pid and not kept.told_started:
+            kept.told_started = True
+            of = kept.of
+            self._emit(TrainerStarted(job=of.job, generation=of.generation, rank=of.rank, pid=started.trainer_pid))
+        if kept.end_grace_s is not None:
+            grace_s, kept.end_grace_s = kept.end_grace_s, None
+            self._end_one(kept, grace_s)
+
+    def _why_never_started(self, kept: _Kept) -> str:
+        if kept.child is None:
+            return "it was ended before it was started"
+        with contextlib.suppress(OSError):
+            lines = (kept.folder / "keeper.log").read_text(errors="replace").split("\n")
+            return next((f"its keeper failed: {line}" for line in reversed(lines) if line), "its keeper failed")
+        return "its keeper failed"
+
+    def _watch(self, kept: _Kept, started: Started) -> bool:
+        """Have the loop woken when the keeper is gone; return whether it lives."""
+        try:
+            pidfd = os.pidfd_open(started.keeper_pid)
+        except ProcessLookupError:
+            self._begin_end(kept)
+            return False
+        # Only now the number is pinned: if it is still the same process, it stays the same.
+        if keeper.start_time(started.keeper_pid) != started.keeper_start:
+            os.close(pidfd)
+            self._begin_end(kept)
+            return False
+        kept.pidfd = pidfd
+        asyncio.get_running_loop().add_reader(pidfd, self._keeper_gone, kept)
+        return True
+
+    def _keeper_gone(self, kept: _Kept) -> None:
+        asyncio.get_running_loop().remove_reader(kept.pidfd)
+        os.close(kept.pidfd)
+        kept.pidfd = -1
+        if kept.child is not None:
+            kept.child.poll()  # it ended: this only takes its entry out of the process table
+        kept.started = read_started(kept.folder) or kept.started
+        self._begin_end(kept)
+
+    def _begin_end(self, kept: _Kept) -> None:
+        kept.told_started = True  # nothing is left to look for
+        fact = read_exited(kept.folder)
+        if fact is not None:
+            self._finish(kept, fact)
+            return
+        task = asyncio.get_running_loop().create_task(self._end_unseen(kept))
+        self._ending.add(task)
+        task.add_done_callback(self._ending.discard)
+
+    async def _end_unseen(self, kept: _Kept) -> None:
+        """The keeper was killed: see to it that nothing of its trainer lives, then report."""
+        mark = trainer_mark(kept.of, self._journal_id)
+        deadline = time.monotonic() + STRAYS_S
+        while kill_strays(lambda found: found == mark) and time.monotonic() < deadline:
+            await asyncio.sleep(STRAYS_PAUSE_S)
+        self._finish(
+            kept, ExitFact(code=None, at_unix_s=time.time(), error="its keeper was killed: nobody saw the exit")
+        )
+
+    def _finish(self, kept: _Kept, fact: ExitFact) -> None:
+        if kept.kill_timer is not None:
+            kept.kill_timer.cancel()
+        self._kept.pop(kept.of, None)
+        self._read_last(kept.of)
+        self._emit(TrainerExited(job=kept.of.job, generation=kept.of.generation, rank=kept.of.rank, exit=fact))
+
+    def end(self, job: str, generation: int, grace_s: float) -> None:
+        """End the trainers of one generation: SIGTERM, SIGKILL after ``grace_s``; 0: SIGKILL at once."""
+        for kept in tuple(self._kept.values()):
+            if kept.of.job == job and kept.of.generation == generation:
+                self._end_one(kept, grace_s)
+
+    def _end_one(self, kept: _Kept, grace_s: float) -> None:
+        if kept.pidfd < 0:
+            kept.end_grace_s = grace_s  # until it has said who it is, its signals are not blocked
+        elif grace_s <= 0:
+            self._signal(kept, signal.SIGQUIT)
+        else:
+            self._signal(kept, signal.SIGTERM)
+            if kept.kill_timer is not None:
+                kept.kill_timer.cancel()
+            kept.kill_timer = asyncio.get_running_loop().call_later(grace_s, self._signal, kept, signal.SIGQUIT)
+
+    def _signal(self, kept: _Kept, number: signal.Signals) -> None:
+        if kept.pidfd >= 0:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(kept.pidfd, number)
+
+    def close(self) -> None:
+        """Let go of all keepers; they keep their trainers."""
+        for kept in self._kept.values():
+            if kept.kill_timer is not None:
+                kept.kill_timer.cancel()
+            if kept.pidfd >= 0:
+                asyncio.get_running_loop().remove_reader(kept.pidfd)
+                os.close(kept.pidfd)
+            if kept.child is not None:
+                kept.child.returncode = kept.child.returncode or 0  # it outlives us on purpose
+        self._kept.clear()
+
+
+def kill_strays(is_stray: Callable[[str], bool]) -> int:
+    """Kill every process whose mark is a stray's; return how many were found alive."""
+    found = 0
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and is_stray(mark_of(int(entry.name))):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(int(entry.name), signal.SIGKILL)
+                found += 1
+    return found
+
+
+def mark_of(pid: int) -> str:
+    """The process's trainer mark; empty if it has none, is a zombie, or is not ours to read."""
+    try:
+        variables: Iterable[bytes] = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return ""
+    return next(
+        (v.partition(b"=")[2].decode(errors="replace") for v in variables if v.startswith(b"DTRAIN_TRAINER=")), ""
+    )

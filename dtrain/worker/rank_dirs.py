@@ -1,0 +1,161 @@
+"""The folders that an agent shares with its keepers and trainers, in shared memory.
+
+``<shared memory>/dtrain-<journal>/<job>.g<generation>/rank<rank>/``. The journal's identity keeps two agents of
+one machine apart. The folders are only ever worth something together with the journal: what a restarted agent
+finds there without a living generation in its journal is swept away.
+
+Rule: preparing a folder twice changes nothing that a keeper or trainer may already use.
+"""
+
+import contextlib
+import fcntl
+import json
+import mmap
+import os
+import shutil
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from dtrain.common.mailbox import MAILBOX_BYTES, Mailbox, RestoreState
+from dtrain.common.names import Generation, JobName
+from dtrain.worker.core.states import ExitFact
+
+JOURNAL_CHARS = 8  # of its identity: enough to keep the agents of one machine apart
+RESTORE_FILE = "restore.safetensors"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankId:
+    """One rank of one generation: what every shell of the agent calls it."""
+
+    job: JobName
+    generation: Generation
+    rank: int
+
+
+class Started(msgspec.Struct, frozen=True):
+    """``started.json``: who keeps and who trains. A trainer pid of 0: the keeper is about to fork."""
+
+    keeper_pid: int
+    keeper_start: int  # with the pid, the identity of a process
+    trainer_pid: int
+    trainer_start: int
+
+
+class KeeperPlan(msgspec.Struct, frozen=True, kw_only=True):
+    """``keeper.json``: what the keeper runs."""
+
+    argv: list[str]
+    cwd: str
+    env: dict[str, str]
+    log: str
+    error_file: str
+    grace_s: float  # longest time between SIGTERM and SIGKILL
+    agent_lock: str
+    orphan_after_s: float
+
+
+class RankDirs:
+    """The folders of one agent."""
+
+    def __init__(self, shared_memory: Path, data_dir: Path, journal_id: str) -> None:
+        base = shared_memory if os.access(shared_memory, os.W_OK | os.X_OK) else data_dir
+        self.root = base / f"dtrain-{journal_id[:JOURNAL_CHARS]}"
+
+    def generation_dir(self, job: JobName, generation: Generation) -> Path:
+        return self.root / f"{job}.g{generation}"
+
+    def rank_dir(self, of: RankId) -> Path:
+        return self.generation_dir(of.job, of.generation) / f"rank{of.rank}"
+
+    def prepare(self, of: RankId, plan: KeeperPlan, restore: RestoreState) -> None:
+        """Make the rank's folder, mailbox and keeper file. Raises OSError."""
+        folder = self.rank_dir(of)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        Path(plan.log).parent.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / "keeper.json", msgspec.json.encode(plan))  # holds an environment: for the owner only
+        if not (folder / "mailbox").exists():
+            page = bytearray(MAILBOX_BYTES)
+            mailbox = Mailbox(page, create=True)
+            mailbox.restore = restore
+            mailbox.close()
+            write_whole(folder / "mailbox", bytes(page))
+
+    def remove(self, job: JobName, generation: Generation) -> None:
+        shutil.rmtree(self.generation_dir(job, generation), ignore_errors=True)
+
+    def sweep(self, keep: Iterable[tuple[JobName, Generation]]) -> None:
+        """Remove every generation's folder but these."""
+        wanted = {self.generation_dir(job, generation) for job, generation in keep}
+        if self.root.is_dir():
+            for folder in self.root.iterdir():
+                if folder not in wanted:
+                    shutil.rmtree(folder, ignore_errors=True)
+
+    def remove_root(self) -> None:
+        """Remove the root if nothing is left in it."""
+        with contextlib.suppress(OSError):
+            self.root.rmdir()
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write the file so that it is there whole or not at all."""
+    temporary = path.with_name(f".{path.name}.agent")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(data)
+    temporary.rename(path)
+
+
+def read_started(folder: Path) -> Started | None:
+    try:
+        return msgspec.json.decode((folder / "started.json").read_bytes(), type=Started)
+    except FileNotFoundError:
+        return None
+
+
+def read_exited(folder: Path) -> ExitFact | None:
+    try:
+        return msgspec.json.decode((folder / "exited.json").read_bytes(), type=ExitFact)
+    except FileNotFoundError:
+        return None
+
+
+@contextlib.contextmanager
+def keeper_lock(folder: Path) -> Iterator[bool]:
+    """Yield whether no keeper lives; while it is True none can begin either."""
+    lock = os.open(folder / "keeper.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield True
+    except BlockingIOError:
+        yield False
+    finally:
+        os.close(lock)
+
+
+def forbid(folder: Path, reason: str) -> ExitFact | None:
+    """Make sure that this rank is never started. None: too late, a keeper lives or has lived."""
+    with keeper_lock(folder) as free:
+        if not free or (folder / "started.json").exists():
+            return None
+        fact = ExitFact(code=None, at_unix_s=time.time(), error=reason)
+        write_whole(
+            folder / "exited.json", json.dumps({"code": None, "at_unix_s": fact.at_unix_s, "error": reason}).encode()
+        )
+        return fact
+
+
+@contextlib.contextmanager
+def open_mailbox(folder: Path) -> Iterator[Mailbox]:
+    """Map the rank's mailbox for a moment. Raises FileNotFoundError."""
+    with (folder / "mailbox").open("r+b") as file, mmap.mmap(file.fileno(), MAILBOX_BYTES) as page:
+        mailbox = Mailbox(page)
+        try:
+            yield mailbox
+        finally:
+            mailbox.close()
