@@ -187,14 +187,16 @@ class RestoreReport(_message.Message):
     def __init__(self, state: _Optional[_Union[RestoreState, str]] = ..., checkpoint: _Optional[int] = ..., key: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class CommandStatus(_message.Message):
-    __slots__ = ("id", "state", "reason")
+    __slots__ = ("id", "state", "reason", "term")
     ID_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
+    TERM_FIELD_NUMBER: _ClassVar[int]
     id: str
     state: CommandState
     reason: str
-    def __init__(self, id: _Optional[str] = ..., state: _Optional[_Union[CommandState, str]] = ..., reason: _Optional[str] = ...) -> None: ...
+    term: int
+    def __init__(self, id: _Optional[str] = ..., state: _Optional[_Union[CommandState, str]] = ..., reason: _Optional[str] = ..., term: _Optional[int] = ...) -> None: ...
 
 class CoordinatorMessage(_message.Message):
     __slots__ = ("term", "welcome", "command")
@@ -280,18 +282,20 @@ class StartTrainers(_message.Message):
     def __init__(self, python: _Optional[str] = ..., script: _Optional[str] = ..., args: _Optional[_Iterable[str]] = ..., cwd: _Optional[str] = ..., env: _Optional[_Mapping[str, str]] = ..., world_size: _Optional[int] = ..., nnodes: _Optional[int] = ..., node_rank: _Optional[int] = ..., first_rank: _Optional[int] = ..., nproc: _Optional[int] = ..., master_address: _Optional[str] = ..., master_port: _Optional[int] = ..., restarts: _Optional[int] = ..., max_restarts: _Optional[int] = ..., store: _Optional[str] = ..., restore: _Optional[_Union[Restore, _Mapping]] = ...) -> None: ...
 
 class Restore(_message.Message):
-    __slots__ = ("checkpoint", "attempt", "step", "manifest_key", "manifest_digest")
+    __slots__ = ("checkpoint", "attempt", "step", "manifest_key", "manifest_digest", "store")
     CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_KEY_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    STORE_FIELD_NUMBER: _ClassVar[int]
     checkpoint: int
     attempt: int
     step: int
     manifest_key: str
     manifest_digest: str
-    def __init__(self, checkpoint: _Optional[int] = ..., attempt: _Optional[int] = ..., step: _Optional[int] = ..., manifest_key: _Optional[str] = ..., manifest_digest: _Optional[str] = ...) -> None: ...
+    store: str
+    def __init__(self, checkpoint: _Optional[int] = ..., attempt: _Optional[int] = ..., step: _Optional[int] = ..., manifest_key: _Optional[str] = ..., manifest_digest: _Optional[str] = ..., store: _Optional[str] = ...) -> None: ...
 
 class StageCheckpoint(_message.Message):
     __slots__ = ("checkpoint", "attempt", "step", "store")
