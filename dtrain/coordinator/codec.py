@@ -4,7 +4,7 @@ The bytes in etcd are what the chain digest covers, so an event is encoded once,
 again. Decoding is strict about types and lenient about unknown fields: a newer dtrain may add some.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import get_args
 
 import msgspec
@@ -26,7 +26,7 @@ class _Envelope:
     time: float
     type: str
     data: msgspec.Raw
-    cause: Cause
+    cause: msgspec.Raw
     prev: str
 
 
@@ -54,11 +54,13 @@ def record(decision: Decision, *, prefix: str, job: JobName, seq: int, term: int
         time=round(time_s, 3),
         type=type(decision.event).__name__,
         data=msgspec.Raw(msgspec.json.encode(decision.event)),
-        cause=decision.cause,
+        cause=msgspec.Raw(msgspec.json.encode(_said(decision.cause))),
         prev=prev,
     )
     value = msgspec.json.encode(envelope)
-    return Entry(record=_recorded(envelope, decision.event, job, event_key(prefix, job, seq), value), value=value)
+    return Entry(
+        record=_recorded(envelope, decision.event, decision.cause, job, event_key(prefix, job, seq), value), value=value
+    )
 
 
 def decode(key: str, value: bytes, job: JobName) -> RecordedEvent:
@@ -69,12 +71,19 @@ def decode(key: str, value: bytes, job: JobName) -> RecordedEvent:
         if kind is None:
             raise LogDamagedError(key, f"unknown event type {envelope.type!r} (written by a newer dtrain?)")
         event: Event = msgspec.json.decode(envelope.data, type=kind)
+        cause = msgspec.json.decode(envelope.cause, type=Cause)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise LogDamagedError(key, f"not an event: {error}") from error
-    return _recorded(envelope, event, job, key, value)
+    return _recorded(envelope, event, cause, job, key, value)
 
 
-def _recorded(envelope: _Envelope, event: Event, job: JobName, key: str, value: bytes) -> RecordedEvent:
+def _said(cause: Cause) -> dict[str, str | int]:
+    """The fields of a cause that say something: a person reads the log."""
+    values = {field.name: getattr(cause, field.name) for field in fields(cause)}
+    return {field.name: values[field.name] for field in fields(cause) if values[field.name] != field.default}
+
+
+def _recorded(envelope: _Envelope, event: Event, cause: Cause, job: JobName, key: str, value: bytes) -> RecordedEvent:
     return RecordedEvent(
         job=job,
         seq=envelope.seq,
@@ -82,7 +91,7 @@ def _recorded(envelope: _Envelope, event: Event, job: JobName, key: str, value: 
         time=envelope.time,
         type=envelope.type,
         event=event,
-        cause=envelope.cause,
+        cause=cause,
         prev=envelope.prev,
         key=key,
         digest=chain_digest(value),

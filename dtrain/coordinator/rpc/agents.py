@@ -98,8 +98,10 @@ class AgentStreams(agent_pb2_grpc.AgentsServicer):
         if stream is not None:
             stream.owe(commands)
 
-    async def Attend(  # noqa: N802 (the name is gRPC's)
-        self, request_iterator: AsyncIterator[wire.Snapshot], context: grpc.aio.ServicerContext
+    async def Attend(
+        self,
+        request_iterator: AsyncIterator[wire.Snapshot],
+        context: grpc.aio.ServicerContext[wire.Snapshot, wire.CoordinatorMessage],
     ) -> AsyncIterator[wire.CoordinatorMessage]:
         loop = self._loop
         if loop is None:

@@ -99,7 +99,7 @@ def rank_from_wire(message: wire.RankReport) -> RankReport:
 def rank_to_wire(rank: RankReport) -> wire.RankReport:
     return wire.RankReport(
         rank=rank.rank,
-        state=wire.RankState.Value(rank.state.upper()),
+        state=rank.state.value.upper(),
         pid=rank.pid,
         phase=rank.phase,
         completed_step=rank.completed_step,

@@ -1,0 +1,169 @@
+"""The coordinator process: campaign, replay, lead, and again when deposed.
+
+Nothing survives from one leadership to the next but the etcd client and the listening port, so a deposed
+leader that wins again starts from the log like anyone else.
+"""
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+from dataclasses import dataclass
+
+import grpc.aio
+
+from dtrain.common.errors import InvariantError, RetryableError, UserError
+from dtrain.common.names import WorkerId
+from dtrain.coordinator.core.commands import Command
+from dtrain.coordinator.core.effects import Effect
+from dtrain.coordinator.effects import EffectRunner
+from dtrain.coordinator.election import LeaderRecord, Leadership, campaign, started_now, this_process
+from dtrain.coordinator.log import Deposed, EventLog, replay
+from dtrain.coordinator.loop import LeaderLoop
+from dtrain.coordinator.rpc.agents import AgentStreams
+from dtrain.coordinator.rpc.jobs import JobRequests
+from dtrain.coordinator.workers import follow_registrations
+from dtrain.etcd.client import EtcdClient
+from dtrain.proto import agent_pb2_grpc
+
+logger = logging.getLogger(__name__)
+
+_REPLAY_RETRY_S = 0.5
+_STOP_GRACE_S = 0.5  # for answers under way when the process is asked to end
+_SERVER_OPTIONS = (
+    # Workers ping every few seconds to notice a dead link; gRPC's server would call that abuse by default.
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 2000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.keepalive_time_ms", 6000),
+    ("grpc.http2.ping_timeout_ms", 3000),
+    ("grpc.so_reuseport", 0),  # a second coordinator on the same port must fail, not share it
+)
+_ANY_HOST = ("0.0.0.0", "::", "[::]", "")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CoordinatorConfig:
+    """What `dtrain coordinator` is told."""
+
+    etcd: tuple[str, ...]  # host:port of each member
+    listen: str  # host:port; port 0 takes a free one
+    prefix: str = "/dtrain"
+    identity: str = ""  # for people; host:port if empty
+    advertise: str = ""  # host under which workers and people reach it; of `listen` if empty
+
+
+@dataclass(slots=True, kw_only=True)
+class _Outbox:
+    """The loop's outbox: commands to the streams, effects to the runner."""
+
+    streams: AgentStreams
+    effects: EffectRunner | None = None
+
+    def send(self, worker: WorkerId, commands: list[Command]) -> None:
+        self.streams.send(worker, commands)
+
+    def perform(self, effects: list[Effect]) -> None:
+        assert self.effects is not None
+        self.effects.perform(effects)
+
+
+class Coordinator:
+    """One coordinator process."""
+
+    def __init__(self, config: CoordinatorConfig, client: EtcdClient) -> None:
+        self._config = config
+        self._client = client
+        self._server = grpc.aio.server(options=_SERVER_OPTIONS)
+        host, _, port = config.listen.rpartition(":")
+        try:
+            bound = self._server.add_insecure_port(config.listen)
+        except RuntimeError as error:
+            raise UserError(
+                f"cannot listen on {config.listen}: choose a free port with --listen {host or '127.0.0.1'}:PORT, "
+                "or port 0 for any."
+            ) from error
+        reachable = config.advertise or (socket.gethostname() if host in _ANY_HOST else host)
+        self.address = f"{reachable}:{bound or port}"
+        self.identity = config.identity or self.address
+        self._streams = AgentStreams(self.identity)
+        self._requests = JobRequests(self.identity)
+        agent_pb2_grpc.add_AgentsServicer_to_server(self._streams, self._server)
+        agent_pb2_grpc.add_JobsServicer_to_server(self._requests, self._server)
+
+    async def run(self) -> None:
+        """Campaign and lead for ever. Raises LogDamagedError or InvariantError when going on would be wrong."""
+        await self._server.start()
+        logger.info("coordinator %s listens on %s", self.identity, self.address)
+        record = LeaderRecord(id=self.identity, address=self.address, started=started_now(), process=this_process())
+        while True:
+            leadership = await campaign(self._client, self._config.prefix, record)
+            try:
+                await self._lead(leadership)
+            except Deposed as error:
+                logger.warning("deposed: %s", error)
+            finally:
+                self._streams.follow()
+                self._requests.follow()
+                await leadership.resign()
+
+    async def close(self) -> None:
+        await self._server.stop(_STOP_GRACE_S)
+
+    async def _lead(self, leadership: Leadership) -> None:
+        jobs = None
+        while jobs is None:
+            if not leadership.alive():
+                raise Deposed("the lease ended before the log was replayed")
+            try:
+                jobs = await replay(self._client, self._config.prefix)
+            except RetryableError as error:
+                logger.warning("replay is tried again: %s", error)
+                await asyncio.sleep(_REPLAY_RETRY_S)
+        logger.info("leading in term %d with %d jobs replayed", leadership.term, len(jobs))
+        outbox = _Outbox(streams=self._streams)
+        loop = LeaderLoop(log=EventLog(self._client, leadership), prefix=self._config.prefix, jobs=jobs, outbox=outbox)
+        outbox.effects = EffectRunner(loop.tell)
+        self._streams.lead(loop)
+        self._requests.lead(loop)
+        tasks = [
+            asyncio.create_task(loop.run(), name="leader loop"),
+            asyncio.create_task(leadership.lost(), name="leadership"),
+            asyncio.create_task(follow_registrations(self._client, self._config.prefix, loop.tell), name="workers"),
+        ]
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()  # raises what ended it
+            raise Deposed(f"the lease of term {leadership.term} is over")
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await outbox.effects.close()
+
+
+async def serve(config: CoordinatorConfig) -> int:
+    """Run a coordinator until SIGTERM or SIGINT; return the process's exit code.
+
+    Raises UserError for what a person can mend, LogDamagedError when a log must not be trusted.
+    """
+    async with EtcdClient(config.etcd) as client:
+        coordinator = Coordinator(config, client)
+        stop = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        running = asyncio.create_task(coordinator.run(), name="coordinator")
+        stopping = asyncio.create_task(stop.wait(), name="signal")
+        try:
+            await asyncio.wait((running, stopping), return_when=asyncio.FIRST_COMPLETED)
+            if running.done():
+                running.result()
+                raise InvariantError("the coordinator ended without a reason")
+        finally:
+            stopping.cancel()
+            running.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.gather(running, return_exceptions=True)
+            await coordinator.close()
+    return 0
