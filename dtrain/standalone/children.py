@@ -13,7 +13,7 @@ import ctypes
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import psutil
@@ -39,10 +39,12 @@ def die_with_parent(signal_number: int) -> Callable[[], None] | None:
 
 
 async def start_child(
-    argv: Sequence[str], *, log: Path, folder: Path, keep_fds: Sequence[int] = (), env: Mapping[str, str] | None = None
+    argv: Sequence[str], *, log: Path, folder: Path, keep_fds: Sequence[int] = ()
 ) -> asyncio.subprocess.Process:
     """Start a service; what it prints is appended to ``log``."""
-    environment = {**os.environ, **(env or {}), MARK: str(folder), "PYTHONUNBUFFERED": "1"}
+    # A service is told everything by its arguments; what the person set for the run's verb is not for it.
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("DTRAIN_")}
+    environment = {**inherited, MARK: str(folder)}
     with log.open("ab") as output:
         return await asyncio.create_subprocess_exec(
             *argv,

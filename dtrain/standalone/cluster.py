@@ -4,8 +4,9 @@ The processes are the ones a real cluster has: etcd, a coordinator, one agent a 
 their addresses differ, so what works here works there. They are started together, because each waits for
 what it needs: the run's first step comes as early as the slowest of them allows.
 
-Order of leaving: workers first (they end their trainers), then the coordinator, then etcd; then whatever
-still carries the folder's mark is ended. Nothing is left.
+Order of leaving: the coordinator first, so that trainers which are ended now are not recorded as failures;
+then the workers, which end their trainers; then etcd; then whatever still carries the folder's mark. Nothing
+is left. The log says nothing of the leaving: a run that was not over is taken over by the next one.
 """
 
 import asyncio
@@ -15,10 +16,11 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from types import TracebackType
 
+from dtrain.common.errors import RetryableError, UserError
 from dtrain.etcd.embedded import EmbeddedEtcd
 from dtrain.standalone.children import MARK, end_leftovers
 from dtrain.standalone.data_folder import DataFolder, Endpoints, FolderLock, lock_folder
-from dtrain.standalone.supervision import Notice, Service, Supervisor, backoff_s
+from dtrain.standalone.supervision import YOUNG_DEATHS_MAX, Notice, Service, Supervisor, backoff_s
 
 ETCD_READY_S = 30.0  # a slow disk fsyncs for seconds; a healthy one answers within half a second
 ETCD_POLL_S = 0.05  # between two looks at a living etcd, where the kernel offers no pidfd
@@ -78,8 +80,10 @@ class LocalCluster:
 
     def pids(self) -> dict[str, int]:
         """Pids of etcd and the services, by name."""
-        etcd = {"etcd": self._etcd.pid} if self._etcd is not None and self._etcd.alive() else {}
-        return {**etcd, **(self._supervisor.pids() if self._supervisor is not None else {})}
+        pids = dict(self._supervisor.pids()) if self._supervisor is not None else {}
+        if self._etcd is not None and self._etcd.alive() and self._etcd.pid is not None:
+            pids["etcd"] = self._etcd.pid
+        return pids
 
     async def _start(self) -> None:
         assert self._lock is not None
@@ -88,7 +92,10 @@ class LocalCluster:
         self._etcd.start()
         services = [self._coordinator(), *(self._worker(number) for number in range(self._plan.workers))]
         await asyncio.gather(*(self._supervisor.start(service) for service in services))
+        endpoint = self.etcd
         await self._etcd.wait_ready(ETCD_READY_S)
+        if self.etcd != endpoint:  # another process took the port between its choice and etcd's bind
+            raise RetryableError(f"port of {endpoint} was taken while etcd started: run it again")
         self._etcd_watch = self._supervisor.keep_running("etcd", self._keep_etcd)
         self.folder.publish(Endpoints(etcd=self.etcd, prefix=self._plan.prefix, pid=os.getpid()))
 
@@ -103,14 +110,18 @@ class LocalCluster:
             self._notice("etcd died; starting it again")
             await asyncio.sleep(backoff_s(young_deaths))
             self._etcd.start()
-            await self._etcd.wait_ready(ETCD_READY_S)
+            try:
+                await self._etcd.wait_ready(ETCD_READY_S)
+            except UserError:
+                if young_deaths > YOUNG_DEATHS_MAX:
+                    raise  # it died again while it started, once too often
 
     async def stop(self) -> None:
         """Take everything down, gracefully; safe to call twice."""
         self.folder.withdraw()
         if self._supervisor is not None:
-            await self._supervisor.stop([f"worker-{number}" for number in range(self._plan.workers)])
             await self._supervisor.stop(["coordinator"])
+            await self._supervisor.stop([f"worker-{number}" for number in range(self._plan.workers)])
         await self._stop_etcd()
         self._sweep()
 
@@ -173,15 +184,15 @@ async def wait_for_exit(etcd: EmbeddedEtcd) -> None:
     """Wait until etcd's process ends: at once where the kernel offers pidfds, else within a short poll."""
     loop = asyncio.get_running_loop()
     try:
-        fd = os.pidfd_open(etcd.pid)
+        fd = os.pidfd_open(etcd.pid or 0)
     except (AttributeError, OSError):
         while etcd.alive():
             await asyncio.sleep(ETCD_POLL_S)
         return
-    gone = loop.create_future()
-    loop.add_reader(fd, lambda: gone.done() or gone.set_result(None))
+    gone = asyncio.Event()
+    loop.add_reader(fd, gone.set)
     try:
-        await gone
+        await gone.wait()
     finally:
         loop.remove_reader(fd)
         os.close(fd)

@@ -72,7 +72,7 @@ class DataFolder:
 
     def has_history(self) -> bool:
         """Whether an etcd ever ran here."""
-        return self.etcd.is_dir()
+        return (self.etcd / "store" / "member").is_dir()
 
     def make(self) -> None:
         """Make the folder, or raise :class:`UserError`."""

@@ -1,0 +1,95 @@
+"""Every event of a job's history as one sentence, so that the log reads as a story."""
+
+from typing import assert_never
+
+from dtrain.cli.output import words_of_bytes
+from dtrain.coordinator.core.events import (
+    CancelRequested,
+    Cause,
+    CheckpointAborted,
+    CheckpointCommitted,
+    CheckpointMarked,
+    CheckpointQuarantined,
+    CheckpointStarted,
+    Event,
+    GenerationFailed,
+    GenerationStarted,
+    JobCancelled,
+    JobFailed,
+    JobSubmitted,
+    JobSucceeded,
+    RunInterrupted,
+)
+
+
+def describe(event: Event) -> str:
+    """One sentence, without a full stop."""
+    match event:
+        case JobSubmitted(spec=spec, run=run):
+            return f"run {run} submitted: {' '.join((spec.script, *spec.args))}"
+        case RunInterrupted(reason=reason):
+            return f"run interrupted: {reason}"
+        case CancelRequested():
+            return "cancellation requested"
+        case GenerationStarted():
+            return _generation_started(event)
+        case GenerationFailed(generation=generation, reason=reason, counted=counted):
+            return f"generation {generation} failed: {reason}{'' if counted else ' (not counted as a restart)'}"
+        case (
+            CheckpointStarted()
+            | CheckpointAborted()
+            | CheckpointCommitted()
+            | CheckpointMarked()
+            | CheckpointQuarantined()
+        ):
+            return _checkpoint(event)
+        case JobSucceeded():
+            return "job succeeded"
+        case JobFailed(reason=reason, exit_code=exit_code):
+            return f"job failed with exit code {exit_code}: {reason}"
+        case JobCancelled():
+            return "job cancelled"
+        case _:
+            assert_never(event)
+
+
+def _generation_started(event: GenerationStarted) -> str:
+    nodes = ", ".join(member.worker for member in event.members)
+    ranks = "1 rank" if event.world_size == 1 else f"{event.world_size} ranks"
+    start = (
+        "from step 0"
+        if event.restore is None
+        else f"from checkpoint {event.restore.checkpoint} of step {event.restore.step}"
+    )
+    return f"generation {event.generation} started: {ranks} on {nodes}, {start}"
+
+
+def _checkpoint(
+    event: CheckpointStarted | CheckpointAborted | CheckpointCommitted | CheckpointMarked | CheckpointQuarantined,
+) -> str:
+    match event:
+        case CheckpointStarted(checkpoint=checkpoint, step=step, attempt=attempt):
+            return f"checkpoint {checkpoint} started for step {step} (attempt {attempt})"
+        case CheckpointAborted(checkpoint=checkpoint, attempt=attempt, reason=reason):
+            return f"checkpoint {checkpoint} aborted (attempt {attempt}): {reason}"
+        case CheckpointCommitted(checkpoint=checkpoint, step=step, shards=shards):
+            size = words_of_bytes(sum(shard.size_bytes for shard in shards))
+            count = "1 shard" if len(shards) == 1 else f"{len(shards)} shards"
+            return f"checkpoint {checkpoint} of step {step} committed: {count}, {size}"
+        case CheckpointMarked(checkpoint=checkpoint):
+            return f"checkpoint {checkpoint} marked in storage"
+        case CheckpointQuarantined(checkpoint=checkpoint, key=key, reason=reason):
+            return f"checkpoint {checkpoint} will not be used again: {key}: {reason}"
+        case _:
+            assert_never(event)
+
+
+def describe_cause(cause: Cause) -> str:
+    """The fact behind a decision, in words."""
+    parts = [cause.fact.replace("_", " ")]
+    if cause.worker:
+        seen = f"snapshot {cause.snapshot} of {cause.worker}" if cause.snapshot else cause.worker
+        parts.append(f"seen in {seen}" if cause.snapshot else f"on {seen}")
+    if cause.detail:
+        parts.append(cause.detail)
+    return ", ".join(parts)

@@ -1,0 +1,169 @@
+"""``run`` and ``submit``: hand a job over, and for ``run`` stay with it until it ends.
+
+With a cluster, ``run`` is a submission and a long look: leaving early leaves the job running. Without one,
+it brings up a cluster of its own in a data folder and takes it down again; the folder keeps the log and the
+checkpoints, so the same name goes on where it stopped.
+"""
+
+import asyncio
+import secrets
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from dtrain.cli.job_specs import DEFAULT_EVERY_S, DEFAULT_MAX_RESTARTS, Asked, build_spec
+from dtrain.cli.options import EITHER_DASH, cluster_options, etcd_option, output_option, prefix_option
+from dtrain.common.errors import UserError
+
+if TYPE_CHECKING:
+    from dtrain.common.specs import JobSpec
+    from dtrain.proto import agent_pb2 as wire
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+# Everything behind the script belongs to the script, options included.
+_SETTINGS: dict[str, Any] = {**EITHER_DASH, "allow_interspersed_args": False}
+
+
+def job_options(command: Command) -> Command:
+    """The options that describe a job, the same for ``run`` and ``submit``."""
+    for decorate in reversed(
+        (
+            click.argument("script", metavar="SCRIPT.py"),
+            click.argument("args", nargs=-1, type=click.UNPROCESSED),
+            click.option("--name", envvar="DTRAIN_NAME", help="Name of the job. Default: the script's, and a suffix."),
+            click.option("--nnodes", default="1", show_default=True, metavar="N|MIN:MAX", help="How many nodes."),
+            click.option(
+                "--nproc-per-node",
+                default="1",
+                show_default=True,
+                metavar="N|auto|cpu|gpu",
+                help="Ranks on each node.",
+            ),
+            click.option(
+                "--max-restarts",
+                type=int,
+                default=DEFAULT_MAX_RESTARTS,
+                show_default=True,
+                help="How many failures of its ranks the job survives.",
+            ),
+            click.option(
+                "--store",
+                envvar="DTRAIN_STORE",
+                metavar="URI",
+                help="Where checkpoints go: file:///folder, or s3://bucket/prefix?endpoint=URL.",
+            ),
+            click.option("--every-steps", type=int, metavar="N", help="A checkpoint every N steps."),
+            click.option(
+                "--every-seconds",
+                type=float,
+                metavar="S",
+                help=f"A checkpoint every S seconds. Default: {DEFAULT_EVERY_S:g}, where there is a store.",
+            ),
+            click.option(
+                "--env", multiple=True, metavar="K=V", help="Set a variable for the script; K alone hands it on."
+            ),
+            click.option(
+                "--python", envvar="DTRAIN_PYTHON", default=sys.executable, help="Interpreter. Default: dtrain's own."
+            ),
+        )
+    ):
+        command = decorate(command)
+    return command
+
+
+@click.command("run", context_settings=_SETTINGS)
+@job_options
+@click.option("--slots", type=int, help="Room for ranks on each local worker. Default: as many as it needs.")
+@cluster_options
+def run_command(etcd: str | None, prefix: str, data_dir: str, slots: int | None, **options: Any) -> int:
+    """Run a training script and wait for its end.
+
+    With --etcd the job runs on that cluster. Without, this machine is the cluster: etcd, a coordinator and the
+    workers are started in the data folder, and stopped again at the end. What the ranks print comes to stdout,
+    what dtrain says to stderr; the exit code is the job's.
+
+    Running the same --name again after a crash or Ctrl-C continues from its newest committed checkpoint.
+    """
+    from dtrain.cli.launches import run_here, run_on_cluster
+
+    asked = Asked(**options)
+    if etcd:
+        from dtrain.cli.clients import Address, parse_endpoints
+
+        spec = build_spec(asked, default_store="")
+        return asyncio.run(run_on_cluster(Address(etcd=parse_endpoints(etcd), prefix=prefix), spec))
+    from dtrain.standalone.data_folder import DataFolder
+
+    folder = DataFolder.at(data_dir)
+    spec = build_spec(asked, default_store=folder.store.as_uri())
+    return asyncio.run(run_here(folder, prefix, spec, slots=slots_for(spec, slots)))
+
+
+@click.command("submit", context_settings=_SETTINGS)
+@job_options
+@etcd_option(required=True)
+@prefix_option
+@output_option
+def submit_command(etcd: str, prefix: str, output: str, **options: Any) -> None:
+    """Hand a job to a cluster and return at once."""
+    from dtrain.cli.clients import Address, connect, parse_endpoints
+    from dtrain.cli.output import print_json
+
+    spec = build_spec(Asked(**options), default_store="")
+
+    async def submit() -> None:
+        async with connect(Address(etcd=parse_endpoints(etcd), prefix=prefix)) as coordinator:
+            reply = await coordinator.submit(submission(spec, takes_over=False))
+        if output == "json":
+            print_json({"job": spec.name, "run": reply.run, "resumes_step": reply.resumes_step})
+        else:
+            click.echo(submitted_words(spec.name, reply))
+
+    asyncio.run(submit())
+
+
+def slots_for(spec: "JobSpec", slots: int | None) -> int:
+    """Slots of each local worker: what was asked for, if the job fits."""
+    if slots is None:
+        return spec.nproc_per_node
+    if slots < spec.nproc_per_node:
+        raise UserError(
+            f"nproc-per-node {spec.nproc_per_node} is more than a worker's slots ({slots}): "
+            "lower --nproc-per-node, or raise --slots."
+        )
+    return slots
+
+
+def submission(spec: "JobSpec", *, takes_over: bool) -> "wire.SubmitRequest":
+    """The request for one new run of a job."""
+    from dtrain.proto import agent_pb2 as wire
+
+    return wire.SubmitRequest(
+        spec=wire.Spec(
+            name=spec.name,
+            python=spec.python,
+            script=spec.script,
+            args=spec.args,
+            cwd=spec.cwd,
+            env=spec.env,
+            nnodes_min=spec.nnodes_min,
+            nnodes_max=spec.nnodes_max,
+            nproc_per_node=spec.nproc_per_node,
+            max_restarts=spec.max_restarts,
+            store=spec.store,
+            every_steps=spec.checkpoints.every_steps,
+            every_seconds=spec.checkpoints.every_seconds,
+        ),
+        request=secrets.token_hex(8),
+        takes_over=takes_over,
+    )
+
+
+def submitted_words(job: str, reply: "wire.SubmitReply") -> str:
+    if reply.run <= 1:
+        return f"job {job} submitted"
+    start = f"continues from step {reply.resumes_step}" if reply.resumes_step else "starts again from step 0"
+    return f"job {job} submitted: run {reply.run} {start}"

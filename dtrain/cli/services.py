@@ -1,0 +1,177 @@
+"""The long-running verbs: one per role of a cluster, in the foreground, as service managers like it.
+
+They log to stderr, end in order on SIGTERM or Ctrl-C, and are safe to kill and to start again at any time.
+"""
+
+import asyncio
+import os
+import shlex
+import socket
+from dataclasses import replace
+from pathlib import Path
+
+import click
+
+from dtrain.cli.options import DEFAULT_DATA_DIR, data_dir_option, etcd_option, prefix_option
+
+ETCD_WAIT_S = 10.0  # an etcd that is just starting beside us
+
+
+def etcd_wait_option(command: click.decorators.FC) -> click.decorators.FC:
+    return click.option(
+        "--etcd-wait",
+        "etcd_wait_s",
+        type=float,
+        envvar="DTRAIN_ETCD_WAIT",
+        default=ETCD_WAIT_S,
+        show_default=True,
+        help="Seconds to wait for etcd to answer at the start.",
+    )(command)
+
+
+@click.command("coordinator")
+@etcd_option(required=True)
+@prefix_option
+@click.option(
+    "--listen",
+    envvar="DTRAIN_LISTEN",
+    metavar="HOST:PORT",
+    default="127.0.0.1:0",
+    show_default=True,
+    help="Where workers and people reach it; port 0 takes a free one.",
+)
+@click.option("--advertise", envvar="DTRAIN_ADVERTISE", default="", metavar="HOST", help="Name others reach it by.")
+@click.option("--identity", envvar="DTRAIN_IDENTITY", default="", help="Its name, for people. Default: its address.")
+@etcd_wait_option
+def coordinator_command(etcd: str, prefix: str, listen: str, advertise: str, identity: str, etcd_wait_s: float) -> int:
+    """Serve as a coordinator. Start two or more: one leads, the others take over when it dies."""
+    from dtrain.cli.clients import parse_endpoints, probe_etcd
+    from dtrain.coordinator.service import CoordinatorConfig, serve
+
+    _log_to_stderr()
+    config = CoordinatorConfig(
+        etcd=parse_endpoints(etcd), listen=listen, prefix=prefix, identity=identity, advertise=advertise
+    )
+
+    async def run() -> int:
+        await probe_etcd(config.etcd, wait_s=etcd_wait_s)
+        return await serve(config)
+
+    return asyncio.run(run())
+
+
+@click.command("worker")
+@etcd_option(required=True)
+@prefix_option
+@click.option("--worker-id", envvar="DTRAIN_WORKER_ID", help="Its name in the cluster. Default: this host's name.")
+@click.option("--slots", envvar="DTRAIN_SLOTS", type=int, help="Room for ranks. Default: GPUs, or processors.")
+@click.option(
+    "--data-dir",
+    envvar="DTRAIN_DATA_DIR",
+    type=click.Path(file_okay=False),
+    default=f"{DEFAULT_DATA_DIR}/worker",
+    show_default=True,
+    help="Its journal and the ranks' logs; must outlive restarts.",
+)
+@click.option(
+    "--listen",
+    envvar="DTRAIN_LISTEN",
+    metavar="HOST:PORT",
+    default="127.0.0.1:0",
+    show_default=True,
+    help="Where logs are served; port 0 takes a free one.",
+)
+@click.option("--advertise", envvar="DTRAIN_ADVERTISE", default="", metavar="HOST", help="Name others reach it by.")
+@click.option(
+    "--orphan-after",
+    "orphan_after_s",
+    type=float,
+    envvar="DTRAIN_ORPHAN_AFTER",
+    help="Seconds after which ranks without their agent end themselves.",
+)
+@etcd_wait_option
+def worker_command(
+    etcd: str,
+    prefix: str,
+    worker_id: str | None,
+    slots: int | None,
+    data_dir: str,
+    listen: str,
+    advertise: str,
+    orphan_after_s: float | None,
+    etcd_wait_s: float,
+) -> int:
+    """Serve as the worker agent of this node; one per node. Ranks survive its restart."""
+    from dtrain.cli.clients import parse_endpoints, probe_etcd
+    from dtrain.common import names
+    from dtrain.worker.agent import serve
+    from dtrain.worker.config import WorkerConfig, default_slots
+
+    _log_to_stderr()
+    config = WorkerConfig(
+        etcd=parse_endpoints(etcd),
+        prefix=prefix,
+        worker_id=names.worker_id(worker_id or default_worker_id(socket.gethostname())),
+        slots=slots if slots is not None else default_slots(),
+        data_dir=Path(data_dir).expanduser().absolute(),
+        listen=listen,
+        advertise=advertise,
+    )
+    if orphan_after_s is not None:
+        config = replace(config, orphan_after_s=orphan_after_s)
+
+    async def run() -> int:
+        await probe_etcd(config.etcd, wait_s=etcd_wait_s)
+        return await serve(config)
+
+    return asyncio.run(run())
+
+
+def default_worker_id(host: str) -> str:
+    """A host's name as a worker id: lower case, and only its first label's worth of odd characters replaced."""
+    return "".join(char if char.isalnum() or char in "-._" else "-" for char in host.lower()).strip("-._") or "worker"
+
+
+@click.command("etcd")
+@data_dir_option
+def etcd_command(data_dir: str) -> None:
+    """Serve the etcd of a data folder until Ctrl-C, to look into it with etcdctl or dtrain."""
+    from dtrain.cli.interrupts import Interrupted, interruptible
+    from dtrain.cli.options import DEFAULT_PREFIX
+    from dtrain.common.errors import UserError
+    from dtrain.standalone.cluster import with_etcd_of
+    from dtrain.standalone.data_folder import DataFolder, Endpoints
+
+    folder = DataFolder.at(data_dir)
+    if not folder.has_history():
+        raise UserError(f"nothing has run in data folder {folder.root} yet: give --data-dir of an earlier run.")
+
+    async def use(endpoint: str) -> None:
+            folder.publish(Endpoints(etcd=endpoint, prefix=DEFAULT_PREFIX, pid=os.getpid()))
+        try:
+            click.echo(f"etcd of {folder.root} listens on {endpoint}; Ctrl-C ends it. Look with:")
+            click.echo(f"  {etcdctl_command(endpoint, DEFAULT_PREFIX)}")
+            await asyncio.Event().wait()
+        finally:
+            folder.withdraw()
+
+    async def run() -> None:
+        try:
+            await interruptible(with_etcd_of(folder, use), first=lambda: None, hurry=lambda: None)
+        except Interrupted:
+            return
+
+    asyncio.run(run())
+
+
+def etcdctl_command(endpoint: str, prefix: str) -> str:
+    """The command that shows the keys of a cluster; it can be pasted."""
+    from dtrain.etcd.binaries import find_etcdctl
+
+    return f"ETCDCTL_API=3 {shlex.quote(str(find_etcdctl()))} --endpoints={endpoint} get --prefix {prefix}/"
+
+
+def _log_to_stderr() -> None:
+    import logging
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")

@@ -1,0 +1,99 @@
+"""Where reading verbs read: the coordinator if one leads, else the log itself.
+
+A data folder where nothing runs still holds its log. Its etcd is then started for the moment of the read, so
+that ``dtrain list`` and ``dtrain history`` answer after a run as they do during it. A run that the log does
+not know to have ended, in a folder where nothing runs, was interrupted: that is what is shown.
+"""
+
+from collections.abc import Awaitable, Callable
+
+from dtrain.cli.clients import Address, Coordinator, active_cluster, connect_etcd, job_of
+from dtrain.common.errors import UserError
+from dtrain.common.names import JobName
+from dtrain.coordinator.core.evolve import evolve
+from dtrain.coordinator.core.states import JobPhase, JobState
+from dtrain.coordinator.history import read_all
+from dtrain.etcd.client import EtcdClient
+from dtrain.proto import agent_pb2 as wire
+from dtrain.standalone.data_folder import DataFolder
+
+Read = Callable[[EtcdClient, str], Awaitable[None]]
+
+
+async def read_log(etcd: str | None, prefix: str, data_dir: str, read: Read) -> None:
+    """Call ``read`` with a client of the log's etcd and the prefix of its keys."""
+    address = active_cluster(etcd, prefix, data_dir)
+    if address is not None:
+        async with connect_etcd(address) as client:
+            await read(client, address.prefix)
+        return
+    await _read_asleep(prefix, data_dir, read)
+
+
+async def read_statuses(etcd: str | None, prefix: str, data_dir: str, *, job: str) -> list[wire.JobStatus]:
+    """Status of one job, or of all with an empty name."""
+    address = active_cluster(etcd, prefix, data_dir)
+    if address is not None:
+        async with connect_etcd(address) as client, Coordinator(client, address.prefix) as coordinator:
+            if etcd or await client.get(f"{address.prefix}/leader") is not None:
+                reply = await coordinator.status(job)
+                return [job_of(reply, job)] if job else list(reply.jobs)
+            return await _statuses_of_log(client, address, job)  # `dtrain etcd`: nobody leads here
+    found: list[wire.JobStatus] = []
+
+    async def read(client: EtcdClient, prefix: str) -> None:
+        found.extend(await _statuses_of_log(client, Address(etcd=client.endpoints, prefix=prefix), job))
+
+    await _read_asleep(prefix, data_dir, read)
+    return found
+
+
+async def _read_asleep(prefix: str, data_dir: str, read: Read) -> None:
+    from dtrain.standalone.cluster import with_etcd_of
+
+    folder = DataFolder.at(data_dir)
+    if not folder.has_history():
+        raise UserError(
+            f"nothing has run in data folder {folder.root} yet: "
+            "give --etcd HOST:PORT of a cluster, or --data-dir of an earlier run."
+        )
+
+    async def use(endpoint: str) -> None:
+        async with EtcdClient([endpoint]) as client:
+            await read(client, prefix)
+
+    await with_etcd_of(folder, use)
+
+
+async def _statuses_of_log(client: EtcdClient, address: Address, job: str) -> list[wire.JobStatus]:
+    statuses = []
+    for events in (await read_all(client, address.prefix)).values():
+        state: JobState | None = None
+        for event in events:
+            state = evolve(state, event)
+        if state is not None and job in ("", state.name):
+            statuses.append(status_of_log(state))
+    if job and not statuses:
+        raise UserError(f"there is no job named {JobName(job)!r}: see the names with: dtrain list")
+    return statuses
+
+
+def status_of_log(state: JobState) -> wire.JobStatus:
+    """What the log alone knows of a job that nobody runs."""
+    newest = state.newest_restorable
+    ended = state.ended
+    return wire.JobStatus(
+        job=state.name,
+        phase=state.phase if ended else JobPhase.INTERRUPTED,
+        run=state.run,
+        generation=state.last_generation,
+        world_size=state.generation.world_size if state.generation is not None else 0,
+        restarts=state.restarts_used,
+        max_restarts=state.spec.max_restarts,
+        committed_checkpoint=newest.number if newest is not None else 0,
+        committed_step=newest.step if newest is not None else 0,
+        checkpoints=len(state.committed),
+        reason=state.reason if ended else "its launcher ended before it did; run it again to continue it",
+        exit_code=state.exit_code if ended else 1,
+        store=state.spec.store,
+    )
