@@ -147,7 +147,7 @@ def etcd_command(data_dir: str) -> None:
         raise UserError(f"nothing has run in data folder {folder.root} yet: give --data-dir of an earlier run.")
 
     async def use(endpoint: str) -> None:
-            folder.publish(Endpoints(etcd=endpoint, prefix=DEFAULT_PREFIX, pid=os.getpid()))
+        folder.publish(Endpoints(etcd=endpoint, prefix=DEFAULT_PREFIX, pid=os.getpid()))
         try:
             click.echo(f"etcd of {folder.root} listens on {endpoint}; Ctrl-C ends it. Look with:")
             click.echo(f"  {etcdctl_command(endpoint, DEFAULT_PREFIX)}")
