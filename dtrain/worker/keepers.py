@@ -3,12 +3,10 @@
 A keeper is detached: neither a Ctrl-C at the agent's terminal nor the agent's death reaches it. What is known of
 it lies in its rank folder, so a restarted agent needs no memory of its own to go on:
 
-| in the folder                | what it means                                   | what ``ensure`` does |
-|------------------------------|-------------------------------------------------|----------------------|
-| no folder                    | shared memory was lost: the node was restarted   | reports an unknown exit |
-| nothing                      | no keeper has forked; one may be on its way      | starts one; the lock lets one of two go on |
-| started.json, keeper lives   | the trainer runs                                 | watches the keeper |
-| started.json, keeper is gone | exited.json says how it ended, or nobody saw it  | reports the exit |
+- no folder: shared memory was lost with the node; an unknown exit is reported;
+- nothing in it: no keeper has forked, and one may be on its way: another is started, the lock lets one go on;
+- started.json, and the keeper lives: the trainer runs; the keeper is watched;
+- started.json, and the keeper is gone: exited.json says how it ended, or nobody saw it; that is reported.
 
 An exit is reported when the keeper is gone too, since it leaves last: then no descendant of the trainer holds a
 port, a device or a lock any more. A keeper that was itself killed takes its trainer along (the kernel does it);
@@ -90,7 +88,8 @@ class Keepers:
                 stdout=log,
                 stderr=log,
                 cwd="/",
-                env={},  # the mark of its trainer is not in here, so a sweep never takes a keeper for a stray
+                # Without its trainer's mark, so that a sweep never takes a keeper for a stray.
+                env={name: value for name, value in os.environ.items() if not name.startswith("DTRAIN_")},
                 start_new_session=True,
             )
         except OSError as error:

@@ -75,6 +75,7 @@ class SpawnTrainer:
     generation: Generation
     rank: int
     start: bool = True  # False: it is being ended, so if it was never started it never will be
+    rendezvous_port: int = 0  # where this rank will listen; the agent lets go of it if it holds it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

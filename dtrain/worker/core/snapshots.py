@@ -36,6 +36,7 @@ class AssignmentSnapshot:
     ranks: tuple[RankRun, ...]
     shards: tuple[ShardAttempt, ...]
     restore: RestoreProgress
+    restore_checkpoint: int  # number of the checkpoint that it starts from; 0 for none
     position: LogPosition | None
 
 
@@ -82,6 +83,7 @@ def project(state: NodeState) -> NodeSnapshot:
             ranks=assignment.ranks,
             shards=assignment.shards,
             restore=assignment.restore,
+            restore_checkpoint=assignment.spec.restore.checkpoint if assignment.spec and assignment.spec.restore else 0,
             position=assignment.position,
         )
         for assignment in state.assignments.values()

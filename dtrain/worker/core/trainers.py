@@ -137,7 +137,11 @@ def spawn_what_fits(turn: Turn) -> None:
         stage = move(GENERATION_MOVES, assignment.stage, GenerationStage.LIVE, of)
         turn.put(replace(assignment, stage=stage, ranks=ranks), journal=True)
         for run in ranks:
-            turn.act(SpawnTrainer(job=assignment.job, generation=assignment.generation, rank=run.rank))
+            port = spec.master_port if run.rank == 0 else 0
+            spawn = SpawnTrainer(
+                job=assignment.job, generation=assignment.generation, rank=run.rank, rendezvous_port=port
+            )
+            turn.act(spawn)
 
 
 def clean_what_is_over(turn: Turn) -> None:
