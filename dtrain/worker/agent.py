@@ -34,7 +34,7 @@ import msgspec
 import dtrain
 from dtrain.common.errors import UserError
 from dtrain.etcd.client import EtcdClient
-from dtrain.etcd.registrations import keep_registered
+from dtrain.etcd.registrations import RegistrationTaken, keep_registered
 from dtrain.proto import agent_pb2 as wire
 from dtrain.proto.agent_pb2_grpc import add_LogsServicer_to_server
 from dtrain.worker.config import WorkerConfig
@@ -59,6 +59,7 @@ from dtrain.worker.uploads import Uploads
 logger = logging.getLogger(__name__)
 
 STOP_GRACE_S = 5.0  # between SIGTERM and SIGKILL when the agent itself is asked to leave
+PROGRESS_S = 0.1  # how old a rank's step may be in any snapshot: the coordinator plans ahead by it
 TICK_S = 1.0  # how often the fence is looked at; it is counted in minutes
 LOCK_TRIES_S = 1.0  # a keeper's look at the lock takes microseconds; whoever holds it longer is an agent
 LOCK_PAUSE_S = 0.02
@@ -81,8 +82,6 @@ async def serve(config: WorkerConfig) -> int:
         journal = Journal(config.data_dir / "journal.sqlite")
         try:
             await Agent(config, journal, lock_path).run()
-        except* UserError as group:
-            raise group.exceptions[0] from None
         finally:
             journal.close()
     return 0
@@ -133,9 +132,10 @@ class Agent:
             heartbeat_s=config.heartbeat_s,
         )
         self._identity: Identity | None = None
+        self._taken: UserError | None = None  # set once another process has this worker's name
         self._number = 0
         dirs = RankDirs(config.shared_memory, config.data_dir.resolve(), journal.id)
-        mailboxes = Mailboxes(self._emit, progress_every_s=config.heartbeat_s)
+        mailboxes = Mailboxes(self._emit, progress_every_s=PROGRESS_S)
         self._shells = Shells(
             journal_id=journal.id,
             logs=config.data_dir.resolve() / "logs",
@@ -176,6 +176,8 @@ class Agent:
                 await self._client.flush()
                 for task in background:
                     task.cancel()
+            if self._taken is not None:
+                raise self._taken
         finally:
             self._close()
             await server.stop(EMPTY_LOGS_GRACE_S)
@@ -189,8 +191,19 @@ class Agent:
             self._tick(),
             self._leaders.follow(),
             self._client.run(),
-            keep_registered(self._etcd, key, self._registration, config.lease_ttl_s),
+            self._stay_registered(key),
         )
+
+    async def _stay_registered(self, key: str) -> None:
+        try:
+            await keep_registered(self._etcd, key, self._registration, self._config.lease_ttl_s)
+        except RegistrationTaken as error:
+            self._taken = UserError(
+                f"another worker registered as {self._config.worker_id} since, so this one left: "
+                "give each node its own --worker-id."
+            )
+            self._taken.__cause__ = error
+            self._emit(StopRequested(grace_s=STOP_GRACE_S))
 
     # ---- the loop ----------------------------------------------------------------------------------------
 

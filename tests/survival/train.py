@@ -1,0 +1,65 @@
+"""The job that the survival tests attack: two ranks, dropout, shuffled data, a scheduler, all state that matters.
+
+Each rank appends one line for each step it begins to its own record, so that the tests can say what really was
+trained, whatever the system claims. The record is the trainer's own: dtrain neither reads nor writes it.
+"""
+
+import argparse
+import json
+import os
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+
+import dtrain
+
+
+def data() -> TensorDataset:
+    generator = torch.Generator().manual_seed(7)
+    inputs = torch.randn(256, 16, generator=generator)
+    return TensorDataset(inputs, inputs.pow(2).sum(dim=1, keepdim=True))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--step-ms", type=float, default=40.0)
+    parser.add_argument("--records", type=Path, required=True)
+    parser.add_argument("--final", type=Path, required=True)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    with dtrain.join() as run:
+        torch.manual_seed(1234)
+        model = DistributedDataParallel(nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Dropout(0.2), nn.Linear(64, 1)))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=10, gamma=0.9)
+        dataset = data()
+        sampler = DistributedSampler(dataset, num_replicas=run.world_size, rank=run.rank, shuffle=True, seed=3)
+        loader = DataLoader(dataset, batch_size=16, sampler=sampler)
+        torch.manual_seed(100 + run.rank)  # dropout differs by rank
+        run.track(model=model, optimizer=optimizer, scheduler=scheduler, data=loader)
+        record = os.open(args.records / f"rank{run.rank}.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        for inputs, targets in run.steps(loader, until=args.steps):
+            line = {"generation": run.generation, "step": run.step + 1, "pid": os.getpid(), "sum": float(inputs.sum())}
+            os.write(record, json.dumps(line).encode() + b"\n")
+            loss = nn.functional.mse_loss(model(inputs), targets)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            scheduler.step()
+            time.sleep(args.step_ms / 1000)  # stands for the work of a larger model
+            run.report(loss=loss.item())
+        if run.rank == 0:
+            partial = args.final.with_suffix(".partial")
+            save_file({name: tensor.contiguous() for name, tensor in model.module.state_dict().items()}, partial)
+            partial.rename(args.final)
+
+
+if __name__ == "__main__":
+    main()
