@@ -1,0 +1,164 @@
+"""A registration is a level that is held: it is there while its process lives, and gone soon after."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+
+import pytest
+
+from dtrain.common.errors import RetryableError
+from dtrain.etcd import registrations
+from dtrain.etcd.client import EtcdClient
+from dtrain.etcd.keyvalues import KeyValue
+from dtrain.etcd.leases import Lease
+from dtrain.etcd.registrations import RegistrationChange, RegistrationTaken, keep_registered
+from tests.support.etcd_server import EtcdServer
+from tests.support.tcp_proxy import TcpProxy
+
+DEADLINE_S = 60.0
+KEY = "/dtrain/workers/w1"
+
+
+@asynccontextmanager
+async def registered(
+    client: EtcdClient, value: Callable[[], bytes], ttl_s: float, changes: list[RegistrationChange] | None = None
+) -> AsyncIterator["asyncio.Task[None]"]:
+    on_change = None if changes is None else changes.append
+    task = asyncio.create_task(keep_registered(client, KEY, value, ttl_s, on_change=on_change))
+    try:
+        yield task
+    finally:
+        task.cancel()
+        with suppress(asyncio.CancelledError, RegistrationTaken):
+            await task
+
+
+async def until(client: EtcdClient, holds: Callable[[KeyValue | None], bool]) -> KeyValue | None:
+    async with asyncio.timeout(DEADLINE_S):
+        while True:
+            with suppress(RetryableError):
+                found = await client.get(KEY)
+                if holds(found):
+                    return found
+            await asyncio.sleep(0.02)
+
+
+def test_a_registration_is_there_while_kept_and_taken_back_when_cancelled(etcd: EtcdServer) -> None:
+    async def run() -> None:
+        changes: list[RegistrationChange] = []
+        async with EtcdClient([etcd.endpoint]) as client:
+            async with registered(client, lambda: b"me", 60, changes):
+                found = await until(client, lambda kv: kv is not None)
+                assert found is not None and found.value == b"me" and found.lease != 0
+            assert await client.get(KEY) is None, "its lease was not revoked"
+        assert [change.registered for change in changes] == [True, False]
+        assert changes[0].revision == found.mod_revision and changes[0].lease == found.lease
+
+    asyncio.run(run())
+
+
+def test_a_registration_lost_in_an_outage_is_made_again_when_etcd_is_back(etcd: EtcdServer) -> None:
+    async def run() -> None:
+        changes: list[RegistrationChange] = []
+        async with EtcdClient([etcd.endpoint]) as client, registered(client, lambda: b"me", 1, changes):
+            first = await until(client, lambda kv: kv is not None)
+            assert first is not None
+            etcd.kill()
+            async with asyncio.timeout(DEADLINE_S):
+                while len(changes) < 2:
+                    await asyncio.sleep(0.02)
+            assert [change.registered for change in changes] == [True, False]
+            await etcd.up()
+            again = await until(client, lambda kv: kv is not None and kv.lease != first.lease)
+            assert again is not None and again.value == b"me"
+            async with asyncio.timeout(DEADLINE_S):
+                while len(changes) < 3:
+                    await asyncio.sleep(0.02)
+            assert changes[2].registered
+
+    asyncio.run(run())
+
+
+def test_a_short_restart_of_etcd_does_not_disturb_a_registration(etcd: EtcdServer) -> None:
+    async def run() -> None:
+        changes: list[RegistrationChange] = []
+        async with EtcdClient([etcd.endpoint]) as client, registered(client, lambda: b"me", 60, changes):
+            first = await until(client, lambda kv: kv is not None)
+            etcd.kill()
+            await etcd.up()
+            assert await until(client, lambda kv: kv is not None) == first
+            assert [change.registered for change in changes] == [True]
+
+    asyncio.run(run())
+
+
+def test_a_deleted_registration_is_put_again_and_a_changed_value_arrives(etcd: EtcdServer) -> None:
+    async def run() -> None:
+        value = b"one"
+        async with EtcdClient([etcd.endpoint]) as client, registered(client, lambda: value, 1):
+            first = await until(client, lambda kv: kv is not None)
+            assert first is not None
+            await client.delete(KEY)
+            again = await until(client, lambda kv: kv is not None)
+            assert again is not None and again.lease == first.lease
+            value = b"two"
+            await until(client, lambda kv: kv is not None and kv.value == b"two")
+
+    asyncio.run(run())
+
+
+def test_a_restarted_process_replaces_its_older_self_at_once_and_the_older_learns_it(etcd: EtcdServer) -> None:
+    async def run() -> None:
+        async with EtcdClient([etcd.endpoint]) as client, registered(client, lambda: b"old", 1) as older:
+            await until(client, lambda kv: kv is not None)
+            async with registered(client, lambda: b"new", 60):
+                await until(client, lambda kv: kv is not None and kv.value == b"new")
+                with pytest.raises(RegistrationTaken, match=KEY):
+                    await asyncio.wait_for(older, DEADLINE_S)
+                found = await client.get(KEY)
+                assert found is not None and found.value == b"new"
+
+    asyncio.run(run())
+
+
+def test_a_key_bound_to_an_older_lease_by_a_late_put_is_bound_to_the_living_one_again(etcd: EtcdServer) -> None:
+    async def run() -> None:
+        async with EtcdClient([etcd.endpoint]) as client:
+            registration = registrations._Registration(client, KEY, lambda: b"me", None)
+            older = await Lease.grant(client, 60)
+            newer = await Lease.grant(client, 1)
+            registration._leases.add(older.id)
+            holding = asyncio.create_task(registration.hold(newer))
+            await until(client, lambda kv: kv is not None and kv.lease == newer.id)
+            await client.put(KEY, b"me", lease=older.id)
+            await until(client, lambda kv: kv is not None and kv.lease == newer.id)
+            holding.cancel()
+
+    asyncio.run(run())
+
+
+def test_a_first_put_whose_answer_is_lost_does_not_make_a_stranger_of_its_own_older_self(etcd: EtcdServer) -> None:
+    async def run() -> None:
+        with TcpProxy(etcd.endpoint) as proxy:
+            async with (
+                EtcdClient([proxy.endpoint], timeout_s=1) as client,
+                EtcdClient([etcd.endpoint]) as witness,
+            ):
+                older = await Lease.grant(witness, 60)
+                await witness.put(KEY, b"older self", lease=older.id)
+                real_put = client.put
+
+                async def put_into_the_void(key: str, value: bytes, *, lease: int = 0) -> int:
+                    proxy.cut()
+                    client.put = real_put  # type: ignore[method-assign]
+                    return await real_put(key, value, lease=lease)
+
+                client.put = put_into_the_void  # type: ignore[method-assign]
+                async with registered(client, lambda: b"me", 60):
+                    async with asyncio.timeout(DEADLINE_S):
+                        while client.put != real_put:
+                            await asyncio.sleep(0.02)
+                    proxy.forward()
+                    await until(witness, lambda kv: kv is not None and kv.value == b"me")
+
+    asyncio.run(run())
