@@ -41,6 +41,7 @@ async def run_on_cluster(address: Address, spec: JobSpec) -> int:
 
 async def run_here(folder: DataFolder, prefix: str, spec: JobSpec, *, slots: int) -> int:
     """Bring a cluster up, run the job, take the cluster down, return the job's exit code."""
+    folder.make()
     await _check_store(spec.store)
     with Screen() as screen:
         plan = LocalPlan(workers=spec.nnodes_max, slots=slots, prefix=prefix)

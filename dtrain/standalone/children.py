@@ -2,40 +2,23 @@
 
 - Each child leads its own session: Ctrl-C at the terminal reaches the run alone, which takes its services
   down in the right order.
-- The kernel sends each child a signal when its parent dies, however it dies (PR_SET_PDEATHSIG): SIGTERM, so
-  that a worker can end its trainers.
+- Each child has the kernel send it SIGTERM when its parent dies, however it dies (see parents.py), so that a
+  worker can end its trainers.
 - Each child carries a mark in its environment that its own children inherit. What still carries the mark
   when the run leaves, or when the next one starts, is ended by it.
 """
 
 import asyncio
-import ctypes
 import os
-import signal
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
 
+from dtrain.standalone.parents import PARENT
+
 MARK = "_DTRAIN_DATA_FOLDER"  # not DTRAIN_...: workers keep those from their trainers
-_PR_SET_PDEATHSIG = 1
 _LEFTOVER_WAIT_S = 5.0  # the kernel needs a moment to end a process with much memory
-
-
-def die_with_parent(signal_number: int) -> Callable[[], None] | None:
-    """What a new child is to do before exec, so that it gets the signal when this process dies."""
-    if not sys.platform.startswith("linux"):
-        return None
-    prctl = ctypes.CDLL(None, use_errno=True).prctl  # looked up here: a forked child must not load libraries
-    parent = os.getpid()
-
-    def before_exec() -> None:
-        prctl(_PR_SET_PDEATHSIG, signal_number, 0, 0, 0)
-        if os.getppid() != parent:  # it died between fork and prctl
-            os._exit(1)
-
-    return before_exec
 
 
 async def start_child(
@@ -44,7 +27,7 @@ async def start_child(
     """Start a service; what it prints is appended to ``log``."""
     # A service is told everything by its arguments; what the person set for the run's verb is not for it.
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("DTRAIN_")}
-    environment = {**inherited, MARK: str(folder)}
+    environment = {**inherited, MARK: str(folder), PARENT: str(os.getpid())}
     with log.open("ab") as output:
         return await asyncio.create_subprocess_exec(
             *argv,
@@ -54,7 +37,6 @@ async def start_child(
             env=environment,
             start_new_session=True,
             pass_fds=tuple(keep_fds),
-            preexec_fn=die_with_parent(signal.SIGTERM),
         )
 
 

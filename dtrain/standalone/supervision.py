@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dtrain.common.errors import PermanentError, UserError
+from dtrain.common.errors import DtrainError, UserError
 from dtrain.standalone.children import start_child
 
 USER_ERROR_EXIT_CODE = 2  # what the command line exits with on a UserError
@@ -24,7 +24,7 @@ _TAIL_BYTES = 4096  # of a log, looked at for last words
 Notice = Callable[[str], None]
 
 
-class ServiceFailedError(PermanentError):
+class ServiceFailedError(DtrainError):
     """A service keeps dying; the text names it, its last words and its log."""
 
 
@@ -71,7 +71,7 @@ class Supervisor:
         async def guarded() -> None:
             try:
                 await run()
-            except (PermanentError, OSError) as error:
+            except (DtrainError, OSError) as error:
                 self.fail(error)
 
         return asyncio.create_task(guarded(), name=f"keep {name}")

@@ -1,0 +1,54 @@
+"""A person who asks for help does not wait."""
+
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.cli.commands import dtrain, environment
+
+HELP_MAX_S = 0.25
+TRIES = 5
+HEAVY = ("grpc", "torch", "boto3", "numpy", "rich", "msgspec", "psutil", "google.protobuf", "asyncio.base_events")
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("run", "--help"), ("worker", "--help")])
+def test_help_comes_within_a_quarter_of_a_second(arguments: tuple[str, ...], tmp_path: Path) -> None:
+    took_s = []
+    for _ in range(TRIES):
+        began = time.monotonic()
+        assert dtrain(*arguments, cwd=tmp_path).code == 0
+        took_s.append(time.monotonic() - began)
+    assert statistics.median(took_s) < HELP_MAX_S, took_s
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["history", "--help"], ["--version"]])
+def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
+    program = (
+        "import sys; from dtrain.cli.main import main; "
+        f"code = main({arguments!r}); print([m for m in {HEAVY!r} if m in sys.modules], code)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment(), capture_output=True, text=True, check=True, timeout=30
+    )
+    assert done.stdout.strip().splitlines()[-1] == "[] 0"
+
+
+def test_every_verb_has_help(tmp_path: Path) -> None:
+    top = dtrain("--help", cwd=tmp_path)
+    section = top.stdout.partition("Commands:")[2]
+    verbs = [line.split()[0] for line in section.splitlines() if line.startswith("  ") and line[2] != " "]
+    assert "run" in verbs and len(verbs) == 13
+    for verb in verbs:
+        answer = dtrain(verb, "--help", cwd=tmp_path)
+        assert answer.code == 0, verb
+        assert answer.stdout.startswith(f"Usage: dtrain {verb}")
+
+
+def test_the_version_is_said(tmp_path: Path) -> None:
+    from dtrain import __version__
+
+    assert dtrain("--version", cwd=tmp_path).stdout.strip() == f"dtrain, version {__version__}"
