@@ -15,17 +15,15 @@ The root may itself be, or lie behind, a symbolic link: that is the operator's c
 """
 
 import contextlib
-import ctypes
 import errno
-import fcntl
 import os
-import secrets
 import stat
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from dtrain.common.errors import DtrainError, ShardDamagedError
+from dtrain.storage.durable import DIRECTORY, closing, flush, flush_path, place, sweep
 from dtrain.storage.keys import RESERVED_PART, validate_key, validate_prefix
 from dtrain.storage.objects import (
     AlreadyExists,
@@ -36,16 +34,17 @@ from dtrain.storage.objects import (
     StorageUnavailable,
 )
 
-CHUNK_BYTES = 8 * 1024 * 1024  # written at a time: the disk starts on one chunk while the next is copied
+READ_BYTES = 8 * 1024 * 1024  # read at a time: a bound on how long one call holds on
 PREPARED_MAX = 4096  # directories remembered as flushed and swept; forgetting one costs only time
 MAKE_PARENTS_TRIES = 3  # a directory may be removed between its making and its opening, but not for ever
-TEMPORARY = RESERVED_PART + "tmp-"
 
-_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.EINVAL, errno.EOPNOTSUPP, errno.EXDEV}
 _MISPLACED = {errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EMLINK}  # O_NOFOLLOW met a link; a file where a folder is
-_SYNC_FILE_RANGE_WRITE = 2  # start writing these pages out, do not wait
+
+
+class _ObjectInTheWay(NotADirectoryError):
+    """A part of the path is an object: nothing can be below it, so a reader finds nothing there."""
 
 
 class LocalFolder:
@@ -67,18 +66,18 @@ class LocalFolder:
 
     def put(self, key: str, data: bytes | memoryview, *, if_absent: bool = False) -> None:
         *folders, name = validate_key(key).split("/")
-        with _translated(key, self._root):
+        with _translated(key, self._root, putting=True):
             directory = self._open_made(folders)
             try:
                 self._prepare("/".join(folders), directory)
-                _place(directory, name, memoryview(data).cast("B"), if_absent=if_absent)
+                place(directory, name, memoryview(data).cast("B"), if_absent=if_absent)
             finally:
                 os.close(directory)
 
     def get(self, key: str) -> bytes:
         with _translated(key, self._root), self._opened(key) as descriptor:
             parts = []
-            while part := os.read(descriptor, CHUNK_BYTES):
+            while part := os.read(descriptor, READ_BYTES):
                 parts.append(part)
             return b"".join(parts)
 
@@ -90,7 +89,7 @@ class LocalFolder:
             if offset + wanted > size_bytes:
                 raise ShardDamagedError(key, f"has {size_bytes} bytes, too few for {wanted} from {offset} on")
             while rest:
-                count = os.preadv(descriptor, [rest[:CHUNK_BYTES]], offset)
+                count = os.preadv(descriptor, [rest[:READ_BYTES]], offset)
                 if count == 0:
                     raise ShardDamagedError(key, f"ends at {offset}, before what it held when it was opened")
                 rest = rest[count:]
@@ -101,7 +100,7 @@ class LocalFolder:
             try:
                 with self._opened(key) as descriptor:
                     return ObjectInfo(key=key, size_bytes=os.fstat(descriptor).st_size)
-            except FileNotFoundError:
+            except (FileNotFoundError, _ObjectInTheWay):
                 return None
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
@@ -109,7 +108,7 @@ class LocalFolder:
         with _translated(prefix, self._root):
             try:
                 directory = self._open(folders)
-            except FileNotFoundError:
+            except (FileNotFoundError, _ObjectInTheWay):
                 return
         try:
             yield from _walk(directory, "".join(part + "/" for part in folders), start, self._root)
@@ -121,22 +120,26 @@ class LocalFolder:
         with _translated(key, self._root):
             try:
                 directory = self._open(folders)
-            except FileNotFoundError:
+            except (FileNotFoundError, _ObjectInTheWay):
                 return
             try:
                 # Absent may mean that an earlier try removed it and died: flush all the same.
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(name, dir_fd=directory)
-                _flush(directory)
+                flush(directory)
             finally:
                 os.close(directory)
 
     def _open(self, folders: Sequence[str]) -> int:
         """Return a descriptor of the directory; links below the root are refused by the kernel."""
-        descriptor = os.open(self._root, _DIRECTORY)
+        descriptor = os.open(self._root, DIRECTORY)
         for part in folders:
             try:
-                inner = os.open(part, _DIRECTORY | os.O_NOFOLLOW, dir_fd=descriptor)
+                inner = os.open(part, DIRECTORY | os.O_NOFOLLOW, dir_fd=descriptor)
+            except NotADirectoryError as error:
+                if stat.S_ISREG(os.stat(part, dir_fd=descriptor, follow_symlinks=False).st_mode):
+                    raise _ObjectInTheWay(*error.args) from error
+                raise  # a symbolic link, by Linux's word for it
             finally:
                 os.close(descriptor)
             descriptor = inner
@@ -149,6 +152,9 @@ class LocalFolder:
                 return self._open(folders)
             except FileNotFoundError:
                 self._make(folders)
+            except _ObjectInTheWay as error:
+                key = "/".join(folders)
+                raise StorageRefused(f"{key} in {self._root} is, or lies below, an object: use another key.") from error
         return self._open(folders)
 
     def _make(self, folders: Sequence[str]) -> None:
@@ -158,9 +164,9 @@ class LocalFolder:
             if not folder.is_dir():
                 with contextlib.suppress(FileExistsError):
                     folder.mkdir()
-                _flush_path(folder.parent)
+                flush_path(folder.parent)
         for depth, part in enumerate(folders):
-            with _closing(self._open(folders[:depth])) as parent, contextlib.suppress(FileExistsError):
+            with closing(self._open(folders[:depth])) as parent, contextlib.suppress(FileExistsError):
                 os.mkdir(part, dir_fd=parent)
 
     def _prepare(self, folder: str, directory: int) -> None:
@@ -170,9 +176,9 @@ class LocalFolder:
                 return
         folders = folder.split("/") if folder else []
         for depth in range(len(folders)):
-            with _closing(self._open(folders[:depth])) as parent:
-                _flush(parent)
-        _sweep(directory)
+            with closing(self._open(folders[:depth])) as parent:
+                flush(parent)
+        sweep(directory)
         with self._lock:
             if len(self._prepared) >= PREPARED_MAX:
                 self._prepared.clear()
@@ -182,92 +188,13 @@ class LocalFolder:
     def _opened(self, key: str) -> Iterator[int]:
         """Open the object for reading; raise FileNotFoundError if there is none."""
         *folders, name = validate_key(key).split("/")
-        with _closing(self._open(folders)) as directory:
+        with closing(self._open(folders)) as directory:
             # O_NONBLOCK: opening a named pipe that somebody put there must not hang.
             descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=directory)
-        with _closing(descriptor):
+        with closing(descriptor):
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 raise FileNotFoundError(errno.ENOENT, "not a regular file", key)
             yield descriptor
-
-
-def _place(directory: int, name: str, data: memoryview, *, if_absent: bool) -> None:
-    """Write ``data`` beside its place, flush it, and only then give it its name."""
-    if if_absent and _exists(directory, name):  # spares the writing; link() below decides
-        _flush(directory)
-        raise FileExistsError(errno.EEXIST, "exists", name)
-    temporary = TEMPORARY + secrets.token_hex(8)
-    descriptor = os.open(
-        temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666, dir_fd=directory
-    )
-    named = False
-    try:
-        with _closing(descriptor):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)  # says that its writer lives; nobody else waits for it
-            _write(descriptor, data)
-            _flush(descriptor)
-            if if_absent:
-                try:
-                    os.link(temporary, name, src_dir_fd=directory, dst_dir_fd=directory, follow_symlinks=False)
-                except FileExistsError:
-                    _flush(directory)  # whoever won: what we now call present is durable
-                    raise
-            else:
-                os.rename(temporary, name, src_dir_fd=directory, dst_dir_fd=directory)
-                named = True
-    finally:
-        if not named:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary, dir_fd=directory)
-    _flush(directory)
-
-
-def _write(descriptor: int, data: memoryview) -> None:
-    if len(data) and hasattr(os, "posix_fallocate"):
-        try:
-            os.posix_fallocate(descriptor, 0, len(data))  # a full disk is noticed before anything is copied
-        except OSError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # a file system without it: writing will tell
-                raise
-    position = 0
-    while position < len(data):
-        count = os.write(descriptor, data[position : position + CHUNK_BYTES])
-        _start_writeback(descriptor, position, count)
-        position += count
-
-
-def _flush(descriptor: int) -> None:
-    full = getattr(fcntl, "F_FULLFSYNC", None)  # macOS: fsync alone leaves the bytes in the drive's cache
-    if full is not None:
-        fcntl.fcntl(descriptor, full)
-    else:
-        os.fsync(descriptor)
-
-
-def _flush_path(folder: Path) -> None:
-    with _closing(os.open(folder, _DIRECTORY)) as descriptor:
-        _flush(descriptor)
-
-
-def _sweep(directory: int) -> None:
-    """Remove temporary files whose writer is gone. One taken from a living writer only makes it try again."""
-    for name in os.listdir(directory):
-        if not name.startswith(TEMPORARY):
-            continue
-        with (
-            contextlib.suppress(FileNotFoundError, BlockingIOError),
-            _closing(os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)) as descriptor,
-        ):
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.unlink(name, dir_fd=directory)
-
-
-def _exists(directory: int, name: str) -> bool:
-    try:
-        os.stat(name, dir_fd=directory, follow_symlinks=False)
-    except FileNotFoundError:
-        return False
-    return True
 
 
 def _walk(directory: int, prefix: str, start: str, root: Path) -> Iterator[ObjectInfo]:
@@ -292,29 +219,23 @@ def _walk(directory: int, prefix: str, start: str, root: Path) -> Iterator[Objec
             continue
         with _translated(prefix + name, root):
             try:
-                inner = os.open(name, _DIRECTORY | os.O_NOFOLLOW, dir_fd=directory)
+                inner = os.open(name, DIRECTORY | os.O_NOFOLLOW, dir_fd=directory)
             except FileNotFoundError:
                 continue
-        with _closing(inner):
+        with closing(inner):
             yield from _walk(inner, f"{prefix}{name}/", "", root)
 
 
 @contextlib.contextmanager
-def _closing(descriptor: int) -> Iterator[int]:
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-@contextlib.contextmanager
-def _translated(key: str, root: Path) -> Iterator[None]:
+def _translated(key: str, root: Path, *, putting: bool = False) -> Iterator[None]:
     """Turn the operating system's errors into the port's."""
     try:
         yield
     except DtrainError:
         raise
-    except FileNotFoundError as error:
+    except (FileNotFoundError, _ObjectInTheWay) as error:
+        if putting:  # somebody removes folders under our feet
+            raise StorageUnavailable(f"a folder in {root} vanished while {key} was put there") from error
         raise NotFound(f"{key} is not in {root}") from error
     except FileExistsError as error:
         raise AlreadyExists(f"{key} is already in {root}") from error
@@ -333,21 +254,3 @@ def _translated(key: str, root: Path) -> Iterator[None]:
                 "let the user that runs dtrain write there, or name another folder."
             ) from error
         raise StorageUnavailable(f"{root} cannot be used for {key}: {why}") from error
-
-
-def _find_sync_file_range() -> "ctypes._NamedFuncPointer | None":
-    """Return Linux's sync_file_range, which Python does not offer, or None elsewhere."""
-    function: ctypes._NamedFuncPointer | None = getattr(ctypes.CDLL(None), "sync_file_range", None)
-    if function is not None:
-        function.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
-        function.restype = ctypes.c_int
-    return function
-
-
-_sync_file_range = _find_sync_file_range()
-
-
-def _start_writeback(descriptor: int, position: int, count: int) -> None:
-    """Let the disk begin. Only speed hangs on it: the fsync that follows reports every failure."""
-    if _sync_file_range is not None:
-        _sync_file_range(descriptor, position, count, _SYNC_FILE_RANGE_WRITE)

@@ -91,6 +91,7 @@ def seaweedfs(folder: Path, *, bucket: str = "dtrain-test") -> Iterator[S3Server
         finally:
             process.kill()
             process.wait()
+            _remove_sockets(ports)
 
 
 @contextmanager
@@ -141,6 +142,7 @@ def _start(folder: Path, ports: list[int]) -> "subprocess.Popen[bytes]":
         "-s3.autoCreateBucket=false",
         "-s3.port.iceberg=0",
         "-s3.port.lance=0",
+        "-master.peers=none",  # alone: no waiting for an election
         "-master.telemetry=false",
         "-master.volumeSizeLimitMB=1024",
         "-volume.max=16",
@@ -183,6 +185,13 @@ def _free_ports(count: int) -> list[int]:
         for each in sockets:
             each.bind(("127.0.0.1", 0))
         return [int(each.getsockname()[1]) for each in sockets]
+
+
+def _remove_sockets(ports: list[int]) -> None:
+    """Remove the sockets that SeaweedFS makes in /tmp, wherever its data is, and that a killed one leaves."""
+    for port in ports:
+        for path in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
+            path.unlink(missing_ok=True)
 
 
 def _log_tail(folder: Path) -> str:

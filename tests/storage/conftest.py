@@ -1,0 +1,51 @@
+"""The stores under test: a model in memory, a folder, and two S3 servers. Servers live for the session."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from dtrain.storage.local import LocalFolder
+from dtrain.storage.objects import ObjectStore
+from dtrain.storage.uris import open_store
+from tests.support.memory_store import MemoryStore
+from tests.support.s3_server import S3Server, moto, seaweedfs
+
+
+@pytest.fixture(scope="session")
+def seaweed_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    with seaweedfs(tmp_path_factory.mktemp("seaweedfs")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def moto_server() -> Iterator[S3Server]:
+    with moto() as server:
+        yield server
+
+
+@pytest.fixture
+def seaweed(seaweed_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
+    """The real S3 server, with the environment set for it."""
+    _set_environment(seaweed_server, monkeypatch)
+    return seaweed_server
+
+
+@pytest.fixture(params=["memory", "folder", "seaweedfs", "moto"])
+def store(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ObjectStore:
+    """One store of each kind, empty: on a server, each test has a prefix of its own."""
+    match request.param:
+        case "memory":
+            return MemoryStore()
+        case "folder":
+            return LocalFolder(request.getfixturevalue("tmp_path") / "store")
+        case kind:
+            server: S3Server = request.getfixturevalue("seaweed_server" if kind == "seaweedfs" else "moto_server")
+            _set_environment(server, monkeypatch)
+            return open_store(server.uri(f"contract/{abs(hash(request.node.name)):x}"))
+
+
+def _set_environment(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in server.environment.items():
+        monkeypatch.setenv(name, value)
