@@ -76,12 +76,13 @@ class Restores:
     async def _run(self, fetch: FetchRestore, source: RestoreSource, give_up: threading.Event) -> None:
         loop = asyncio.get_running_loop()
         try:
-            manifest = await loop.run_in_executor(self._threads, _patiently, _Manifest(fetch, source, give_up))
+            manifest = await loop.run_in_executor(self._threads, _patiently, _Manifest(source, give_up))
             first, count = fetch.spec.first_rank, fetch.spec.nproc
             ranks = [RankId(job=fetch.job, generation=fetch.generation, rank=first + local) for local in range(count)]
             entries = [manifest.shards[of.rank % manifest.world_size] for of in ranks]
             parts = [
-                _Shard(fetch, entry, self._dirs.rank_dir(of), give_up) for of, entry in zip(ranks, entries, strict=True)
+                _Shard(source, entry, self._dirs.rank_dir(of), give_up)
+                for of, entry in zip(ranks, entries, strict=True)
             ]
             await asyncio.gather(*(loop.run_in_executor(self._threads, _patiently, part) for part in parts))
         except (GaveUp, asyncio.CancelledError):
@@ -99,8 +100,8 @@ class Restores:
 class _Manifest:
     """Reads and verifies the manifest."""
 
-    def __init__(self, fetch: FetchRestore, source: RestoreSource, give_up: threading.Event) -> None:
-        self.store_uri = fetch.spec.store
+    def __init__(self, source: RestoreSource, give_up: threading.Event) -> None:
+        self.store_uri = source.store
         self.give_up = give_up
         self.key = source.manifest_key
         self._digest = source.manifest_digest
@@ -115,8 +116,8 @@ class _Manifest:
 class _Shard:
     """Downloads and verifies one rank's shard into its folder."""
 
-    def __init__(self, fetch: FetchRestore, entry: ShardEntry, folder: Path, give_up: threading.Event) -> None:
-        self.store_uri = fetch.spec.store
+    def __init__(self, source: RestoreSource, entry: ShardEntry, folder: Path, give_up: threading.Event) -> None:
+        self.store_uri = source.store
         self.give_up = give_up
         self.key = entry.key
         self._entry = entry

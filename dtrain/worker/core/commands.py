@@ -55,6 +55,8 @@ def command_received(turn: Turn, received: CommandReceived) -> None:
                 _stop(turn, received, grace_s)
             case _ as never:
                 assert_never(never)
+    elif known.term < received.term:
+        turn.record(replace(known, term=received.term))
     _note_position(turn, received)
 
 
@@ -81,6 +83,7 @@ def _record(received: CommandReceived, stage: CommandStage, reason: str = "") ->
         generation=received.generation,
         attempt=attempt,
         stage=stage,
+        term=received.term,
         reason=reason,
     )
 

@@ -123,6 +123,7 @@ class RestoreSource:
     step: Step
     manifest_key: str
     manifest_digest: str
+    store: str  # URI of the store that it lies in; an earlier run may have used another
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,7 +144,7 @@ class TrainersSpec:
     master_port: int
     restarts: int  # generations that failed before this one
     max_restarts: int
-    store: str  # URI of the store that the restore is read from
+    store: str  # URI of the job's store
     restore: RestoreSource | None  # None: start from step 0
 
 
@@ -263,6 +264,7 @@ class CommandRecord:
     generation: int
     attempt: int  # of StageCheckpoint, else 0
     stage: CommandStage
+    term: Term  # of the leader whose command this answers; of several copies, the newest
     reason: str = ""  # set once REFUSED
 
 

@@ -162,7 +162,7 @@ def _restore(restore: RestoreProgress, checkpoint: int) -> wire.RestoreReport:
 
 
 def _command(record: CommandRecord) -> wire.CommandStatus:
-    return wire.CommandStatus(id=record.id, state=_COMMAND_STATES[record.stage], reason=record.reason)
+    return wire.CommandStatus(id=record.id, state=_COMMAND_STATES[record.stage], reason=record.reason, term=record.term)
 
 
 # ---- in --------------------------------------------------------------------------------------------------
@@ -231,6 +231,7 @@ def _spec(command_id: str, start: wire.StartTrainers) -> TrainersSpec:
             step=Step(start.restore.step),
             manifest_key=start.restore.manifest_key,
             manifest_digest=start.restore.manifest_digest,
+            store=start.restore.store or start.store,
         )
     return TrainersSpec(
         python=start.python,

@@ -1,0 +1,228 @@
+"""The agent as a real process, against a real etcd and a coordinator that speaks the real wire."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from dtrain.common.digests import blob_digest
+from dtrain.proto import agent_pb2 as wire
+from tests.support.facts import wait_for
+from tests.worker.nodes import JOB, Node
+from tests.worker.scripts import agent_process
+from tests.worker.scripts.mailbox_trainer import staged_bytes
+
+
+def _shards(snapshot: wire.Snapshot, attempt: int) -> list[wire.ShardReport]:
+    return [shard for a in snapshot.assignments for shard in a.shards if shard.attempt == attempt]
+
+
+def _checkpoint(node: Node, attempt: int, *, ahead: int = 50) -> tuple[str, int]:
+    step = max(node.steps().values()) + ahead
+    stage = wire.StageCheckpoint(checkpoint=attempt, attempt=attempt, step=step, store=node.store)
+    return node.command(stage_checkpoint=stage), step
+
+
+def test_a_noop_is_accepted_and_done_at_once(node: Node) -> None:
+    node.start()
+    status = node.wait_done(node.command(noop=wire.Noop()))
+    assert status.term == node.coordinator.term
+
+
+def test_trainers_start_stage_and_their_shards_are_acknowledged_once_stored(node: Node) -> None:
+    node.start()
+    node.wait_done(node.start_trainers())
+    node.wait_training()
+    command, step = _checkpoint(node, 1)
+    node.wait_done(command)
+    shards = _shards(node.coordinator.snapshots[-1], 1)
+    assert [(shard.rank, shard.state, shard.step) for shard in shards] == [
+        (0, wire.DURABLE, step),
+        (1, wire.DURABLE, step),
+    ]
+    for shard in shards:
+        stored = (node.folder / "store" / shard.key).read_bytes()
+        assert stored == staged_bytes(shard.rank, step)
+        assert (shard.size_bytes, shard.digest) == (len(stored), blob_digest(stored))
+
+
+def test_a_step_that_has_passed_is_reported_as_missed(node: Node) -> None:
+    node.start()
+    node.start_trainers()
+    node.wait_training()
+    node.wait("some steps are done", lambda snapshot: min(node.steps().values()) > 10)
+    stage = wire.StageCheckpoint(checkpoint=1, attempt=1, step=2, store=node.store)
+    node.wait_done(node.command(stage_checkpoint=stage))
+    assert {shard.state for shard in _shards(node.coordinator.snapshots[-1], 1)} == {wire.MISSED}
+
+
+def test_an_agent_killed_in_training_comes_back_to_the_same_trainers(node: Node) -> None:
+    node.start()
+    node.start_trainers()
+    before = node.wait_training()
+    journal = node.coordinator.snapshots[-1].journal
+    node.kill()
+    node.start()
+    assert node.wait_training() == before
+    steps = node.steps()
+    node.wait("they go on", lambda snapshot: all(node.steps()[rank] > steps[rank] + 5 for rank in (0, 1)))
+    after = node.coordinator.snapshots[-1]
+    assert after.journal == journal
+    assert after.incarnation != node.coordinator.snapshots[0].incarnation
+    command, _ = _checkpoint(node, 1)
+    node.wait_done(command)
+    assert {shard.state for shard in _shards(node.coordinator.snapshots[-1], 1)} == {wire.DURABLE}
+    node.end_file.touch()
+    node.wait("both have ended well", lambda snapshot: _exits(snapshot) == [(0, False), (0, False)])
+
+
+def _exits(snapshot: wire.Snapshot) -> list[tuple[int, bool]]:
+    ranks = [rank for assignment in snapshot.assignments for rank in assignment.ranks]
+    return [(rank.exit_code, rank.exit_unknown) for rank in ranks if rank.state == wire.EXITED]
+
+
+def test_an_agent_killed_before_storage_confirmed_acknowledges_after_its_return(node: Node) -> None:
+    node.start()
+    node.start_trainers()
+    before = node.wait_training()
+    in_the_way = node.folder / "store"  # a file where the folder should be: no upload can succeed
+    in_the_way.write_text("not a folder yet")
+    command, step = _checkpoint(node, 1, ahead=100)
+    node.wait_done(command, wire.ACCEPTED)
+    node.kill()
+    mailboxes = list((node.folder / "shm").glob("dtrain-*/*/rank*"))
+    wait_for("both have staged", lambda: all((path / "slot0").exists() for path in mailboxes), deadline_s=20)
+    in_the_way.unlink()
+    node.start()
+    node.wait_done(command)
+    shards = _shards(node.coordinator.snapshots[-1], 1)
+    assert {(shard.state, shard.step) for shard in shards} == {(wire.DURABLE, step)}
+    assert node.wait_training() == before
+
+
+def test_a_trainer_that_ended_while_the_agent_was_dead_is_reported_with_its_code(node: Node) -> None:
+    node.start()
+    node.start_trainers(
+        script=str(
+            _script(
+                node,
+                "import time, sys, pathlib\n"
+                "while not pathlib.Path('go').exists(): time.sleep(0.01)\nprint('out of luck'); sys.exit(7)",
+            )
+        )
+    )
+    node.wait("both run", lambda s: [r.state for a in s.assignments for r in a.ranks] == [wire.RUNNING] * 2)
+    node.kill()
+    (node.folder / "go").touch()
+    folders = list((node.folder / "shm").glob("dtrain-*/*/rank*"))
+    wait_for("both have ended", lambda: all((path / "exited.json").exists() for path in folders), deadline_s=20)
+    node.start()
+    node.wait("the exits are told", lambda snapshot: _exits(snapshot) == [(7, False), (7, False)])
+    ranks = [rank for assignment in node.coordinator.snapshots[-1].assignments for rank in assignment.ranks]
+    assert {rank.error for rank in ranks} == {"out of luck"}
+
+
+def _script(node: Node, text: str) -> Path:
+    path = node.folder / "script.py"
+    path.write_text(text)
+    return path
+
+
+def test_a_command_of_an_older_term_is_refused_and_names_both_terms(node: Node) -> None:
+    node.start()
+    node.wait_done(node.command(noop=wire.Noop()))
+    old = node.coordinator.term
+    node.coordinator.lead_again()
+    node.wait("the new term is seen", lambda snapshot: snapshot.term == node.coordinator.term)
+    node.coordinator.send(wire.Command(id="late", noop=wire.Noop()), term=old)
+    status = node.wait_done("late", wire.REFUSED)
+    assert str(old) in status.reason
+    assert str(node.coordinator.term) in status.reason
+
+
+def test_a_newer_generation_ends_the_older_one_before_it_starts(node: Node) -> None:
+    node.start()
+    node.start_trainers()
+    before = node.wait_training()
+    node.wait_done(node.start_trainers(generation=2))
+    after = node.wait_training()
+    assert not set(before.values()) & set(after.values())
+    assert not any(Path(f"/proc/{pid}").exists() for pid in before.values())
+    assert not list((node.folder / "shm").glob("dtrain-*/*.g1"))
+    refused = node.wait_done(node.start_trainers(generation=1), wire.REFUSED)
+    assert "generation 1" in refused.reason
+
+
+def test_a_stop_ends_the_trainers_and_removes_their_folders(node: Node) -> None:
+    node.start()
+    node.start_trainers()
+    pids = node.wait_training().values()
+    node.wait_done(node.command(stop_trainers=wire.StopTrainers(grace_s=5)))
+    assert _exits(node.coordinator.snapshots[-1]) == [(-15, False), (-15, False)]
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+    assert not list((node.folder / "shm").glob("dtrain-*/*"))
+
+
+def test_an_agent_that_is_asked_to_leave_ends_its_trainers_and_leaves_nothing(node: Node) -> None:
+    node.start()
+    node.start_trainers()
+    pids = node.wait_training().values()
+    assert node.terminate() == 0
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+    assert not list((node.folder / "shm").iterdir())
+    assert _exits(node.coordinator.snapshots[-1]) == [(-15, False), (-15, False)]
+
+
+def test_a_restore_is_verified_and_handed_to_every_rank(node: Node) -> None:
+    from dtrain.common.names import AttemptNumber, CheckpointNumber, Generation, Step, job_name
+    from dtrain.storage.keys import manifest_key, shard_key
+    from dtrain.storage.manifests import Manifest, ShardEntry, encode
+    from dtrain.storage.uris import open_store
+
+    job, checkpoint, attempt = job_name(JOB), CheckpointNumber(1), AttemptNumber(1)
+    store = open_store(node.store)
+    shards = []
+    for rank in range(2):
+        key, data = shard_key(job, checkpoint, attempt, rank), staged_bytes(rank, 5)
+        store.put(key, data)
+        shards.append(ShardEntry(rank=rank, key=key, size_bytes=len(data), digest=blob_digest(data)))
+    manifest = encode(
+        Manifest(
+            job=job,
+            checkpoint=checkpoint,
+            attempt=attempt,
+            generation=Generation(1),
+            step=Step(5),
+            world_size=2,
+            shards=tuple(shards),
+        )
+    )
+    name = manifest_key(job, checkpoint, attempt)
+    store.put(name, manifest)
+    restore = wire.Restore(checkpoint=1, attempt=1, step=5, manifest_key=name, manifest_digest=blob_digest(manifest))
+    node.start()
+    node.start_trainers(restore=restore)
+    node.wait_training()
+    for rank in range(2):
+        assert f"restored b'rank {rank} at step 5" in node.log(rank)
+    assert node.coordinator.snapshots[-1].assignments[0].restore.state == wire.READY
+    flipped = bytearray(staged_bytes(1, 5))
+    flipped[100] ^= 1
+    (node.folder / "store" / shards[1].key).write_bytes(flipped)
+    node.start_trainers(generation=2, restore=restore)
+    report = node.wait(
+        "the damage is told", lambda s: s.assignments[0].restore.state == wire.DAMAGED and s.assignments[0].restore
+    )
+    assert (report.key, report.checkpoint) == (shards[1].key, 1)
+    assert "digest" in report.reason
+
+
+def test_a_second_agent_on_the_same_data_folder_is_told_who_uses_it(node: Node) -> None:
+    node.start()
+    assert node.process is not None
+    second = subprocess.run(
+        [sys.executable, agent_process.__file__, json.dumps(node.settings)], capture_output=True, text=True, timeout=30
+    )
+    assert second.returncode == 2
+    assert f"in use by another process (pid {node.process.pid})" in second.stderr
+    assert Path(f"/proc/{node.process.pid}").exists()
