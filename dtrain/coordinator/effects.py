@@ -1,7 +1,7 @@
 """Performs the effects the coordinator owes: manifests and commit markers, in storage.
 
-Each effect runs once at a time, in a thread, and is tried until it is done or refused for good. Both objects
-are create-only and the same whoever writes them, so a second writer finds its own bytes there and is content.
+Each effect runs once at a time, in a thread, and is tried until it is done or refused for good. What is written
+is create-only and the same whoever writes them, so a second writer finds its own bytes there and is content.
 """
 
 import asyncio
@@ -11,9 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import assert_never
 
 from dtrain.common.digests import blob_digest
-from dtrain.common.errors import DtrainError, RetryableError
-from dtrain.coordinator.core.effects import Effect, WriteManifest, WriteMarker
-from dtrain.coordinator.core.facts import Fact, ManifestRefused, ManifestWritten, MarkerWritten
+from dtrain.common.errors import DtrainError, RetryableError, ShardDamagedError
+from dtrain.coordinator.core.effects import Effect, ReadMarkers, WriteManifest, WriteMarker
+from dtrain.coordinator.core.facts import Fact, ManifestRefused, ManifestWritten, MarkersRead, MarkerWritten
 from dtrain.storage import keys, manifests
 from dtrain.storage.objects import AlreadyExists, NotFound, ObjectStore
 from dtrain.storage.uris import open_store
@@ -78,6 +78,8 @@ class EffectRunner:
                 return _write_manifest(store, effect)
             case WriteMarker():
                 return _write_marker(store, effect)
+            case ReadMarkers():
+                return _read_markers(store, effect)
             case unreachable:
                 assert_never(unreachable)
 
@@ -117,6 +119,21 @@ def _write_manifest(store: ObjectStore, effect: WriteManifest) -> ManifestWritte
     return ManifestWritten(
         job=effect.job, attempt=inflight.attempt, manifest_key=key, manifest_digest=blob_digest(data)
     )
+
+
+def _read_markers(store: ObjectStore, effect: ReadMarkers) -> MarkersRead:
+    found = MarkersRead(job=effect.job, position_seq=0, key="")
+    for info in store.list(keys.job_prefix(effect.job)):
+        if not info.key.endswith("/" + keys.MARKER_NAME):
+            continue
+        try:
+            seq = manifests.decode_marker(store.get(info.key), key=info.key).position_seq
+        except ShardDamagedError as error:
+            logger.warning("a commit marker says nothing about the log: %s", error)
+            continue
+        if seq > found.position_seq:
+            found = MarkersRead(job=effect.job, position_seq=seq, key=info.key)
+    return found
 
 
 def _write_marker(store: ObjectStore, effect: WriteMarker) -> MarkerWritten:

@@ -27,6 +27,7 @@ from dtrain.coordinator.core.facts import (
     CancelAsked,
     CheckpointAsked,
     Fact,
+    MarkersRead,
     Now,
     Request,
     SnapshotReceived,
@@ -133,6 +134,8 @@ class LeaderLoop:
                 self._admit(this, item)
                 continue
             touched |= self.observed.apply(item, now)
+            if isinstance(item, MarkersRead):
+                self._check_markers(item)
             if isinstance(item, SnapshotReceived):
                 self._check_snapshot(item)
                 workers.add(item.snapshot.worker)
@@ -252,3 +255,13 @@ class LeaderLoop:
                     f"missing: worker {snapshot.worker} has seen event {assignment.position_seq} of this job, "
                     "so the log has lost its end",
                 )
+
+    def _check_markers(self, fact: MarkersRead) -> None:
+        job = self.jobs.get(fact.job)
+        known = 0 if job is None else job.position.seq
+        if fact.position_seq > known:
+            raise LogDamagedError(
+                codec.event_key(self._prefix, fact.job, known + 1),
+                f"missing: the commit marker {fact.key} comes from event {fact.position_seq} of this job, "
+                "so the log has lost its end",
+            )

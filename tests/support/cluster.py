@@ -1,9 +1,11 @@
 """A real cluster for a test: etcd, coordinators and worker agents, each a process that can be killed at will."""
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Coroutine, Iterator
@@ -137,6 +139,15 @@ class Cluster:
 
         return _run(once())
 
+    def shared_folders(self) -> list[Path]:
+        """The folders that this cluster's agents have in shared memory."""
+        found = []
+        for journal in self.folder.glob("*/journal.sqlite"):
+            with contextlib.closing(sqlite3.connect(journal)) as database:
+                (name,) = database.execute("select value from meta where name = 'journal'").fetchone()
+            found += Path("/dev/shm").glob(f"dtrain-{name[:8]}*")
+        return found
+
     def logs(self) -> str:
         """All service logs, for a failure's message."""
         texts = []
@@ -157,7 +168,6 @@ def cluster(folder: Path, *, coordinators: int = 1, workers: int = 1, slots: int
     env |= {MARK: mark, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     (folder / "etcd").mkdir(parents=True)
     it = Cluster(folder, mark, EtcdServer(folder / "etcd"), env)
-    before = shared_folders()
     try:
         _run(it.etcd.up())
         for _ in range(coordinators):
@@ -169,15 +179,10 @@ def cluster(folder: Path, *, coordinators: int = 1, workers: int = 1, slots: int
             if service.process is not None and service.process.poll() is None:
                 assert service.terminate() == 0, it.logs()
         wait_for("no process left behind", lambda: not marked(mark), deadline_s=10.0)
-        assert shared_folders() <= before, f"left in shared memory: {shared_folders() - before}"
+        assert not it.shared_folders(), "left in shared memory"
     except BaseException:
         print(it.logs())
         raise
     finally:
         it.etcd.stop()
         end_all(mark)
-
-
-def shared_folders() -> set[str]:
-    """Folders of agents in shared memory."""
-    return {path.name for path in Path("/dev/shm").glob("dtrain-*")}

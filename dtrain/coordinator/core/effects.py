@@ -41,7 +41,19 @@ class WriteMarker:
         return ("marker", self.job, self.checkpoint.number)
 
 
-Effect = WriteManifest | WriteMarker
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadMarkers:
+    """Owed once a leadership for each active job: a marker from beyond the log's end shows that the log lost events."""
+
+    job: JobName
+    store: str
+
+    @property
+    def key(self) -> tuple[str, JobName, int]:
+        return ("audit", self.job, 0)
+
+
+Effect = WriteManifest | WriteMarker | ReadMarkers
 
 
 def effects_owed(job: JobState, observed: Observed) -> list[Effect]:
@@ -51,6 +63,8 @@ def effects_owed(job: JobState, observed: Observed) -> list[Effect]:
         for number, checkpoint in job.committed.items()
         if not checkpoint.marked and (job.name, number) not in observed.markers
     ]
+    if job.spec.store and not job.ended and job.name not in observed.audited:
+        owed.append(ReadMarkers(job=job.name, store=job.spec.store))
     inflight, generation = job.inflight, job.generation
     if inflight is not None and generation is not None and (job.name, inflight.attempt) not in observed.manifests:
         shards = acknowledged(job, generation, inflight, observed)

@@ -195,6 +195,15 @@ class MarkerWritten:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MarkersRead:
+    """What the commit markers of a job in its store say about how long its log once was."""
+
+    job: JobName
+    position_seq: int  # highest log position of any marker; 0 if there is none
+    key: str  # of that marker
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Ticked:
     """Time passed."""
 
@@ -209,6 +218,7 @@ Fact = (
     | ManifestWritten
     | ManifestRefused
     | MarkerWritten
+    | MarkersRead
     | Ticked
 )
 

@@ -13,6 +13,7 @@ from dtrain.coordinator.core.facts import (
     Fact,
     ManifestRefused,
     ManifestWritten,
+    MarkersRead,
     MarkerWritten,
     Now,
     Registration,
@@ -74,6 +75,7 @@ class Observed:
     workers: dict[WorkerId, WorkerView] = field(default_factory=dict)
     manifests: dict[tuple[JobName, AttemptNumber], ManifestFact] = field(default_factory=dict)
     markers: set[tuple[JobName, CheckpointNumber]] = field(default_factory=set)
+    audited: set[JobName] = field(default_factory=set)  # jobs whose commit markers this leader has read
     pending_since_s: dict[JobName, float] = field(default_factory=dict)  # when a job began to wait for workers
     reached_since_s: dict[tuple[JobName, AttemptNumber], float] = field(default_factory=dict)
 
@@ -119,6 +121,9 @@ class Observed:
                 return {job}
             case MarkerWritten(job=job, checkpoint=checkpoint):
                 self.markers.add((job, checkpoint))
+                return {job}
+            case MarkersRead(job=job):
+                self.audited.add(job)
                 return {job}
             case Ticked():
                 return set()

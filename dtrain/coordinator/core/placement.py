@@ -48,6 +48,8 @@ def candidates(job: JobState, observed: Observed, jobs: Mapping[JobName, JobStat
 
 def waiting_for(job: JobState, observed: Observed, jobs: Mapping[JobName, JobState]) -> str:
     """What a pending job waits for, in words."""
+    if job.spec.store and job.name not in observed.audited:
+        return f"the store's commit markers to be read: {job.spec.store}"
     have, need = len(candidates(job, observed, jobs)), job.spec.nnodes_min
     if have >= need:
         return f"more workers, up to {job.spec.nnodes_max}, for a moment"
@@ -56,6 +58,8 @@ def waiting_for(job: JobState, observed: Observed, jobs: Mapping[JobName, JobSta
 
 def start(job: JobState, observed: Observed, jobs: Mapping[JobName, JobState], now: Now) -> Decision | None:
     """GenerationStarted for a pending job, or None while it must wait."""
+    if job.spec.store and job.name not in observed.audited:
+        return None  # whether the log is whole is not known yet
     since = observed.pending_since_s.setdefault(job.name, now.mono_s)
     found = candidates(job, observed, jobs)
     if len(found) < job.spec.nnodes_min:

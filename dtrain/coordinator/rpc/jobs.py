@@ -8,6 +8,7 @@ import grpc.aio
 
 from dtrain.common.errors import DtrainError, UserError
 from dtrain.common.names import JobName, job_name
+from dtrain.common.specs import JobSpec
 from dtrain.coordinator.core.facts import CancelAsked, CheckpointAsked, Request, SubmitAsked
 from dtrain.coordinator.core.failures import reports
 from dtrain.coordinator.core.observed import WorkerView
@@ -18,6 +19,7 @@ from dtrain.coordinator.rpc.agents import NOT_LEADING
 from dtrain.coordinator.rpc.convert import rank_to_wire, spec_from_wire
 from dtrain.proto import agent_pb2 as wire
 from dtrain.proto import agent_pb2_grpc
+from dtrain.storage.keys import job_prefix
 from dtrain.storage.uris import open_store, probe
 
 logger = logging.getLogger(__name__)
@@ -59,7 +61,8 @@ class JobRequests(agent_pb2_grpc.JobsServicer):
         try:
             spec = spec_from_wire(request.spec)
             if spec.store:
-                await asyncio.get_running_loop().run_in_executor(None, lambda: probe(open_store(spec.store)))
+                loop = await self._leading(context)
+                await asyncio.get_running_loop().run_in_executor(None, _probe, spec, loop.jobs.get(spec.name))
             elif spec.checkpoints.every_steps or spec.checkpoints.every_seconds:
                 raise UserError("checkpoints need a place: give --store file:///folder or s3://bucket/prefix.")
         except UserError as error:
@@ -102,6 +105,26 @@ class JobRequests(agent_pb2_grpc.JobsServicer):
         loop = await self._leading(context)
         views = sorted(loop.observed.workers.values(), key=lambda view: view.worker)
         return wire.WorkersReply(workers=[_worker(loop, view) for view in views])
+
+
+def _probe(spec: JobSpec, known: JobState | None) -> None:
+    """In a thread: the store can be used, and holds nothing of another job of this name.
+
+    Attempts are numbered by the log. A log that begins anew over a store that an older one has filled would give
+    its numbers a second time, and a committed checkpoint could be overwritten.
+    """
+    store = open_store(spec.store)
+    probe(store)
+    if known is not None and spec.store == known.spec.store:
+        return
+    if known is not None and any(c.store == spec.store for c in known.committed.values()):
+        return
+    found = next(iter(store.list(job_prefix(spec.name))), None)
+    if found is not None:
+        raise UserError(
+            f"the store already holds checkpoints of a job named {spec.name!r} that this etcd knows nothing of "
+            f"({found.key}): choose another --name or another --store."
+        )
 
 
 async def _name(text: str, context: _Context) -> JobName:
