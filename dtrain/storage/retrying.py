@@ -33,10 +33,16 @@ def with_retries(call: Callable[[], _T], *, deadline_s: float, give_up: threadin
     given_up = give_up or threading.Event()
     deadline = time.monotonic() + deadline_s
 
+    failures: list[RetryableError] = []  # the last one only
+
     def attempt() -> _T:
         if given_up.is_set():
-            raise GaveUp("no longer wanted")
-        return call()
+            raise GaveUp("no longer wanted") from (failures[0] if failures else None)
+        try:
+            return call()
+        except RetryableError as error:
+            failures[:] = [error]
+            raise
 
     def is_over(_: RetryCallState) -> bool:
         return given_up.is_set() or time.monotonic() >= deadline

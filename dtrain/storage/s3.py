@@ -27,6 +27,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import IO, TYPE_CHECKING, cast
+from urllib.parse import quote
 
 import boto3.session
 import google_crc32c
@@ -357,5 +358,7 @@ def _make_client(endpoint: str | None, region: str | None) -> "S3Client":
 
 
 def _uri(bucket: str, prefix: str, endpoint: str | None, region: str | None) -> str:
-    asked = [f"{name}={value}" for name, value in (("endpoint", endpoint), ("region", region)) if value]
-    return f"s3://{bucket}/{prefix}".rstrip("/") + ("?" + "&".join(asked) if asked else "")
+    asked = [
+        f"{name}={quote(value, safe=':/')}" for name, value in (("endpoint", endpoint), ("region", region)) if value
+    ]
+    return f"s3://{bucket}/{quote(prefix)}".rstrip("/") + ("?" + "&".join(asked) if asked else "")

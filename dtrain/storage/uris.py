@@ -25,10 +25,9 @@ def open_store(uri: str) -> ObjectStore:
     """
     if not uri or "\x00" in uri:
         raise UserError(f"store {uri!r} is not valid: {_FORMS}")
-    scheme, separator, _ = uri.partition("://")
-    if not separator and not uri.startswith("file:"):
+    if "://" not in uri and not uri.startswith("file:"):
         return _open_folder(Path(uri))
-    match scheme.lower():
+    match uri.partition(":")[0].lower():
         case "file":
             return _open_file_uri(uri)
         case "s3":
@@ -77,19 +76,19 @@ def _open_file_uri(uri: str) -> ObjectStore:
 def _open_s3(uri: str) -> ObjectStore:
     parts = urlsplit(uri)
     parameters = parse_qs(parts.query, keep_blank_values=True)
-    unknown = sorted(parameters.keys() - set(_S3_PARAMETERS))
-    if unknown or any(len(values) > 1 for values in parameters.values()):
-        raise UserError(f"store {uri!r} is not valid: after '?' only endpoint= and region= may stand, once each.")
     if "@" in parts.netloc or ":" in parts.netloc or not parts.netloc or parts.fragment:
         raise UserError(
             f"store {parts.scheme}://{parts.netloc.rpartition('@')[2]} is not valid: write s3://bucket/prefix; "
             "credentials come from the environment or ~/.aws, a host from endpoint=."
         )
+    if parameters.keys() - set(_S3_PARAMETERS) or any(len(values) > 1 for values in parameters.values()):
+        raise UserError(
+            f"store s3://{parts.netloc} has {', '.join(sorted(parameters))} after '?': "
+            "only endpoint= and region= may stand there, once each."
+        )
     endpoint, region = (parameters[name][0] if name in parameters else None for name in _S3_PARAMETERS)
     if endpoint is not None:
-        where = urlsplit(endpoint)
-        if where.scheme not in ("http", "https") or not where.hostname or where.username or where.query:
-            raise UserError(f"endpoint {endpoint!r} is not valid: write endpoint=http://host:port or https://host.")
+        _check_endpoint(endpoint)
     # boto3 takes 0.2 s to import: only whoever uses S3 pays for it.
     from dtrain.storage.s3 import S3Store
 
@@ -102,3 +101,15 @@ def _open_s3(uri: str) -> ObjectStore:
         )
     except PermanentError as error:
         raise UserError(f"store {uri!r} is not valid: {error}") from error
+
+
+def _check_endpoint(endpoint: str) -> None:
+    where = urlsplit(endpoint)
+    try:
+        port_is_possible = where.port != 0
+    except ValueError:  # not a number, or too large
+        port_is_possible = False
+    if "@" in endpoint:
+        raise UserError("credentials in endpoint= are not used: leave them to the environment or ~/.aws.")
+    if where.scheme not in ("http", "https") or not where.hostname or where.query or not port_is_possible:
+        raise UserError(f"endpoint {endpoint!r} is not valid: write endpoint=http://host:port or https://host.")
