@@ -46,7 +46,7 @@ def test_a_prefix_is_read_at_one_revision_although_a_writer_comes_between_pages(
         for number in range(10):
             await client.put(f"p/{number}", b"before")
         await client.put("q", b"another prefix")
-        seen = []
+        seen: list[tuple[str, bytes]] = []
         async for kv in client.scan("p/", page=3):
             if not seen:  # the first page is read; all that follows must be as it was then
                 await client.put("p/9", b"after")

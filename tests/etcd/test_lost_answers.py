@@ -152,6 +152,6 @@ def test_each_status_of_etcd_has_one_meaning_for_writes_and_one_for_reads(
     of_write: type[RetryableError | PermanentError],
     of_read: type[RetryableError | PermanentError],
 ) -> None:
-    error = AioRpcError(code, Metadata(), Metadata(), details=details)
+    error = AioRpcError(code, Metadata(), Metadata(), details=details, debug_error_string=None)
     assert type(translate(error, write=True)) is of_write
     assert type(translate(error, write=False)) is of_read
