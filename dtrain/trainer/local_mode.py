@@ -79,11 +79,14 @@ class LocalStation:
             raise UserError(found.error)
         self._checkpoint, self._attempt = found.checkpoint, found.attempt
         for key in found.markers:
-            saved, problem = self._try_load(self._store, key)
-            problems = [text for text in self._from_all(problem) if text]
-            if not problems:
+            saved, damage, obstacle = self._try_load(self._store, key)
+            answers = self._from_all((damage, obstacle))
+            if obstacles := [text for _, text in answers if text]:  # going further back would lose work for nothing
+                raise UserError(f"cannot restore from {key} in {self._store.uri}: {obstacles[0]}")
+            damages = dict.fromkeys(text for text, _ in answers if text)
+            if not damages:
                 return saved
-            for text in dict.fromkeys(problems):
+            for text in damages:
                 _log.warning("not restoring from %s: %s; trying the checkpoint before it", key, text)
         if found.markers:
             raise UserError(
@@ -180,12 +183,14 @@ class LocalStation:
         with_retries(lambda: store.put(key, manifest), deadline_s=STORE_DEADLINE_S)
         with_retries(lambda: store.put(marker_key(here.job, checkpoint), marker), deadline_s=STORE_DEADLINE_S)
 
-    def _try_load(self, store: ObjectStore, key: str) -> tuple[SavedState | None, str]:
-        """Return (state, "") or (None, why not)."""
+    def _try_load(self, store: ObjectStore, key: str) -> tuple[SavedState | None, str, str]:
+        """Return (state, what is damaged, what else stands in the way); one of the three."""
         try:
-            return with_retries(lambda: self._load_shard(store, key), deadline_s=STORE_DEADLINE_S), ""
+            return with_retries(lambda: self._load_shard(store, key), deadline_s=STORE_DEADLINE_S), "", ""
+        except ShardDamagedError as error:
+            return None, str(error), ""
         except DtrainError as error:
-            return None, str(error)
+            return None, "", str(error)
 
     def _load_shard(self, store: ObjectStore, key: str) -> SavedState:
         marker = read_marker(store, key)
@@ -230,5 +235,5 @@ def _look(store: ObjectStore, here: Surroundings) -> _Found:
                     checkpoint = max(checkpoint, int(number))
                     attempt = max(attempt, int(folder.removeprefix("attempt-")))
     except (DtrainError, ValueError) as error:
-        return _Found(checkpoint=0, attempt=0, markers=(), error=f"store {store.uri}: {error}")
+        return _Found(checkpoint=0, attempt=0, markers=(), error=str(error))
     return _Found(checkpoint=checkpoint, attempt=attempt, markers=tuple(reversed(markers)), error="")

@@ -21,6 +21,11 @@ from torch.distributed import FileStore, HashStore, PrefixStore, Store, TCPStore
 from dtrain.common.errors import PermanentError, UserError
 from dtrain.trainer.surroundings import Launcher, Surroundings
 
+# Groups that were left, held until the interpreter ends. DDP's reducer holds the group too; if it held it last, the
+# group's destructor would run while the model is freed, with the GIL, and join gloo's threads, of which one may need
+# the GIL to let go of the last all-reduce: a deadlock, met by ranks that leave right after their last step.
+_kept: list[object] = []
+
 JOIN_TIMEOUT_S = 600.0  # longest wait for peers to appear, and for any one collective
 
 
@@ -72,8 +77,9 @@ def join_group(surroundings: Surroundings, device: torch.device, *, timeout_s: f
 
 
 def leave_group() -> None:
-    """Destroy the process group after a normal end."""
+    """Destroy the process group after a normal end, without waiting for peers that may still be busy."""
     if dist.is_initialized():
+        _kept.append(dist.group.WORLD)
         dist.destroy_process_group()
 
 
