@@ -5,7 +5,7 @@
 
 import asyncio
 import secrets
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 
 import click
 
@@ -13,7 +13,6 @@ from dtrain.cli.options import cluster_options, output_option
 
 CANCEL_TIMEOUT_S = 60.0  # a worker gives trainers 5 s; a node that is cut off is given up within its lease
 CHECKPOINT_TIMEOUT_S = 600.0  # an upload of many GiB takes minutes
-POLL_S = 0.2
 
 
 def timeout_option(default_s: float) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -72,26 +71,17 @@ def workers_command(etcd: str | None, prefix: str, data_dir: str, output: str) -
 @output_option
 def cancel_command(job: str, timeout_s: float, etcd: str | None, prefix: str, data_dir: str, output: str) -> None:
     """End a job and wait until it has ended. Its committed checkpoints stay."""
-    from dtrain.cli.clients import connect, job_of, require_cluster
-    from dtrain.cli.output import ENDED_PHASES, job_view, print_json
+    from dtrain.cli.clients import require_cluster
+    from dtrain.cli.output import job_view, print_json
+    from dtrain.cli.statuses import status_of_log
+    from dtrain.cli.waits import cancel_and_wait
     from dtrain.common.names import job_name
 
-    async def cancel() -> None:
-        name = job_name(job)
-        async with connect(require_cluster(etcd, prefix, data_dir)) as coordinator:
-            await coordinator.cancel(name)
-
-            async def ended() -> bool:
-                return job_of(await coordinator.status(name), name).phase in ENDED_PHASES
-
-            await until(ended, timeout_s, f"job {name} has not ended yet")
-            status = job_of(await coordinator.status(name), name)
-        if output == "json":
-            print_json(job_view(status))
-        else:
-            click.echo(f"job {name} is {status.phase}")
-
-    asyncio.run(cancel())
+    ended = asyncio.run(cancel_and_wait(require_cluster(etcd, prefix, data_dir), job_name(job), timeout_s))
+    if output == "json":
+        print_json(job_view(status_of_log(ended)))
+    else:
+        click.echo(f"job {job} is {ended.phase}")
 
 
 @click.command("checkpoint")
@@ -101,9 +91,9 @@ def cancel_command(job: str, timeout_s: float, etcd: str | None, prefix: str, da
 @output_option
 def checkpoint_command(job: str, timeout_s: float, etcd: str | None, prefix: str, data_dir: str, output: str) -> None:
     """Take a checkpoint now and wait until it is committed."""
-    from dtrain.cli.checkpoint_waits import wait_for_checkpoint
     from dtrain.cli.clients import require_cluster
     from dtrain.cli.output import print_json
+    from dtrain.cli.waits import wait_for_checkpoint
     from dtrain.common.names import job_name
 
     async def take() -> None:
@@ -115,15 +105,3 @@ def checkpoint_command(job: str, timeout_s: float, etcd: str | None, prefix: str
             click.echo(f"checkpoint {taken.checkpoint} of step {taken.step} is committed")
 
     asyncio.run(take())
-
-
-async def until(fact: Callable[[], Awaitable[bool]], timeout_s: float, otherwise: str) -> None:
-    """Wait for a fact; when time is up, say what is not so yet."""
-    from dtrain.common.errors import RetryableError
-
-    clock = asyncio.get_running_loop().time
-    deadline = clock() + timeout_s
-    while not await fact():
-        if clock() > deadline:
-            raise RetryableError(f"{otherwise} after {timeout_s:g} s; it goes on. Ask again, or wait with --timeout.")
-        await asyncio.sleep(POLL_S)

@@ -12,7 +12,7 @@ from tests.cli.commands import dtrain, environment
 
 HELP_MAX_S = 0.25
 TRIES = 5
-HEAVY = ("grpc", "torch", "boto3", "numpy", "rich", "msgspec", "psutil", "google.protobuf", "asyncio.base_events")
+HEAVY = ("grpc", "torch", "boto3", "numpy", "rich", "msgspec", "psutil", "google.protobuf", "sqlite3")
 
 
 @pytest.mark.parametrize("arguments", [("--help",), ("run", "--help"), ("worker", "--help")])
