@@ -108,7 +108,7 @@ class Node:
             log = (self.folder / "agent.log").read_text()[-3000:]
             raise AssertionError(f"{error}\nlatest: {self.coordinator.latest}\nagent: {log}") from None
 
-    def wait_done(self, command_id: str, state: "wire.CommandState.ValueType" = wire.DONE) -> wire.CommandStatus:
+    def wait_done(self, command_id: str, state: int = wire.DONE) -> wire.CommandStatus:
         def look(snapshot: wire.Snapshot) -> wire.CommandStatus | None:
             return next((c for c in snapshot.commands if c.id == command_id and c.state == state), None)
 
