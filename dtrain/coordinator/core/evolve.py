@@ -43,17 +43,18 @@ def evolve(state: JobState | None, record: RecordedEvent) -> JobState:
     """Return the state after ``record``. Raises InvariantError if the event is not legal here."""
     expected = 1 if state is None else state.position.seq + 1
     _require(record.seq == expected, state, record, f"its sequence number is not {expected}")
+    _require(state is None or record.term >= state.term, state, record, "its term goes back")
     if isinstance(record.event, JobSubmitted):
         return _submitted(state, record, record.event)
     if state is None:
         raise InvariantError(f"{record.key}: {record.type} cannot be a job's first event")
-    _require(record.term >= state.term, state, record, "its term goes back")
     state = replace(state, position=record.position, term=Term(record.term))
     return _checkpoint_event(state, record) or _lifecycle_event(state, record)
 
 
 def _submitted(state: JobState | None, record: RecordedEvent, event: JobSubmitted) -> JobState:
     _require(state is None or state.ended, state, record, "the last run has not ended")
+    _require(event.spec.name == record.job, state, record, "it is of another job")
     run = 1 if state is None else state.run + 1
     _require(event.run == run, state, record, f"its run is not {run}")
     fresh = JobState(
@@ -155,7 +156,8 @@ def _generation_failed(state: JobState, record: RecordedEvent, event: Generation
     _require(state.inflight is None, state, record, "a checkpoint is in flight")
     assert generation is not None
     last = state.last_failure
-    same = last is not None and not event.progressed and last.error == event.error and event.error != ""
+    hopeless = event.error != "" and not event.progressed
+    same = last is not None and hopeless and not last.progressed and last.error == event.error
     failure = LastFailure(
         reason=event.reason,
         error=event.error,
@@ -193,23 +195,34 @@ def _checkpoint_event(state: JobState, record: RecordedEvent) -> JobState | None
             )
             return replace(state, inflight=started, last_attempt=event.attempt, checkpoint_time=record.time)
         case CheckpointAborted() as event:
-            _require(inflight is not None and inflight.attempt == event.attempt, state, record, "it is not in flight")
+            _require(inflight is not None, state, record, "none is in flight")
+            assert inflight is not None
+            same = (event.checkpoint, event.attempt) == (inflight.number, inflight.attempt)
+            _require(same, state, record, "it is not the one in flight")
             return replace(state, inflight=None, misses=state.misses + 1 if event.missed else state.misses)
         case CheckpointCommitted() as event:
-            _require(inflight is not None and inflight.attempt == event.attempt, state, record, "it is not in flight")
             return _committed(state, record, event)
         case CheckpointMarked() as event:
             _require(event.checkpoint in state.committed, state, record, "it is not committed")
-            return state.with_checkpoint(replace(state.committed[event.checkpoint], marked=True))
+            committed = state.committed[event.checkpoint]
+            _require(not committed.marked, state, record, "it is marked already")
+            return state.with_checkpoint(replace(committed, marked=True))
         case CheckpointQuarantined() as event:
             _require(event.checkpoint in state.committed, state, record, "it is not committed")
-            damaged = replace(state.committed[event.checkpoint], quarantined=f"{event.key}: {event.reason}")
-            return state.with_checkpoint(damaged)
+            committed = state.committed[event.checkpoint]
+            _require(not committed.quarantined, state, record, "it is quarantined already")
+            return state.with_checkpoint(replace(committed, quarantined=f"{event.key}: {event.reason}"))
         case _:
             return None
 
 
 def _committed(state: JobState, record: RecordedEvent, event: CheckpointCommitted) -> JobState:
+    inflight, generation = state.inflight, state.generation
+    _require(inflight is not None and generation is not None, state, record, "none is in flight")
+    assert inflight is not None and generation is not None
+    started = (inflight.number, inflight.attempt, inflight.generation, inflight.step, generation.world_size)
+    committed = (event.checkpoint, event.attempt, event.generation, event.step, event.world_size)
+    _require(committed == started, state, record, "it is not the one in flight")
     ranks = [shard.rank for shard in event.shards]
     _require(ranks == list(range(event.world_size)), state, record, "a rank's shard is missing")
     checkpoint = CommittedCheckpoint(

@@ -76,7 +76,8 @@ class Observed:
     manifests: dict[tuple[JobName, AttemptNumber], ManifestFact] = field(default_factory=dict)
     markers: set[tuple[JobName, CheckpointNumber]] = field(default_factory=set)
     audited: set[JobName] = field(default_factory=set)  # jobs whose commit markers this leader has read
-    pending_since_s: dict[JobName, float] = field(default_factory=dict)  # when a job began to wait for workers
+    # When a run of a job began to wait for workers. By run: the wait of one that was cancelled is not the next one's.
+    pending_since_s: dict[tuple[JobName, int], float] = field(default_factory=dict)
     reached_since_s: dict[tuple[JobName, AttemptNumber], float] = field(default_factory=dict)
 
     def view(self, worker: WorkerId) -> WorkerView:

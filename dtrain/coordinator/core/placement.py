@@ -60,7 +60,7 @@ def start(job: JobState, observed: Observed, jobs: Mapping[JobName, JobState], n
     """GenerationStarted for a pending job, or None while it must wait."""
     if job.spec.store and job.name not in observed.audited:
         return None  # whether the log is whole is not known yet
-    since = observed.pending_since_s.setdefault(job.name, now.mono_s)
+    since = observed.pending_since_s.setdefault((job.name, job.run), now.mono_s)
     found = candidates(job, observed, jobs)
     if len(found) < job.spec.nnodes_min:
         return None
@@ -89,7 +89,7 @@ def start(job: JobState, observed: Observed, jobs: Mapping[JobName, JobState], n
         master_port=first.rendezvous_port,
         restore=newest.restore_point if newest is not None else None,
     )
-    observed.pending_since_s.pop(job.name, None)
+    observed.pending_since_s.pop((job.name, job.run), None)
     last = job.last_failure
     cause = Cause(
         fact="workers_available",
