@@ -1,12 +1,13 @@
 """A checkpoint verifies exactly if each of its bytes is as recorded; what is not is named."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from dtrain.common.errors import ShardDamagedError
-from dtrain.common.names import AttemptNumber, CheckpointNumber, JobName
+from dtrain.common.names import AttemptNumber, CheckpointNumber, JobName, Step
 from dtrain.storage import verify
 from dtrain.storage.keys import manifest_key, marker_key, shard_key
 from dtrain.storage.local import LocalFolder
@@ -68,10 +69,13 @@ def test_every_bad_shard_is_named_not_only_the_first() -> None:
 
 @pytest.mark.parametrize("key", [MARKER, MANIFEST])
 def test_a_missing_or_damaged_marker_or_manifest_is_named(key: str) -> None:
-    for damage in (lambda store: store.delete(key), lambda store: store.flip_bit(key, byte=40)):
+    for missing in (True, False):
         store = MemoryStore()
         write_checkpoint(store, [bytes(100)])
-        damage(store)
+        if missing:
+            store.delete(key)
+        else:
+            store.flip_bit(key, byte=40)
         [finding] = verify_checkpoint(store, MARKER)
         assert finding.key == key
 
@@ -87,7 +91,7 @@ def test_a_manifest_that_the_log_does_not_know_is_refused() -> None:
 def test_a_marker_that_names_another_step_than_its_manifest_is_refused() -> None:
     store = MemoryStore()
     marker = write_checkpoint(store, [bytes(100)], step=5)
-    store.put(MARKER, encode(type(marker)(**{**_fields(marker), "step": 6})))
+    store.put(MARKER, encode(replace(marker, step=Step(6))))
     [finding] = verify_checkpoint(store, MARKER)
     assert finding.key == MANIFEST
 
@@ -107,7 +111,3 @@ def test_a_shard_that_vanishes_while_it_is_read_is_named() -> None:
     store.fail_next(Fault(operation="read_into", error=ShardDamagedError(SHARD, "has too few bytes")))
     [finding] = verify_checkpoint(store, MARKER)
     assert finding.key == SHARD
-
-
-def _fields(marker: object) -> dict[str, object]:
-    return {name: getattr(marker, name) for name in type(marker).__slots__}  # type: ignore[attr-defined]
