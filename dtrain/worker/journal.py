@@ -133,7 +133,9 @@ class Journal:
                     (record.id, _json(record)),
                 )
                 self._db.execute(
-                    "DELETE FROM commands WHERE number <= (SELECT max(number) FROM commands) - ?", (COMMANDS_MAX,)
+                    "DELETE FROM commands WHERE number NOT IN "
+                    "(SELECT number FROM commands ORDER BY number DESC LIMIT ?)",
+                    (COMMANDS_MAX,),
                 )
             case JournalAssignment(assignment=assignment):
                 self._write_assignment(assignment)

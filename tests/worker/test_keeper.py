@@ -1,0 +1,229 @@
+"""The keeper as a real process: what it records, what it ends, and that it is there once."""
+
+import contextlib
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from dtrain.worker import keeper
+from dtrain.worker.rank_dirs import KeeperPlan, Started, forbid, read_exited, read_started
+from tests.support.facts import wait_for
+from tests.support.processes import MARK, end_all, marked, new_mark
+
+DEADLINE_S = 20.0
+
+
+class Rank:
+    """A rank folder, the agent's lock beside it, and the keepers that were started on it."""
+
+    def __init__(self, folder: Path, mark: str) -> None:
+        self.folder = folder / "rank0"
+        self.folder.mkdir()
+        self.log = folder / "rank-0.log"
+        self.error_file = self.folder / "error.json"
+        self.agent_lock = folder / "agent.lock"
+        self._env = {**os.environ, MARK: mark}
+
+    def keep(
+        self, script: str, *, program: str = sys.executable, grace_s: float = 10.0, orphan_after_s: float = 60.0
+    ) -> "subprocess.Popen[bytes]":
+        plan = KeeperPlan(
+            argv=[program, "-u", "-c", script],
+            cwd=str(self.folder),
+            env=self._env,
+            log=str(self.log),
+            error_file=str(self.error_file),
+            grace_s=grace_s,
+            agent_lock=str(self.agent_lock),
+            orphan_after_s=orphan_after_s,
+        )
+        (self.folder / "keeper.json").write_bytes(msgspec.json.encode(plan))
+        return self.another()
+
+    def another(self) -> "subprocess.Popen[bytes]":
+        return subprocess.Popen([sys.executable, "-I", "-S", keeper.__file__, str(self.folder)], env=self._env)
+
+    def started(self) -> Started:
+        def look() -> Started | None:
+            found = read_started(self.folder)
+            return found if found is not None and found.trainer_pid else None
+
+        return wait_for("the trainer was started", look, deadline_s=DEADLINE_S)
+
+    def said(self, text: str) -> bool:
+        return wait_for(
+            f"the trainer said {text}",
+            lambda: self.log.exists() and text in self.log.read_text(),
+            deadline_s=DEADLINE_S,
+        )
+
+
+@pytest.fixture
+def rank(tmp_path: Path) -> Iterator[Rank]:
+    mark = new_mark()
+    try:
+        yield Rank(tmp_path, mark)
+    finally:
+        end_all(mark)
+
+
+@contextlib.contextmanager
+def living_agent(rank: Rank) -> Iterator[None]:
+    with rank.agent_lock.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _gone(pid: int) -> bool:
+    return not Path(f"/proc/{pid}").exists()
+
+
+@pytest.mark.parametrize(
+    ("script", "code", "error"),
+    [
+        ("print('all well')", 0, ""),
+        ("import sys; print('one'); print('two\\n\\n'); sys.exit(3)", 3, "two"),
+        ("raise ValueError('no luck')", 1, "ValueError: no luck"),
+        ("import os; os.kill(os.getpid(), 9)", -9, ""),
+    ],
+)
+def test_the_exit_is_recorded_with_its_code_and_last_words(rank: Rank, script: str, code: int, error: str) -> None:
+    before = time.time()
+    assert rank.keep(script).wait(DEADLINE_S) == 0
+    fact = read_exited(rank.folder)
+    assert fact is not None
+    assert (fact.code, fact.error) == (code, error)
+    assert before <= fact.at_unix_s <= time.time()
+
+
+def test_the_error_file_is_preferred_to_the_log(rank: Rank) -> None:
+    rank.error_file.write_text('{"message": {"message": "RuntimeError: the real cause", "extraInfo": {}}}')
+    rank.keep("import sys; print('noise'); sys.exit(1)").wait(DEADLINE_S)
+    fact = read_exited(rank.folder)
+    assert fact is not None
+    assert fact.error == "RuntimeError: the real cause"
+
+
+def test_a_program_that_cannot_be_run_is_named(rank: Rank) -> None:
+    assert rank.keep("", program="/no/such/python").wait(DEADLINE_S) == 0
+    fact = read_exited(rank.folder)
+    assert fact is not None
+    assert (fact.code, fact.error) == (127, "dtrain: cannot run /no/such/python: No such file or directory")
+
+
+def test_a_second_keeper_leaves_at_once_while_the_first_lives_and_after_it(rank: Rank) -> None:
+    first = rank.keep("import pathlib, time\nwhile not pathlib.Path('end').exists(): time.sleep(0.01)")
+    trainer = rank.started()
+    assert rank.another().wait(DEADLINE_S) == keeper.EXIT_USED
+    assert read_started(rank.folder) == trainer
+    (rank.folder / "end").touch()
+    assert first.wait(DEADLINE_S) == 0
+    assert rank.another().wait(DEADLINE_S) == keeper.EXIT_USED
+    assert read_started(rank.folder) == trainer
+
+
+def test_a_forbidden_rank_never_starts(rank: Rank) -> None:
+    assert forbid(rank.folder, "stopped first") is not None
+    assert rank.keep("print('ran')").wait(DEADLINE_S) == keeper.EXIT_USED
+    assert not rank.log.exists()
+    assert read_started(rank.folder) is None
+
+
+def test_a_rank_that_was_started_cannot_be_forbidden(rank: Rank) -> None:
+    rank.keep("import time; time.sleep(60)")
+    rank.started()
+    assert forbid(rank.folder, "too late") is None
+
+
+def test_sigterm_goes_to_the_trainer_which_may_end_well(rank: Rank) -> None:
+    process = rank.keep(
+        "import signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(5))\nprint('up')\ntime.sleep(60)"
+    )
+    rank.said("up")
+    process.terminate()
+    process.wait(DEADLINE_S)
+    fact = read_exited(rank.folder)
+    assert fact is not None
+    assert fact.code == 5
+
+
+DEAF = "import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nprint('up')\ntime.sleep(60)"
+
+
+def test_a_trainer_that_ignores_sigterm_is_killed_after_the_grace(rank: Rank) -> None:
+    process = rank.keep(DEAF, grace_s=0.2)
+    rank.said("up")
+    process.terminate()
+    process.wait(DEADLINE_S)
+    fact = read_exited(rank.folder)
+    assert fact is not None
+    assert fact.code == -signal.SIGKILL
+
+
+def test_sigquit_kills_at_once(rank: Rank) -> None:
+    process = rank.keep(DEAF, grace_s=60)
+    rank.said("up")
+    process.send_signal(signal.SIGQUIT)
+    process.wait(DEADLINE_S)
+    fact = read_exited(rank.folder)
+    assert fact is not None
+    assert fact.code == -signal.SIGKILL
+
+
+def test_a_keeper_killed_with_9_takes_its_trainer_along(rank: Rank) -> None:
+    process = rank.keep("import time; time.sleep(60)")
+    trainer = rank.started().trainer_pid
+    process.kill()
+    process.wait()
+    wait_for("the trainer is gone", lambda: _gone(trainer), deadline_s=DEADLINE_S)
+    assert read_exited(rank.folder) is None
+
+
+def test_whatever_the_trainer_started_is_ended_even_in_a_session_of_its_own(rank: Rank) -> None:
+    process = rank.keep(
+        "import subprocess, sys\n"
+        "for _ in range(3):\n"
+        "    child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'], start_new_session=True)\n"
+        "    print('child', child.pid)\n"
+    )
+    assert process.wait(DEADLINE_S) == 0
+    pids = [int(line.split()[1]) for line in rank.log.read_text().splitlines()]
+    assert len(pids) == 3
+    assert all(_gone(pid) for pid in pids)
+
+
+def test_without_its_agent_the_trainer_is_ended_after_the_given_time_and_its_log_says_why(rank: Rank) -> None:
+    with living_agent(rank):
+        process = rank.keep("import time; time.sleep(60)", orphan_after_s=0.5)
+        trainer = rank.started().trainer_pid
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(2.5)  # two looks at the lock, and more than the given time
+        assert not _gone(trainer)
+    process.wait(DEADLINE_S)
+    assert "its worker was gone for 0.5 s" in rank.log.read_text()
+    fact = read_exited(rank.folder)
+    assert fact is not None
+    assert fact.code == -signal.SIGKILL
+
+
+def test_the_trainer_has_a_clean_slate(rank: Rank) -> None:
+    """No signal blocked, standard input empty, a session of its own."""
+    rank.keep(
+        "import os, signal, sys\n"
+        "print(signal.pthread_sigmask(signal.SIG_BLOCK, []), repr(sys.stdin.read()), os.getsid(0) == os.getpid())"
+    ).wait(DEADLINE_S)
+    assert rank.log.read_text() == "set() '' True\n"
+
+
+def test_nothing_is_left_of_a_rank_that_has_ended(rank: Rank) -> None:
+    mark = rank._env[MARK]
+    assert rank.keep("import os; os.fork(); os.fork()").wait(DEADLINE_S) == 0
+    assert marked(mark) == {}
