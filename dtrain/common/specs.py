@@ -1,5 +1,6 @@
 """What a person asks for: the job's spec, recorded in its first event and never changed by dtrain."""
 
+import math
 from dataclasses import dataclass, field
 
 from dtrain.common.errors import UserError
@@ -41,6 +42,8 @@ class JobSpec:
             raise UserError(f"nproc-per-node {self.nproc_per_node} is not valid: give 1 or more.")
         if self.max_restarts < 0:
             raise UserError(f"max-restarts {self.max_restarts} is not valid: give 0 or more.")
+        if not math.isfinite(self.checkpoints.every_seconds):
+            raise UserError("every-seconds must be a finite number: JSON, in which the log is written, has no other.")
         if self.checkpoints.every_steps < 0 or self.checkpoints.every_seconds < 0:
             raise UserError("every-steps and every-seconds must not be negative: leave them out for no checkpoints.")
         if self.checkpoints.every_steps and self.checkpoints.every_seconds:

@@ -10,7 +10,7 @@ from typing import get_args
 import msgspec
 
 from dtrain.common.digests import chain_digest
-from dtrain.common.errors import LogDamagedError
+from dtrain.common.errors import LogDamagedError, UserError
 from dtrain.common.names import JobName
 from dtrain.coordinator.core.events import Cause, Decision, Event, RecordedEvent
 
@@ -72,7 +72,7 @@ def decode(key: str, value: bytes, job: JobName) -> RecordedEvent:
             raise LogDamagedError(key, f"unknown event type {envelope.type!r} (written by a newer dtrain?)")
         event: Event = msgspec.json.decode(envelope.data, type=kind)
         cause = msgspec.json.decode(envelope.cause, type=Cause)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, UserError) as error:  # UserError: a spec nobody could submit
         raise LogDamagedError(key, f"not an event: {error}") from error
     return _recorded(envelope, event, cause, job, key, value)
 

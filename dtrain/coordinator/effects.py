@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import assert_never
 
 from dtrain.common.digests import blob_digest
-from dtrain.common.errors import DtrainError, RetryableError, ShardDamagedError
+from dtrain.common.errors import DtrainError, PermanentError, RetryableError, ShardDamagedError
 from dtrain.coordinator.core.effects import Effect, ReadMarkers, WriteManifest, WriteMarker
 from dtrain.coordinator.core.facts import Fact, ManifestRefused, ManifestWritten, MarkersRead, MarkerWritten
 from dtrain.storage import keys, manifests
@@ -113,7 +113,10 @@ def _write_manifest(store: ObjectStore, effect: WriteManifest) -> ManifestWritte
             for s in effect.shards
         ),
     )
-    data = manifests.encode(manifest)
+    try:
+        data = manifests.encode(manifest)
+    except ValueError as error:  # a worker acknowledged what no shard can be: trying again cannot help
+        raise PermanentError(f"the acknowledged shards make no manifest: {error}") from error
     key = keys.manifest_key(effect.job, inflight.number, inflight.attempt)
     _put_once(store, key, data)
     return ManifestWritten(

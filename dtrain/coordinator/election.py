@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
-import psutil
 
 from dtrain.common.errors import RetryableError
 from dtrain.common.names import Term
@@ -40,7 +39,7 @@ class ProcessIdentity:
     boot: str  # of the kernel; differs between machines and between boots
     pid_namespace: int
     pid: int
-    started: float  # unix time of the process's start, to tell a reused pid
+    start_ticks: int  # of the kernel's clock since boot at the process's start, to tell a reused pid
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,8 +61,19 @@ def this_process() -> ProcessIdentity:
         boot=boot.read_text().strip() if boot.exists() else "",
         pid_namespace=namespace.stat().st_ino if namespace.exists() else 0,
         pid=pid,
-        started=psutil.Process(pid).create_time(),
+        start_ticks=(_start_ticks(pid) or 0) if boot.exists() else 0,
     )
+
+
+def _start_ticks(pid: int) -> int | None:
+    """When the process started, in ticks since boot; None if only its remains are there. Raises OSError.
+
+    Not as unix time, which is computed from the wall clock: after a step of that clock two processes would
+    disagree about it, and a living leader would look like a reused pid.
+    """
+    stat = Path(f"/proc/{pid}/stat").read_text()
+    fields = stat.rpartition(")")[2].split()  # what follows the name, which may hold anything
+    return None if fields[0] in ("Z", "X") else int(fields[19])
 
 
 def is_gone(process: ProcessIdentity) -> bool:
@@ -72,10 +82,15 @@ def is_gone(process: ProcessIdentity) -> bool:
     if not here.boot or (here.boot, here.pid_namespace) != (process.boot, process.pid_namespace):
         return False
     try:
-        found = psutil.Process(process.pid)
-        return found.create_time() != process.started or found.status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
+        os.kill(process.pid, 0)
+    except ProcessLookupError:
         return True
+    except PermissionError:
+        pass  # somebody's: of whom, only /proc may say
+    try:
+        return _start_ticks(process.pid) != process.start_ticks
+    except OSError:
+        return False  # a /proc that hides other people's processes: not certain
 
 
 class Leadership:
@@ -151,7 +166,7 @@ async def _wait_for_vacancy(client: EtcdClient, key: str) -> None:
     kv = await client.get(key)
     if kv is None:
         return
-    if is_gone(_decode(kv).process):
+    if _has_died(kv):
         logger.info("the leader of term %d has died on this machine: removing its key", kv.create_revision)
         await client.txn([create_revision_is(key, kv.create_revision)], [delete(key)])
         return
@@ -162,6 +177,14 @@ async def _wait_for_vacancy(client: EtcdClient, key: str) -> None:
                     return
     except TimeoutError:
         return
+
+
+def _has_died(kv: KeyValue) -> bool:
+    try:
+        return is_gone(_decode(kv).process)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        logger.warning("%s is not a leader's record, waiting for its lease to end: %s", kv.key, error)
+        return False
 
 
 def started_now() -> float:

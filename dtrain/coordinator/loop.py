@@ -44,6 +44,7 @@ logger = logging.getLogger(__name__)
 TICK_S = 0.25  # how late a rule that waits for time alone may be
 FACTS_MAX = 512  # facts folded in one round: a bound on how long the oldest waits for its answer
 INBOX_MAX = 4096  # facts waiting; beyond it the streams that bring them are held back
+_NOT_LEADING_ANY_MORE = "this coordinator does not lead any more"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -85,6 +86,7 @@ class LeaderLoop:
         self._outbox = outbox
         self._inbox: asyncio.Queue[Fact | Asked] = asyncio.Queue(INBOX_MAX)
         self._waiting: set[asyncio.Future[JobState]] = set()
+        self._over = False  # deposed: nobody takes from the inbox any more
         self._ticked_s = float("-inf")  # monotonic time at which all active jobs were last reconciled
 
     @property
@@ -96,7 +98,12 @@ class LeaderLoop:
         await self._inbox.put(fact)
 
     async def ask(self, request: Request) -> JobState:
-        """Bring a request; return the job once what was decided is durable. Raises UserError if refused."""
+        """Bring a request; return the job once what was decided is durable.
+
+        Raises UserError if refused, Deposed if this leadership is over.
+        """
+        if self._over:
+            raise Deposed(_NOT_LEADING_ANY_MORE)
         asked = Asked(request=request, answer=asyncio.get_running_loop().create_future())
         self._waiting.add(asked.answer)
         try:
@@ -111,9 +118,10 @@ class LeaderLoop:
             while True:
                 await self._round(await self._take())
         finally:
+            self._over = True
             for answer in self._waiting:
                 if not answer.done():
-                    answer.set_exception(Deposed("this coordinator does not lead any more"))
+                    answer.set_exception(Deposed(_NOT_LEADING_ANY_MORE))
 
     async def _take(self) -> list[Fact | Asked]:
         try:

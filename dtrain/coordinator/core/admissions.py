@@ -72,6 +72,8 @@ def checkpoint(asked: CheckpointAsked, observed: Observed, jobs: Jobs, now: Now)
     generation = job.generation
     if job.phase is not JobPhase.RUNNING or generation is None:
         raise UserError(f"job {job.name!r} is {job.phase}: only a running job can be checkpointed.")
+    if not job.spec.store:
+        raise UserError(f"job {job.name!r} has no store to keep a checkpoint in: give it one with --store next time.")
     if job.inflight is not None:
         return []  # an attempt is started only shortly before its step, so the one in flight serves the request
     decision = checkpoints.start_on_request(job, generation, observed, now, asked.request)

@@ -1,0 +1,75 @@
+"""One of each event, with every field filled, for tests of what is written down and read again."""
+
+from dtrain.common.names import AttemptNumber, CheckpointNumber, Generation, Step, WorkerId
+from dtrain.coordinator.core.events import (
+    CancelRequested,
+    CheckpointAborted,
+    CheckpointCommitted,
+    CheckpointMarked,
+    CheckpointQuarantined,
+    CheckpointStarted,
+    Event,
+    GenerationFailed,
+    GenerationStarted,
+    JobCancelled,
+    JobFailed,
+    JobSubmitted,
+    JobSucceeded,
+    Member,
+    RestorePoint,
+    RunInterrupted,
+    ShardRecord,
+)
+from tests.coordinator.support.clusters import DIGEST, spec
+
+_CHECKPOINT, _ATTEMPT, _GENERATION, _STEP = CheckpointNumber(3), AttemptNumber(5), Generation(2), Step(700)
+_ODD_TEXT = 'Grüße "quoted" \\ \n\t\x00 日本 🚂'
+
+EVENTS: tuple[Event, ...] = (
+    JobSubmitted(
+        spec=spec(every_seconds=1.5, args=("--lr", "0.1", _ODD_TEXT), env={"A": "1", "B": _ODD_TEXT}),
+        run=2,
+        request="r",
+    ),
+    RunInterrupted(reason=_ODD_TEXT),
+    CancelRequested(),
+    GenerationStarted(
+        generation=_GENERATION,
+        members=(
+            Member(worker=WorkerId("w1"), journal="j1", node_rank=0, first_rank=0, nproc=2),
+            Member(worker=WorkerId("w2"), journal="j2", node_rank=1, first_rank=2, nproc=2),
+        ),
+        world_size=4,
+        master_address="w1",
+        master_port=29500,
+        restore=RestorePoint(
+            checkpoint=_CHECKPOINT,
+            attempt=_ATTEMPT,
+            step=_STEP,
+            manifest_key="m",
+            manifest_digest=DIGEST,
+            store="s3://bucket/prefix",
+        ),
+    ),
+    GenerationFailed(
+        generation=_GENERATION, reason=_ODD_TEXT, counted=True, exit_code=137, error=_ODD_TEXT, progressed=True
+    ),
+    CheckpointStarted(checkpoint=_CHECKPOINT, attempt=_ATTEMPT, generation=_GENERATION, step=_STEP),
+    CheckpointAborted(checkpoint=_CHECKPOINT, attempt=_ATTEMPT, reason="missed", missed=True),
+    CheckpointCommitted(
+        checkpoint=_CHECKPOINT,
+        attempt=_ATTEMPT,
+        generation=_GENERATION,
+        step=_STEP,
+        world_size=2,
+        shards=tuple(ShardRecord(rank=rank, key=f"k{rank}", size_bytes=2**40, digest=DIGEST) for rank in range(2)),
+        store="file:///store",
+        manifest_key="m",
+        manifest_digest=DIGEST,
+    ),
+    CheckpointMarked(checkpoint=_CHECKPOINT),
+    CheckpointQuarantined(checkpoint=_CHECKPOINT, key="k0", reason="a bit is flipped"),
+    JobSucceeded(),
+    JobFailed(reason=_ODD_TEXT, exit_code=2),
+    JobCancelled(),
+)

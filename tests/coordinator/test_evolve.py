@@ -1,0 +1,257 @@
+"""The fold: every legal transition of a job, and that every other one is refused and changes nothing."""
+
+from dataclasses import replace
+
+import pytest
+
+from dtrain.common.errors import InvariantError
+from dtrain.common.names import AttemptNumber, CheckpointNumber, Generation, JobName, Step, Term, WorkerId
+from dtrain.coordinator.core.events import (
+    CancelRequested,
+    Cause,
+    CheckpointAborted,
+    CheckpointCommitted,
+    CheckpointMarked,
+    CheckpointQuarantined,
+    CheckpointStarted,
+    Decision,
+    Event,
+    GenerationFailed,
+    GenerationStarted,
+    JobCancelled,
+    JobFailed,
+    JobSubmitted,
+    JobSucceeded,
+    Member,
+    RunInterrupted,
+    ShardRecord,
+)
+from dtrain.coordinator.core.evolve import evolve
+from dtrain.coordinator.core.states import JobPhase, JobState
+from tests.coordinator.support.clusters import DIGEST, JOB, PREFIX, WALL_START_S, Cluster, spec
+
+ONE, TWO, THREE = 1, 2, 3
+DECIDED = Cause(fact="test")
+
+
+def submitted(run: int) -> JobSubmitted:
+    return JobSubmitted(spec=spec(), run=run, request=f"r{run}")
+
+
+def generation(number: int, *, state: JobState | None = None) -> GenerationStarted:
+    member = Member(worker=WorkerId("w1"), journal="j", node_rank=0, first_rank=0, nproc=2)
+    newest = None if state is None else state.newest_restorable
+    return GenerationStarted(
+        generation=Generation(number),
+        members=(member,),
+        world_size=2,
+        master_address="127.0.0.1",
+        master_port=1,
+        restore=None if newest is None else newest.restore_point,
+    )
+
+
+def failed(number: int) -> GenerationFailed:
+    return GenerationFailed(generation=Generation(number), reason="why", counted=True)
+
+
+def checkpoint_started(checkpoint: int, attempt: int, *, of: int = 1) -> CheckpointStarted:
+    return CheckpointStarted(
+        checkpoint=CheckpointNumber(checkpoint),
+        attempt=AttemptNumber(attempt),
+        generation=Generation(of),
+        step=Step(10 * checkpoint),
+    )
+
+
+def aborted(checkpoint: int, attempt: int) -> CheckpointAborted:
+    return CheckpointAborted(checkpoint=CheckpointNumber(checkpoint), attempt=AttemptNumber(attempt), reason="why")
+
+
+def committed(checkpoint: int, attempt: int) -> CheckpointCommitted:
+    return CheckpointCommitted(
+        checkpoint=CheckpointNumber(checkpoint),
+        attempt=AttemptNumber(attempt),
+        generation=Generation(1),
+        step=Step(10 * checkpoint),
+        world_size=2,
+        shards=tuple(ShardRecord(rank=rank, key="k", size_bytes=1, digest=DIGEST) for rank in range(2)),
+        store="file:///store",
+        manifest_key="m",
+        manifest_digest=DIGEST,
+    )
+
+
+def marked(checkpoint: int) -> CheckpointMarked:
+    return CheckpointMarked(checkpoint=CheckpointNumber(checkpoint))
+
+
+def quarantined(checkpoint: int) -> CheckpointQuarantined:
+    return CheckpointQuarantined(checkpoint=CheckpointNumber(checkpoint), key="k", reason="bit")
+
+
+SUBMITTED: list[Event] = [submitted(1)]
+RUNNING: list[Event] = [*SUBMITTED, generation(1)]
+INFLIGHT: list[Event] = [*RUNNING, checkpoint_started(1, 1)]
+COMMITTED: list[Event] = [*INFLIGHT, committed(1, 1)]
+MARKED: list[Event] = [*COMMITTED, marked(1)]
+
+HISTORIES: dict[str, list[Event]] = {
+    "nothing": [],
+    "pending": SUBMITTED,
+    "running": RUNNING,
+    "in flight": INFLIGHT,
+    "committed": COMMITTED,
+    "marked": MARKED,
+    "quarantined": [*MARKED, quarantined(1)],
+    "pending again": [*RUNNING, failed(1)],
+    "cancelling": [*RUNNING, CancelRequested()],
+    "cancelling in flight": [*INFLIGHT, CancelRequested()],
+    "succeeded": [*COMMITTED, JobSucceeded()],
+    "failed": [*SUBMITTED, JobFailed(reason="why", exit_code=1)],
+    "cancelled": [*SUBMITTED, CancelRequested(), JobCancelled()],
+    "interrupted": [*SUBMITTED, RunInterrupted(reason="why")],
+}
+
+# Each event with the histories it may follow, and the phase it leads to (None: the phase stays).
+LEGAL: list[tuple[Event, set[str], JobPhase | None]] = [
+    (submitted(1), {"nothing"}, JobPhase.PENDING),
+    (submitted(2), {"succeeded", "failed", "cancelled", "interrupted"}, JobPhase.PENDING),
+    (generation(1), {"pending"}, JobPhase.RUNNING),
+    (generation(2), {"pending again"}, JobPhase.RUNNING),
+    (failed(1), {"running", "committed", "marked", "quarantined"}, JobPhase.PENDING),
+    (failed(2), set(), None),
+    (CancelRequested(), {"pending", "pending again", "running", "in flight", "committed", "marked", "quarantined"},
+     JobPhase.CANCELLING),
+    (JobCancelled(), {"cancelling"}, JobPhase.CANCELLED),
+    (JobSucceeded(), {"running", "committed", "marked", "quarantined"}, JobPhase.SUCCEEDED),
+    (JobFailed(reason="w", exit_code=1), {"pending", "pending again"}, JobPhase.FAILED),
+    (RunInterrupted(reason="w"),
+     {"pending", "pending again", "running", "committed", "marked", "quarantined", "cancelling"},
+     JobPhase.INTERRUPTED),
+    (checkpoint_started(1, 1), {"running"}, None),
+    (checkpoint_started(2, 2), {"committed", "marked", "quarantined"}, None),
+    (checkpoint_started(1, 2), set(), None),
+    (checkpoint_started(2, 2, of=2), set(), None),
+    (aborted(1, 1), {"in flight", "cancelling in flight"}, None),
+    (aborted(1, 2), set(), None),
+    (aborted(2, 1), set(), None),
+    (committed(1, 1), {"in flight", "cancelling in flight"}, None),
+    (committed(1, 2), set(), None),
+    (committed(2, 1), set(), None),
+    (marked(1), {"committed", "succeeded"}, None),
+    (marked(2), set(), None),
+    (quarantined(1), {"committed", "marked", "succeeded"}, None),
+    (quarantined(2), set(), None),
+]  # fmt: skip
+
+CASES = [
+    pytest.param(history, event, phase if legal else None, legal, id=f"{history}-{type(event).__name__}-{index}")
+    for index, (event, after, phase) in enumerate(LEGAL)
+    for history in HISTORIES
+    for legal in [history in after]
+]
+
+
+def fold(events: list[Event]) -> tuple[Cluster, JobState | None]:
+    cluster, state = Cluster(), None
+    for event in events:
+        state = cluster.fold(JobName(JOB), state, Decision(event=event, cause=DECIDED))
+    return cluster, state
+
+
+@pytest.mark.parametrize(("history", "event", "phase", "legal"), CASES)
+def test_an_event_is_folded_where_it_may_follow_and_refused_elsewhere(
+    history: str, event: Event, phase: JobPhase | None, legal: bool
+) -> None:
+    cluster, state = fold(HISTORIES[history])
+    before = repr(state)
+    if legal:
+        after = cluster.fold(JobName(JOB), state, Decision(event=event, cause=DECIDED))
+        assert after.phase is (phase if phase is not None else state and state.phase)
+        assert after.position.seq == len(HISTORIES[history]) + 1
+    else:
+        with pytest.raises(InvariantError, match=type(event).__name__):
+            cluster.fold(JobName(JOB), state, Decision(event=event, cause=DECIDED))
+    assert repr(state) == before, "the fold changed the state it was given"
+
+
+def test_every_type_of_event_is_in_the_table() -> None:
+    from typing import get_args
+
+    assert {type(event) for event, _, _ in LEGAL} == set(get_args(Event))
+
+
+def broken(event: Event, **changes: object) -> Event:
+    return replace(event, **changes)  # type: ignore[type-var]
+
+
+REFUSED_FIELDS = [
+    ("pending", broken(generation(1), world_size=3), "gap"),
+    ("pending", broken(generation(1), generation=Generation(2)), "number"),
+    ("in flight", broken(committed(1, 1), step=Step(11)), "in flight"),
+    ("in flight", broken(committed(1, 1), world_size=1), "in flight"),
+    ("in flight", broken(committed(1, 1), generation=Generation(2)), "in flight"),
+    ("in flight", broken(committed(1, 1), shards=committed(1, 1).shards[:1]), "missing"),
+    ("nothing", broken(submitted(1), spec=spec("other")), "another job"),
+    ("nothing", submitted(2), "run"),
+]
+
+
+@pytest.mark.parametrize(("history", "event", "why"), REFUSED_FIELDS)
+def test_an_event_that_no_leader_could_have_decided_is_refused(history: str, event: Event, why: str) -> None:
+    cluster, state = fold(HISTORIES[history])
+    with pytest.raises(InvariantError, match=why):
+        cluster.fold(JobName(JOB), state, Decision(event=event, cause=DECIDED))
+
+
+def test_a_generation_must_start_from_the_newest_sound_checkpoint() -> None:
+    cluster, state = fold([*MARKED, failed(1)])
+    assert state is not None
+    with pytest.raises(InvariantError, match="newest"):
+        cluster.fold(JobName(JOB), state, Decision(event=generation(2), cause=DECIDED))
+    started = cluster.fold(JobName(JOB), state, Decision(event=generation(2, state=state), cause=DECIDED))
+    assert started.generation is not None and started.generation.restore is not None
+
+
+@pytest.mark.parametrize("event", [CancelRequested(), submitted(2)], ids=["within a run", "with the next run"])
+def test_a_term_never_goes_back(event: Event) -> None:
+    history = [*SUBMITTED] if isinstance(event, CancelRequested) else HISTORIES["failed"]
+    cluster, state = fold(history)
+    assert state is not None
+    older = Cluster(term=cluster.term - 1)
+    with pytest.raises(InvariantError, match="term goes back"):
+        older.fold(JobName(JOB), state, Decision(event=event, cause=DECIDED))
+
+
+@pytest.mark.parametrize("seq", [1, 3])
+def test_a_repeated_or_skipped_sequence_number_is_refused(seq: int) -> None:
+    from dtrain.coordinator import codec
+
+    _, state = fold(SUBMITTED)
+    assert state is not None
+    entry = codec.record(
+        Decision(event=generation(1), cause=DECIDED),
+        prefix=PREFIX, job=JobName(JOB), seq=seq, term=7, time_s=WALL_START_S, prev=state.position.digest,
+    )  # fmt: skip
+    with pytest.raises(InvariantError, match="sequence number"):
+        evolve(state, entry.record)
+
+
+def test_the_next_run_keeps_checkpoints_and_numbers_and_forgets_the_failures_of_the_last() -> None:
+    _, state = fold([*MARKED, failed(1), JobFailed(reason="why", exit_code=3), submitted(2)])
+    assert state is not None
+    assert (state.run, state.phase, state.exit_code, state.reason) == (2, JobPhase.PENDING, 0, "")
+    assert (state.restarts, state.restarts_used, state.last_failure) == (0, 0, None)
+    assert (state.last_generation, state.last_attempt, sorted(state.committed)) == (1, 1, [1])
+    assert state.term == Term(7)
+
+
+def test_missed_attempts_are_counted_until_a_commit() -> None:
+    missed = replace(aborted(1, 1), missed=True)
+    _, state = fold([*INFLIGHT, missed])
+    assert state is not None and state.misses == 1
+    _, state = fold([*INFLIGHT, missed, checkpoint_started(1, 2), aborted(1, 2)])
+    assert state is not None and state.misses == 1, "an attempt that failed otherwise says nothing about the lead"
+    _, state = fold([*INFLIGHT, missed, checkpoint_started(1, 2), committed(1, 2)])
+    assert state is not None and state.misses == 0
