@@ -42,7 +42,7 @@ _VERBS: dict[str, tuple[str, str]] = {
     "workers": ("jobs", "Show the workers of the cluster."),
     "coordinator": ("services", "Serve as a coordinator (or as a standby of one)."),
     "worker": ("services", "Serve as the worker agent of this node."),
-    "etcd": ("services", "Serve the etcd of a data folder, to look into it with etcdctl."),
+    "etcd": ("services", "Look into the etcd of a data folder with etcdctl."),
 }
 
 

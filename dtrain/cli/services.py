@@ -7,6 +7,8 @@ import asyncio
 import os
 import shlex
 import socket
+import subprocess
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -132,10 +134,15 @@ def default_worker_id(host: str) -> str:
     return "".join(char if char.isalnum() or char in "-._" else "-" for char in host.lower()).strip("-._") or "worker"
 
 
-@click.command("etcd")
+@click.command("etcd", context_settings={"allow_interspersed_args": False})
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="[ETCDCTL ARGUMENTS]...")
 @data_dir_option
-def etcd_command(data_dir: str) -> None:
-    """Serve the etcd of a data folder until Ctrl-C, to look into it with etcdctl or dtrain."""
+def etcd_command(arguments: tuple[str, ...], data_dir: str) -> int:
+    """Look into the etcd of a data folder with etcdctl.
+
+    With arguments, etcdctl is run with them once: dtrain etcd get --prefix /dtrain/jobs/ --keys-only.
+    Without, etcd is served until Ctrl-C, and the command that reaches it is printed.
+    """
     from dtrain.cli.interrupts import Interrupted, interruptible
     from dtrain.cli.options import DEFAULT_PREFIX
     from dtrain.common.errors import UserError
@@ -146,29 +153,38 @@ def etcd_command(data_dir: str) -> None:
     if not folder.has_history():
         raise UserError(f"nothing has run in data folder {folder.root} yet: give --data-dir of an earlier run.")
 
-    async def use(endpoint: str) -> None:
+    async def look(endpoint: str) -> int:
+        return (await asyncio.to_thread(subprocess.run, etcdctl(endpoint, arguments), check=False)).returncode
+
+    async def serve(endpoint: str) -> int:
         folder.publish(Endpoints(etcd=endpoint, prefix=DEFAULT_PREFIX, pid=os.getpid()))
         try:
             click.echo(f"etcd of {folder.root} listens on {endpoint}; Ctrl-C ends it. Look with:")
-            click.echo(f"  {etcdctl_command(endpoint, DEFAULT_PREFIX)}")
+            click.echo(f"  {shlex.join(etcdctl(endpoint, ('get', '--prefix', f'{DEFAULT_PREFIX}/')))}")
             await asyncio.Event().wait()
         finally:
             folder.withdraw()
+        return 0
 
-    async def run() -> None:
+    async def run() -> int:
+        active = folder.active()
+        if active is not None and arguments:
+            return await look(active.etcd)
         try:
-            await interruptible(with_etcd_of(folder, use), first=lambda: None, hurry=lambda: None)
+            work = with_etcd_of(folder, look if arguments else serve)
+            return await interruptible(work, first=lambda: None, hurry=lambda: None)
         except Interrupted:
-            return
+            return 0
 
-    asyncio.run(run())
+    return asyncio.run(run())
 
 
-def etcdctl_command(endpoint: str, prefix: str) -> str:
-    """The command that shows the keys of a cluster; it can be pasted."""
+def etcdctl(endpoint: str, arguments: Sequence[str]) -> list[str]:
+    """The etcdctl command that talks to ``endpoint``; it can be pasted."""
     from dtrain.etcd.binaries import find_etcdctl
 
-    return f"ETCDCTL_API=3 {shlex.quote(str(find_etcdctl()))} --endpoints={endpoint} get --prefix {prefix}/"
+    # `env` says it in one word list: version 3.4 and later default to API 3, 3.3 does not.
+    return ["env", "ETCDCTL_API=3", str(find_etcdctl()), f"--endpoints={endpoint}", *arguments]
 
 
 def _log_to_stderr() -> None:

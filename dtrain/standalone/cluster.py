@@ -15,12 +15,15 @@ import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from types import TracebackType
+from typing import TypeVar
 
 from dtrain.common.errors import RetryableError, UserError
 from dtrain.etcd.embedded import EmbeddedEtcd
 from dtrain.standalone.children import MARK, end_leftovers
 from dtrain.standalone.data_folder import DataFolder, Endpoints, FolderLock, lock_folder
 from dtrain.standalone.supervision import YOUNG_DEATHS_MAX, Notice, Service, Supervisor, backoff_s
+
+Result = TypeVar("Result")
 
 ETCD_READY_S = 30.0  # a slow disk fsyncs for seconds; a healthy one answers within half a second
 ETCD_POLL_S = 0.05  # between two looks at a living etcd, where the kernel offers no pidfd
@@ -198,15 +201,15 @@ async def wait_for_exit(etcd: EmbeddedEtcd) -> None:
         os.close(fd)
 
 
-async def with_etcd_of(folder: DataFolder, use: Callable[[str], Awaitable[None]]) -> None:
-    """Run the etcd of a folder where nothing else runs, for as long as ``use`` takes its endpoint."""
+async def with_etcd_of(folder: DataFolder, use: Callable[[str], Awaitable[Result]]) -> Result:
+    """Run the etcd of a folder where nothing else runs while ``use`` is called with its endpoint."""
     lock = lock_folder(folder)
     os.environ[MARK] = str(folder.root)
     etcd = open_etcd(folder)
     try:
         etcd.start()
         await etcd.wait_ready(ETCD_READY_S)
-        await use(etcd.endpoint)
+        return await use(etcd.endpoint)
     finally:
         await asyncio.to_thread(etcd.stop)
         lock.release()

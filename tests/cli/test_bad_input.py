@@ -87,7 +87,7 @@ def test_an_etcd_that_is_not_there_is_named(folder: Path, verb: list[str], free_
 def test_an_address_where_something_else_listens_is_named(folder: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-        assert_refused(dtrain("list", "--etcd", f"127.0.0.1:{port}", cwd=folder), f"127.0.0.1:{port}", "--etcd")
+        assert_refused(dtrain("list", "--etcd", f"127.0.0.1:{port}", cwd=folder), f"127.0.0.1:{port}", "2379")
 
 
 def test_a_data_folder_in_use_is_refused_by_the_pid_of_its_user(folder: Path) -> None:
