@@ -54,6 +54,7 @@ from dtrain.worker.rpc.client import CoordinatorClient
 from dtrain.worker.rpc.convert import Identity, to_snapshot
 from dtrain.worker.rpc.leaders import Leaders
 from dtrain.worker.rpc.logs import LogFiles
+from dtrain.worker.tasks import Tasks
 from dtrain.worker.uploads import Uploads
 
 logger = logging.getLogger(__name__)
@@ -134,6 +135,7 @@ class Agent:
         self._identity: Identity | None = None
         self._taken: UserError | None = None  # set once another process has this worker's name
         self._number = 0
+        self._tasks = Tasks()
         dirs = RankDirs(config.shared_memory, config.data_dir.resolve(), journal.id)
         mailboxes = Mailboxes(self._emit, progress_every_s=PROGRESS_S)
         self._shells = Shells(
@@ -142,10 +144,10 @@ class Agent:
             agent_lock=lock_path,
             orphan_after_s=config.orphan_after_s,
             dirs=dirs,
-            keepers=Keepers(self._emit, mailboxes.read_last, journal.id),
+            keepers=Keepers(self._emit, mailboxes.read_last, journal.id, self._tasks.begin),
             mailboxes=mailboxes,
-            uploads=Uploads(self._emit, mailboxes.staged_word),
-            restores=Restores(self._emit, dirs),
+            uploads=Uploads(self._emit, mailboxes.staged_word, self._tasks.begin),
+            restores=Restores(self._emit, dirs, self._tasks.begin),
             port=HeldPort(),
             emit=self._emit,
             send_snapshot=self._client.send_soon,
@@ -168,12 +170,15 @@ class Agent:
         self._handle_signals()
         try:
             self._sweep()
-            self._state, actions = recover(self._state, _now())
-            await self._do(actions)
             async with asyncio.TaskGroup() as group:
+                self._tasks.group = group
+                self._state, actions = recover(self._state, _now())
+                await self._do(actions)
                 background = [group.create_task(work) for work in self._background()]
                 await self._turns()
                 await self._client.flush()
+                self._shells.uploads.close()
+                self._shells.restores.close()
                 for task in background:
                     task.cancel()
             if self._taken is not None:
@@ -277,7 +282,7 @@ class Agent:
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().remove_signal_handler(number)
         shells = self._shells
-        shells.uploads.close()
+        shells.uploads.close()  # again, for an agent that leaves by an error
         shells.restores.close()
         shells.keepers.close()
         shells.mailboxes.close()

@@ -175,6 +175,7 @@ def last_error(plan: dict) -> str:  # type: ignore[type-arg]
         with open(plan["error_file"], encoding="utf-8") as file:
             message = json.load(file)["message"]
         text = message["message"] if isinstance(message, dict) else str(message)
+        text = text.encode(errors="replace").decode()  # JSON can hold half a character, our wire cannot
         return text.strip().replace("\n", " ")[:ERROR_MAX_CHARS]
     except (OSError, ValueError, KeyError, TypeError):
         pass  # no error file, or not one that we can read: the log is the next best witness

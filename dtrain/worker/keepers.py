@@ -29,6 +29,7 @@ from dtrain.worker.core.inputs import TrainerExited, TrainerStarted
 from dtrain.worker.core.states import ExitFact
 from dtrain.worker.environment import trainer_mark
 from dtrain.worker.rank_dirs import RankId, Started, forbid, read_exited, read_started
+from dtrain.worker.tasks import Begin
 
 logger = logging.getLogger(__name__)
 
@@ -58,12 +59,13 @@ class Keepers:
         emit: Callable[[TrainerStarted | TrainerExited], None],
         read_last: Callable[[RankId], None],
         journal_id: str,
+        begin: Begin,
     ) -> None:
         self._emit = emit
+        self._begin = begin
         self._read_last = read_last
         self._journal_id = journal_id
         self._kept: dict[RankId, _Kept] = {}
-        self._ending: set[asyncio.Task[None]] = set()
 
     def ensure(self, of: RankId, folder: Path, *, start: bool) -> None:
         """Have the rank kept, or its end reported; never started twice, never at all unless ``start``."""
@@ -162,9 +164,7 @@ class Keepers:
         if fact is not None:
             self._finish(kept, fact)
             return
-        task = asyncio.get_running_loop().create_task(self._end_unseen(kept))
-        self._ending.add(task)
-        task.add_done_callback(self._ending.discard)
+        self._begin(self._end_unseen(kept))
 
     async def _end_unseen(self, kept: _Kept) -> None:
         """The keeper was killed: see to it that nothing of its trainer lives, then report."""

@@ -31,6 +31,7 @@ class _Watched:
         self.urgent: tuple[int, ...] = ()
         self.progress: tuple[int, ...] = ()
         self.told_at = float("-inf")
+        self.readable = True
         self._metrics = ""
 
     def close(self) -> None:
@@ -104,8 +105,11 @@ class Mailboxes:
             try:
                 seen = watched.look(now, self._progress_every_s)
             except ValueError as error:  # a script scribbled into the page; its rank is judged by its exit
-                logger.warning("the mailbox of %s cannot be read: %s", watched.of, error)
+                if watched.readable:
+                    logger.warning("the mailbox of %s cannot be read: %s", watched.of, error)
+                watched.readable = False
                 continue
+            watched.readable = True
             if seen is not None:
                 self._emit(seen)
 

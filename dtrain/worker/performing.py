@@ -22,6 +22,7 @@ from dtrain.worker.core.actions import (
     FetchRestore,
     OpenRestore,
     PrepareFolders,
+    RemoveRestore,
     SendSnapshot,
     SpawnTrainer,
     Upload,
@@ -32,7 +33,7 @@ from dtrain.worker.environment import ERROR_FILE, trainer_environment
 from dtrain.worker.keepers import Keepers
 from dtrain.worker.mailboxes import Mailboxes
 from dtrain.worker.ports import HeldPort
-from dtrain.worker.rank_dirs import KeeperPlan, RankDirs, RankId
+from dtrain.worker.rank_dirs import RESTORE_FILE, KeeperPlan, RankDirs, RankId
 from dtrain.worker.restores import Restores
 from dtrain.worker.rpc.logs import log_path
 from dtrain.worker.uploads import Uploads
@@ -75,6 +76,8 @@ def perform(shells: Shells, act: Act) -> None:
             shells.restores.start(act)
         case OpenRestore():
             shells.mailboxes.open_restore(_rank(act))
+        case RemoveRestore():
+            (shells.dirs.rank_dir(_rank(act)) / RESTORE_FILE).unlink(missing_ok=True)
         case DropTransfers(job=job, generation=generation):
             shells.uploads.drop(job, generation)
             shells.restores.drop(job, generation)
@@ -89,7 +92,7 @@ def perform(shells: Shells, act: Act) -> None:
             assert_never(never)
 
 
-def _rank(act: SpawnTrainer | AskStage | Upload | OpenRestore) -> RankId:
+def _rank(act: SpawnTrainer | AskStage | Upload | OpenRestore | RemoveRestore) -> RankId:
     return RankId(job=act.job, generation=act.generation, rank=act.rank)
 
 

@@ -24,6 +24,7 @@ from dtrain.worker.core.actions import FetchRestore
 from dtrain.worker.core.inputs import RestoreDamaged, RestoreReady
 from dtrain.worker.core.states import RestoreSource
 from dtrain.worker.rank_dirs import RESTORE_FILE, RankDirs, RankId
+from dtrain.worker.tasks import Begin
 from dtrain.worker.uploads import shared_store, transfer_threads
 
 logger = logging.getLogger(__name__)
@@ -48,8 +49,9 @@ class _Part(Protocol[_T]):
 class Restores:
     """All restores of the agent; at most one a job. Used in the event loop only."""
 
-    def __init__(self, emit: Callable[[RestoreReady | RestoreDamaged], None], dirs: RankDirs) -> None:
+    def __init__(self, emit: Callable[[RestoreReady | RestoreDamaged], None], dirs: RankDirs, begin: Begin) -> None:
         self._emit = emit
+        self._begin = begin
         self._dirs = dirs
         self._threads = transfer_threads("restore")
         self._running: dict[tuple[str, int], tuple[asyncio.Task[None], threading.Event]] = {}
@@ -60,7 +62,7 @@ class Restores:
         if name in self._running or fetch.spec.restore is None:
             return
         give_up = threading.Event()
-        task = asyncio.get_running_loop().create_task(self._run(fetch, fetch.spec.restore, give_up))
+        task = self._begin(self._run(fetch, fetch.spec.restore, give_up))
         self._running[name] = (task, give_up)
 
     def drop(self, job: str, generation: int) -> None:
@@ -69,8 +71,9 @@ class Restores:
             running[1].set()
 
     def close(self) -> None:
-        for _, give_up in self._running.values():
+        for task, give_up in self._running.values():
             give_up.set()
+            task.cancel()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def _run(self, fetch: FetchRestore, source: RestoreSource, give_up: threading.Event) -> None:

@@ -16,7 +16,7 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from dtrain.storage.uris import open_store
 from dtrain.worker.core.actions import Upload
 from dtrain.worker.core.inputs import UploadDone, UploadFailed
 from dtrain.worker.rank_dirs import RankId
+from dtrain.worker.tasks import Begin
 
 logger = logging.getLogger(__name__)
 
@@ -55,18 +56,24 @@ def _give_way() -> None:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Running:
     upload: Upload
     task: asyncio.Task[None]
-    give_up: threading.Event = field(default_factory=threading.Event)
+    give_up: threading.Event
 
 
 class Uploads:
     """All uploads of the agent; at most one a rank. Used in the event loop only."""
 
-    def __init__(self, emit: Callable[[UploadDone | UploadFailed], None], staged_word: Callable[[RankId], int]) -> None:
+    def __init__(
+        self,
+        emit: Callable[[UploadDone | UploadFailed], None],
+        staged_word: Callable[[RankId], int],
+        begin: Begin,
+    ) -> None:
         self._emit = emit
+        self._begin = begin
         self._staged_word = staged_word
         self._threads = transfer_threads("upload")
         self._running: dict[RankId, _Running] = {}
@@ -80,7 +87,7 @@ class Uploads:
                 return
             old.give_up.set()
         give_up = threading.Event()
-        task = asyncio.get_running_loop().create_task(self._run(of, upload, folder, give_up))
+        task = self._begin(self._run(of, upload, folder, give_up))
         self._running[of] = _Running(upload, task, give_up)
 
     def drop(self, job: str, generation: int) -> None:
@@ -91,6 +98,7 @@ class Uploads:
     def close(self) -> None:
         for running in self._running.values():
             running.give_up.set()
+            running.task.cancel()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def _run(self, of: RankId, upload: Upload, folder: Path, give_up: threading.Event) -> None:

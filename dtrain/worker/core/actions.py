@@ -126,6 +126,15 @@ class OpenRestore:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RemoveRestore:
+    """The rank trains, so it has read its shard: give the shared memory back."""
+
+    job: JobName
+    generation: Generation
+    rank: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DropTransfers:
     """Give up the uploads and the restore of a generation: nobody waits for them any more."""
 
@@ -155,6 +164,7 @@ Act = (
     | Upload
     | FetchRestore
     | OpenRestore
+    | RemoveRestore
     | DropTransfers
     | CleanGeneration
     | SendSnapshot

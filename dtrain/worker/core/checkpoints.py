@@ -9,7 +9,7 @@ Rules:
 from dataclasses import replace
 
 from dtrain.common.mailbox import pack
-from dtrain.worker.core.actions import JournalShard, OpenRestore, SendSnapshot, Upload
+from dtrain.worker.core.actions import JournalShard, OpenRestore, RemoveRestore, SendSnapshot, Upload
 from dtrain.worker.core.inputs import MailboxSeen, RestoreDamaged, RestoreReady, UploadDone, UploadFailed
 from dtrain.worker.core.states import (
     RESTORE_MOVES,
@@ -23,6 +23,8 @@ from dtrain.worker.core.states import (
     move,
 )
 from dtrain.worker.core.turns import Turn
+
+_RESTORED = ("training", "checkpointing", "finished")  # phases in which a rank has read what it starts from
 
 
 def mailbox_seen(turn: Turn, seen: MailboxSeen) -> None:
@@ -45,6 +47,8 @@ def mailbox_seen(turn: Turn, seen: MailboxSeen) -> None:
     turn.put(assignment)
     if (told.phase, told.tracking, told.until_step) != (run.phase, run.tracking, run.until_step):
         turn.act(SendSnapshot())  # mere progress waits for the heartbeat
+    if assignment.restore.stage is RestoreStage.READY and told.phase in _RESTORED and run.phase not in _RESTORED:
+        turn.act(RemoveRestore(job=seen.job, generation=seen.generation, rank=seen.rank))
     shard = next((shard for shard in assignment.shards if shard.rank == seen.rank), None)
     if shard is not None and shard.stage is ShardStage.REQUESTED:
         _read_answer(turn, assignment, shard, seen)

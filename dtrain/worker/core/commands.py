@@ -15,6 +15,7 @@ from dtrain.worker.core.actions import AskStage, CleanGeneration, DropTransfers,
 from dtrain.worker.core.inputs import CommandReceived, Noop, StageCheckpoint, StartTrainers, StopTrainers
 from dtrain.worker.core.states import (
     GENERATION_MOVES,
+    SHARD_MOVES,
     Assignment,
     CheckpointRequest,
     CommandKind,
@@ -232,6 +233,7 @@ def _stop(turn: Turn, received: CommandReceived, grace_s: float) -> None:
 def end_generation(turn: Turn, assignment: Assignment, grace_s: float, reason: str) -> None:
     """Begin to end what runs of the assignment; ``reason`` is told of the ranks that never ran."""
     turn.act(DropTransfers(job=assignment.job, generation=assignment.generation))
+    assignment = replace(assignment, shards=tuple(_given_up(shard) for shard in assignment.shards))
     of = f"{assignment.job} generation {assignment.generation}"
     match assignment.stage:
         case GenerationStage.ACCEPTED | GenerationStage.READY:
@@ -248,6 +250,13 @@ def end_generation(turn: Turn, assignment: Assignment, grace_s: float, reason: s
         case _ as never:
             assert_never(never)
     turn.put(assignment, journal=True)
+
+
+def _given_up(shard: ShardAttempt) -> ShardAttempt:
+    if shard.is_settled:
+        return shard
+    stage = move(SHARD_MOVES, shard.stage, ShardStage.FAILED, f"shard of rank {shard.rank}")
+    return replace(shard, stage=stage, reason="the generation was ended before storage confirmed it")
 
 
 def never_ran(ranks: tuple[RankRun, ...], reason: str) -> tuple[RankRun, ...]:

@@ -14,7 +14,7 @@ from dtrain.common.names import AttemptNumber, CheckpointNumber, Generation, Job
 
 COMMANDS_MAX = 64  # commands remembered and reported: a coordinator repeats only what its newest state asks for
 NO_TERM = Term(0)  # before any leader was heard of
-ASSIGNMENTS_MAX = 64  # jobs remembered: those that are over are forgotten first, the oldest first
+ASSIGNMENTS_MAX = 16  # jobs remembered: those that are over are forgotten first, the oldest first
 
 
 class RankStage(StrEnum):

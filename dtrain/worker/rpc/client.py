@@ -111,6 +111,7 @@ class CoordinatorClient:
         async with grpc.aio.insecure_channel(leader.address, options=CHANNEL_OPTIONS) as channel:
             stream = AgentsStub(channel).Attend()
             sending = asyncio.create_task(self._send(stream, welcomed))
+            sending.add_done_callback(lambda _: stream.cancel())  # nobody listens to a worker that cannot speak
             try:
                 async for message in stream:
                     if not self._take(message, welcomed):
