@@ -1,0 +1,96 @@
+"""Plays the worker for one rank: the folder, the mailbox, the environment, the process, and its end."""
+
+import mmap
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from dtrain.common.mailbox import MAILBOX_BYTES, Mailbox
+
+DEADLINE_S = 60.0  # longest wait for a fact; a run here takes a few seconds
+ROOT = Path(__file__).parents[2]
+_OURS = ("DTRAIN_", "TORCHELASTIC_", "RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_")
+
+
+def clean_environment(**added: str) -> dict[str, str]:
+    """Return this process's environment without any launcher's variables, and with ``added``."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(_OURS)}
+    return {**kept, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT), **added}
+
+
+def wait_for(fact: Callable[[], bool], what: str) -> None:
+    """Return when ``fact()`` holds; fail the test, saying ``what`` was awaited, after the deadline."""
+    end = time.monotonic() + DEADLINE_S
+    while not fact():
+        if time.monotonic() > end:
+            raise AssertionError(f"waited {DEADLINE_S:.0f} s in vain for: {what}")
+        time.sleep(0.005)
+
+
+class RankFolder:
+    """What a worker makes for one rank. Use in a ``with`` statement: leaving kills the process."""
+
+    def __init__(self, generation_folder: Path, *, rank: int, world_size: int) -> None:
+        self.path = generation_folder / f"rank{rank}"
+        self.path.mkdir(parents=True)
+        (self.path / "mailbox").write_bytes(bytes(MAILBOX_BYTES))
+        with (self.path / "mailbox").open("r+b") as file:
+            self._map = mmap.mmap(file.fileno(), MAILBOX_BYTES)
+        self.mailbox = Mailbox(self._map, create=True)
+        self.process: subprocess.Popen[bytes] | None = None
+        self.environment = clean_environment(
+            RANK=str(rank),
+            WORLD_SIZE=str(world_size),
+            LOCAL_RANK=str(rank),
+            LOCAL_WORLD_SIZE=str(world_size),
+            DTRAIN_JOB="played",
+            DTRAIN_GENERATION="1",
+            DTRAIN_RANK_DIR=str(self.path),
+            DTRAIN_RENDEZVOUS=f"file://{generation_folder / 'rendezvous'}",
+            TORCHELASTIC_ERROR_FILE=str(self.path / "error.json"),
+        )
+
+    def __enter__(self) -> "RankFolder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+        self.mailbox.close()
+        self._map.close()
+
+    def start(self, script: Path, *arguments: str) -> None:
+        """Start the script as this rank's trainer; what it prints goes to ``output``."""
+        with (self.path / "output").open("wb") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, str(script), *arguments], env=self.environment, stdout=output, stderr=output
+            )
+
+    def kill(self) -> None:
+        """End the process with SIGKILL, if it still runs."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+
+    def wait_exit(self) -> int:
+        """Return the exit code."""
+        assert self.process is not None
+        return self.process.wait(DEADLINE_S)
+
+    def wait_until(self, fact: Callable[[Mailbox], bool], what: str) -> None:
+        """Wait until the mailbox shows ``fact``; fail at once, with the output, if the process ends before."""
+
+        def holds() -> bool:
+            if fact(self.mailbox):
+                return True
+            if self.process is not None and self.process.poll() is not None and not fact(self.mailbox):
+                raise AssertionError(f"the trainer ended before {what}:\n{self.output()}")
+            return False
+
+        wait_for(holds, what)
+
+    def output(self) -> str:
+        """Return what the process printed so far."""
+        return (self.path / "output").read_text()
