@@ -85,7 +85,9 @@ def test_a_defaultdict_keeps_its_factory() -> None:
 
 def test_a_modules_versions_survive() -> None:
     state = torch.nn.BatchNorm1d(3).state_dict()
-    assert through(state)._metadata == state._metadata
+    back: Any = through(state)
+    versions: Any = state
+    assert back._metadata == versions._metadata
 
 
 def every_dtype() -> list[torch.dtype]:
