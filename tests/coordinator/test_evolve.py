@@ -1,5 +1,6 @@
 """The fold: every legal transition of a job, and that every other one is refused and changes nothing."""
 
+import dataclasses
 from dataclasses import replace
 
 import pytest
@@ -183,7 +184,8 @@ def test_every_type_of_event_is_in_the_table() -> None:
 
 
 def broken(event: Event, **changes: object) -> Event:
-    return replace(event, **changes)  # type: ignore[type-var]
+    fields = {field.name: getattr(event, field.name) for field in dataclasses.fields(event)}
+    return type(event)(**{**fields, **changes})
 
 
 REFUSED_FIELDS = [
