@@ -276,7 +276,7 @@ class Agent:
             return mark.startswith(f"{self._journal.id}/") and mark.rpartition("/")[0] not in marks
 
         if killed := kill_strays(is_stray):
-            logger.warning("ended %d processes that belonged to generations that are over", killed)
+            logger.warning("ended %d processes that belonged to generations that are over", len(killed))
 
     def _close(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):

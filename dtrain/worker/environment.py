@@ -48,6 +48,7 @@ def _torchrun_variables(spec: TrainersSpec, of: RankId, rank_dir: Path) -> dict[
         "TORCHELASTIC_MAX_RESTARTS": str(spec.max_restarts),
         "TORCHELASTIC_RUN_ID": of.job,
         "TORCHELASTIC_USE_AGENT_STORE": "False",  # rank 0 hosts the store at MASTER_PORT
+        "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT",
         "TORCHELASTIC_ERROR_FILE": str(rank_dir / ERROR_FILE),
     }
 

@@ -170,7 +170,15 @@ class Keepers:
         """The keeper was killed: see to it that nothing of its trainer lives, then report."""
         mark = trainer_mark(kept.of, self._journal_id)
         deadline = time.monotonic() + STRAYS_S
-        while kill_strays(lambda found: found == mark) and time.monotonic() < deadline:
+        dying: dict[int, int] = {}  # pid -> start time
+        if kept.started is not None and kept.started.trainer_pid:
+            dying[kept.started.trainer_pid] = kept.started.trainer_start
+        while time.monotonic() < deadline:
+            dying |= kill_strays(lambda found: found == mark)
+            # A process that is being killed loses its mark before it lets go of its ports and files.
+            dying = {pid: start for pid, start in dying.items() if is_alive(pid, start)}
+            if not dying:
+                break
             await asyncio.sleep(STRAYS_PAUSE_S)
         self._finish(
             kept, ExitFact(code=None, at_unix_s=time.time(), error="its keeper was killed: nobody saw the exit")
@@ -218,15 +226,26 @@ class Keepers:
         self._kept.clear()
 
 
-def kill_strays(is_stray: Callable[[str], bool]) -> int:
-    """Kill every process whose mark is a stray's; return how many were found alive."""
-    found = 0
+def kill_strays(is_stray: Callable[[str], bool]) -> dict[int, int]:
+    """Kill every process whose mark is a stray's; return their pids and start times."""
+    found = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and is_stray(mark_of(int(entry.name))):
+            pid = int(entry.name)
             with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.kill(int(entry.name), signal.SIGKILL)
-                found += 1
+                start = keeper.start_time(pid)
+                os.kill(pid, signal.SIGKILL)
+                found[pid] = start
     return found
+
+
+def is_alive(pid: int, start: int) -> bool:
+    """Whether this very process still runs, or holds what it held; a zombie holds nothing."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rsplit(b")", 1)[1].split()
+    except OSError:
+        return False
+    return int(fields[19]) == start and fields[0] not in (b"Z", b"X")
 
 
 def mark_of(pid: int) -> str:

@@ -24,8 +24,9 @@ class FakeCoordinator(AgentsServicer):
         self._key = f"{prefix}/leader"
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever)
-        self._outboxes: list[asyncio.Queue[wire.CoordinatorMessage]] = []
+        self._outboxes: list[asyncio.Queue[wire.CoordinatorMessage | None]] = []
         self._server: grpc.aio.Server | None = None
+        self._refusing = False
         self.snapshots: list[wire.Snapshot] = []
         self.term = 0
         self.streams = 0
@@ -66,15 +67,33 @@ class FakeCoordinator(AgentsServicer):
         """Win another election: a higher term."""
         self._do(self._lead())
 
+    def drop_streams(self) -> None:
+        """End every open stream, as a coordinator that stops does."""
+
+        def end() -> None:
+            for outbox in self._outboxes:
+                outbox.put_nowait(None)
+
+        self._loop.call_soon_threadsafe(end)
+
+    def refuse_streams(self) -> None:
+        self._refusing = True
+        self.drop_streams()
+
+    def accept_streams(self) -> None:
+        self._refusing = False
+
     async def Attend(self, request_iterator: AsyncIterator[wire.Snapshot], context: Any) -> AsyncIterator[Any]:
-        outbox: asyncio.Queue[wire.CoordinatorMessage] = asyncio.Queue()
+        if self._refusing:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "this coordinator does not lead")
+        outbox: asyncio.Queue[wire.CoordinatorMessage | None] = asyncio.Queue()
         self._outboxes.append(outbox)
         self.streams += 1
         reader = asyncio.ensure_future(self._read(request_iterator))
         try:
             yield wire.CoordinatorMessage(term=self.term, welcome=wire.Welcome(leader="fake"))
-            while True:
-                yield await outbox.get()
+            while (message := await outbox.get()) is not None:
+                yield message
         finally:
             self._outboxes.remove(outbox)
             reader.cancel()

@@ -21,6 +21,14 @@ DEADLINE_S = 30.0
 JOB = "digits"
 
 
+def alive(pid: int) -> bool:
+    """Whether the process runs; a zombie that nobody has reaped yet does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_bytes().rsplit(b")", 1)[1].split()[0] not in (b"Z", b"X")
+    except OSError:
+        return False
+
+
 class Node:
     """An agent's process and what it was told."""
 

@@ -1,14 +1,28 @@
 """The agent as a real process, against a real etcd and a coordinator that speaks the real wire."""
 
+import asyncio
+import contextlib
 import json
+import os
+import signal
+import socket
+import sqlite3
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
 
 from dtrain.common.digests import blob_digest
+from dtrain.etcd.client import EtcdClient
 from dtrain.proto import agent_pb2 as wire
+from dtrain.proto.agent_pb2_grpc import LogsStub
+from dtrain.worker.rank_dirs import read_started
 from tests.support.facts import wait_for
-from tests.worker.nodes import JOB, Node
+from tests.worker.nodes import JOB, Node, alive
 from tests.worker.scripts import agent_process
 from tests.worker.scripts.mailbox_trainer import staged_bytes
 
@@ -147,7 +161,7 @@ def test_a_newer_generation_ends_the_older_one_before_it_starts(node: Node) -> N
     node.wait_done(node.start_trainers(generation=2))
     after = node.wait_training()
     assert not set(before.values()) & set(after.values())
-    assert not any(Path(f"/proc/{pid}").exists() for pid in before.values())
+    assert not any(alive(pid) for pid in before.values())
     assert not list((node.folder / "shm").glob("dtrain-*/*.g1"))
     refused = node.wait_done(node.start_trainers(generation=1), wire.REFUSED)
     assert "generation 1" in refused.reason
@@ -159,7 +173,7 @@ def test_a_stop_ends_the_trainers_and_removes_their_folders(node: Node) -> None:
     pids = node.wait_training().values()
     node.wait_done(node.command(stop_trainers=wire.StopTrainers(grace_s=5)))
     assert _exits(node.coordinator.snapshots[-1]) == [(-15, False), (-15, False)]
-    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+    assert not any(alive(pid) for pid in pids)
     assert not list((node.folder / "shm").glob("dtrain-*/*"))
 
 
@@ -168,7 +182,7 @@ def test_an_agent_that_is_asked_to_leave_ends_its_trainers_and_leaves_nothing(no
     node.start_trainers()
     pids = node.wait_training().values()
     assert node.terminate() == 0
-    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+    assert not any(alive(pid) for pid in pids)
     assert not list((node.folder / "shm").iterdir())
     assert _exits(node.coordinator.snapshots[-1]) == [(-15, False), (-15, False)]
 
@@ -225,4 +239,128 @@ def test_a_second_agent_on_the_same_data_folder_is_told_who_uses_it(node: Node) 
     )
     assert second.returncode == 2
     assert f"in use by another process (pid {node.process.pid})" in second.stderr
-    assert Path(f"/proc/{node.process.pid}").exists()
+    assert alive(node.process.pid)
+
+
+def test_a_coordinator_that_is_gone_for_a_while_costs_nothing(node: Node) -> None:
+    node.start()
+    node.start_trainers()
+    before = node.wait_training()
+    streams = node.coordinator.streams
+    node.coordinator.drop_streams()
+    wait_for("the agent is back", lambda: node.coordinator.streams > streams, deadline_s=20)
+    assert node.wait_training() == before
+
+
+def test_etcd_may_be_away_while_trainers_train_and_the_node_registers_again(node: Node) -> None:
+    node.start()
+    node.start_trainers()
+    before = node.wait_training()
+    node.etcd.kill()
+    steps = node.steps()
+    node.wait("training goes on", lambda snapshot: min(node.steps().values()) > max(steps.values()) + 50)
+    asyncio.run(node.etcd.up())
+    assert node.wait_training() == before
+    registration = wait_for("the registration is back", lambda: asyncio.run(_registration(node)), deadline_s=20)
+    assert registration["journal"] == node.coordinator.snapshots[-1].journal
+    assert node.process is not None
+    assert registration["pid"] == node.process.pid
+
+
+async def _registration(node: Node) -> dict[str, Any] | None:
+    async with EtcdClient([node.etcd.endpoint]) as etcd:
+        found = await etcd.get("/dtrain/workers/w1")
+        return json.loads(found.value) if found is not None else None
+
+
+def test_an_agent_that_leaves_takes_its_registration_with_it(node: Node) -> None:
+    node.start()
+    wait_for("it is registered", lambda: asyncio.run(_registration(node)), deadline_s=20)
+    assert node.terminate() == 0
+    assert asyncio.run(_registration(node)) is None
+
+
+def test_a_keeper_killed_with_9_is_reported_as_an_exit_that_nobody_saw(node: Node) -> None:
+    node.start()
+    node.start_trainers()
+    pids = node.wait_training()
+    folder = next((node.folder / "shm").glob("dtrain-*/*/rank1"))
+    started = read_started(folder)
+    assert started is not None
+    os.kill(started.keeper_pid, signal.SIGKILL)
+    node.wait("the exit is told", lambda snapshot: _exits(snapshot) == [(0, True)])
+    assert not alive(pids[1])
+    assert node.steps()[0] > 0
+
+
+def test_an_agent_killed_in_mid_upload_acknowledges_after_its_return(node: Node) -> None:
+    node.start()
+    node.start_trainers()
+    before = node.wait_training()
+    with silent_server() as address:  # it takes connections and never answers: the upload hangs
+        store = f"s3://bucket/prefix?endpoint=http://{address}&region=us-east-1"
+        stage = wire.StageCheckpoint(checkpoint=1, attempt=1, step=max(node.steps().values()) + 50, store=store)
+        node.wait_done(node.command(stage_checkpoint=stage), wire.ACCEPTED)
+        node.wait("both hang", lambda s: [shard.state for shard in _shards(s, 1)] == [wire.STAGED, wire.STAGED])
+        node.kill()
+    journal = sqlite3.connect(node.folder / "node" / "journal.sqlite")
+    with journal:  # the same store, but one that answers
+        journal.execute("UPDATE generations SET checkpoint = replace(checkpoint, ?, ?)", (store, node.store))
+    journal.close()
+    node.start()
+    node.wait("the ack", lambda s: {shard.state for shard in _shards(s, 1)} == {wire.DURABLE})
+    assert node.wait_training() == before
+
+
+@contextlib.contextmanager
+def silent_server() -> Iterator[str]:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield "{}:{}".format(*server.getsockname())
+
+
+def test_logs_are_served_from_the_beginning_and_followed(node: Node) -> None:
+    node.start()
+    script = (
+        "import os, time, pathlib\nprint('hello from', os.environ['RANK'])\n"
+        "while not pathlib.Path('go').exists(): time.sleep(0.01)\nprint('bye')\n"
+    )
+    node.start_trainers(script=str(_script(node, script)))
+    wait_for("both said hello", lambda: all("hello" in _log(node, rank) for rank in (0, 1)), deadline_s=20)
+    assert node.coordinator.latest is not None
+    with grpc.insecure_channel(node.coordinator.latest.address) as channel:
+        logs = LogsStub(channel)
+        chunks = list(logs.Tail(wire.TailRequest(job=JOB, all_ranks=True), timeout=10))
+        assert {(c.generation, c.rank, c.data) for c in chunks} == {
+            (1, r, f"hello from {r}\n".encode()) for r in (0, 1)
+        }
+        rest = wire.TailRequest(job=JOB, rank=1, follow=True)
+        getattr(rest, "from").append(wire.LogOffset(generation=1, rank=1, offset=len("hello ")))
+        stream = logs.Tail(rest, timeout=20)
+        assert next(stream).data == b"from 1\n"
+        (node.folder / "go").touch()
+        chunk = next(stream)
+        assert (chunk.offset, chunk.data) == (len("hello from 1\n"), b"bye\n")
+        stream.cancel()
+        with pytest.raises(grpc.RpcError, match="not valid"):
+            list(logs.Tail(wire.TailRequest(job="../../etc"), timeout=10))
+
+
+def _log(node: Node, rank: int) -> str:
+    try:
+        return node.log(rank)
+    except FileNotFoundError:
+        return ""
+
+
+def test_without_any_coordinator_for_too_long_the_agent_ends_its_trainers(node: Node) -> None:
+    node.start(fence_after_s=1.0)
+    node.start_trainers()
+    pids = node.wait_training().values()
+    node.coordinator.refuse_streams()
+    wait_for("they are ended", lambda: not any(alive(pid) for pid in pids), deadline_s=20)
+    node.coordinator.accept_streams()
+    node.wait("it is said why", lambda snapshot: _errors(snapshot) and "no coordinator" in _errors(snapshot)[0])
+
+
+def _errors(snapshot: wire.Snapshot) -> list[str]:
+    return [rank.error for a in snapshot.assignments for rank in a.ranks if rank.state == wire.EXITED]

@@ -17,6 +17,7 @@ from dtrain.worker import keeper
 from dtrain.worker.rank_dirs import KeeperPlan, Started, forbid, read_exited, read_started
 from tests.support.facts import wait_for
 from tests.support.processes import MARK, end_all, marked, new_mark
+from tests.worker.nodes import alive
 
 DEADLINE_S = 20.0
 
@@ -80,10 +81,6 @@ def living_agent(rank: Rank) -> Iterator[None]:
     with rank.agent_lock.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
-
-
-def _gone(pid: int) -> bool:
-    return not Path(f"/proc/{pid}").exists()
 
 
 @pytest.mark.parametrize(
@@ -183,7 +180,7 @@ def test_a_keeper_killed_with_9_takes_its_trainer_along(rank: Rank) -> None:
     trainer = rank.started().trainer_pid
     process.kill()
     process.wait()
-    wait_for("the trainer is gone", lambda: _gone(trainer), deadline_s=DEADLINE_S)
+    wait_for("the trainer is gone", lambda: not alive(trainer), deadline_s=DEADLINE_S)
     assert read_exited(rank.folder) is None
 
 
@@ -197,7 +194,7 @@ def test_whatever_the_trainer_started_is_ended_even_in_a_session_of_its_own(rank
     assert process.wait(DEADLINE_S) == 0
     pids = [int(line.split()[1]) for line in rank.log.read_text().splitlines()]
     assert len(pids) == 3
-    assert all(_gone(pid) for pid in pids)
+    assert all(not alive(pid) for pid in pids)
 
 
 def test_without_its_agent_the_trainer_is_ended_after_the_given_time_and_its_log_says_why(rank: Rank) -> None:
@@ -206,7 +203,7 @@ def test_without_its_agent_the_trainer_is_ended_after_the_given_time_and_its_log
         trainer = rank.started().trainer_pid
         with pytest.raises(subprocess.TimeoutExpired):
             process.wait(2.5)  # two looks at the lock, and more than the given time
-        assert not _gone(trainer)
+        assert alive(trainer)
     process.wait(DEADLINE_S)
     assert "its worker was gone for 0.5 s" in rank.log.read_text()
     fact = read_exited(rank.folder)
