@@ -1,0 +1,380 @@
+"""The event log on a real etcd: appends are fenced, atomic and never doubled, and a damaged log is refused."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator
+
+import pytest
+
+from dtrain.common.errors import InvariantError, LogDamagedError
+from dtrain.common.names import JobName
+from dtrain.coordinator.codec import Entry, event_key, events_prefix
+from dtrain.coordinator.core.events import CancelRequested, JobCancelled, JobSubmitted, JobSucceeded
+from dtrain.coordinator.core.states import JobPhase
+from dtrain.coordinator.election import leader_key
+from dtrain.coordinator.history import follow_history, read_all, read_history
+from dtrain.coordinator.log import TXN_EVENTS_MAX, TXN_JOBS_MAX, Deposed, EventLog, replay
+from dtrain.etcd.client import EtcdClient
+from tests.coordinator.support.clusters import PREFIX, spec
+from tests.coordinator.support.logs import DEADLINE_S, entries, leading, story
+from tests.support.etcd_server import EtcdServer
+from tests.support.tcp_proxy import TcpProxy
+
+MNIST = JobName("mnist")
+
+
+@pytest.fixture
+def proxy(etcd: EtcdServer) -> Iterator[TcpProxy]:
+    with TcpProxy(etcd.endpoint) as link:
+        yield link
+
+
+def with_client(etcd: EtcdServer, body: Callable[[EtcdClient], Awaitable[None]]) -> None:
+    async def run() -> None:
+        async with EtcdClient([etcd.endpoint]) as client:
+            await body(client)
+
+    asyncio.run(run())
+
+
+async def values(client: EtcdClient, job: str = "mnist") -> list[bytes]:
+    kvs, _ = await client.range_prefix(events_prefix(PREFIX, JobName(job)))
+    return [kv.value for kv in kvs]
+
+
+# -- append -------------------------------------------------------------------------------------------
+
+
+def test_what_was_appended_is_read_again_event_by_event_and_folds_to_the_job(etcd: EtcdServer) -> None:
+    async def body(client: EtcdClient) -> None:
+        async with leading(client) as leadership:
+            made = entries(leadership.term, story(2))
+            await EventLog(client, leadership).append(made)
+        assert await read_history(client, PREFIX, MNIST) == [entry.record for entry in made]
+        jobs = await replay(client, PREFIX)
+        assert jobs[MNIST].phase is JobPhase.CANCELLED and jobs[MNIST].run == 2
+        assert jobs[MNIST].position == made[-1].record.position
+
+    with_client(etcd, body)
+
+
+def test_everything_decided_in_a_round_about_two_jobs_is_one_revision(etcd: EtcdServer) -> None:
+    async def body(client: EtcdClient) -> None:
+        async with leading(client) as leadership:
+            both = entries(leadership.term, story(1), job="a") + entries(leadership.term, story(1), job="b")
+            await EventLog(client, leadership).append(both)
+        kvs, _ = await client.range_prefix(f"{PREFIX}/jobs/")
+        assert len(kvs) == 6
+        assert len({kv.create_revision for kv in kvs}) == 1
+
+    with_client(etcd, body)
+
+
+def test_more_than_fits_into_one_transaction_is_appended_in_order(etcd: EtcdServer) -> None:
+    async def body(client: EtcdClient) -> None:
+        names = [f"j{number:02d}" for number in range(TXN_JOBS_MAX * 2 + 1)]
+        padding = "x" * 9000  # all of them together are more than one request may have
+        async with leading(client) as leadership:
+            log = EventLog(client, leadership)
+            many = [entry for name in names for entry in entries(leadership.term, story(2), job=name, detail=padding)]
+            assert len(many) > TXN_EVENTS_MAX
+            await log.append(many)
+        found = await read_all(client, PREFIX)
+        assert {name: len(events) for name, events in found.items()} == dict.fromkeys(names, 6)
+        kvs, _ = await client.range_prefix(f"{PREFIX}/jobs/")
+        revisions = [kv.create_revision for kv in kvs]
+        assert revisions == sorted(revisions) and len(set(revisions)) > 2
+
+    with_client(etcd, body)
+
+
+def test_nothing_to_append_is_nothing(etcd: EtcdServer) -> None:
+    async def body(client: EtcdClient) -> None:
+        async with leading(client) as leadership:
+            await EventLog(client, leadership).append([])
+        assert await values(client) == []
+
+    with_client(etcd, body)
+
+
+def test_events_that_etcd_will_never_take_stop_the_leader(etcd: EtcdServer) -> None:
+    async def body(client: EtcdClient) -> None:
+        async with leading(client) as leadership:
+            huge = entries(leadership.term, story(1), detail="x" * 2_000_000)
+            with pytest.raises(InvariantError, match="etcd refuses"):
+                await EventLog(client, leadership).append(huge)
+
+    with_client(etcd, body)
+
+
+# -- fencing ------------------------------------------------------------------------------------------
+
+
+def test_a_leader_whose_key_was_deleted_cannot_append_though_its_lease_lives(etcd: EtcdServer) -> None:
+    async def body(client: EtcdClient) -> None:
+        async with leading(client) as leadership:
+            await client.delete(leader_key(PREFIX))
+            assert leadership.alive()
+            with pytest.raises(Deposed):
+                await EventLog(client, leadership).append(entries(leadership.term, story(1)))
+        assert await values(client) == []
+
+    with_client(etcd, body)
+
+
+def test_a_leader_cannot_append_once_another_leads(etcd: EtcdServer) -> None:
+    async def body(client: EtcdClient) -> None:
+        async with leading(client) as old:
+            await client.delete(leader_key(PREFIX))
+            async with leading(client) as new:
+                assert new.term > old.term
+                first = entries(new.term, story(1)[:1])
+                await EventLog(client, new).append(first)
+                with pytest.raises(Deposed):
+                    await EventLog(client, old).append(entries(old.term, [CancelRequested()], after=first[-1]))
+                second = entries(new.term, [CancelRequested()], after=first[-1])
+                await EventLog(client, new).append(second)
+        assert [event.term for event in await read_history(client, PREFIX, MNIST)] == [new.term, new.term]
+
+    with_client(etcd, body)
+
+
+def test_a_sequence_number_that_is_taken_is_never_written_again(etcd: EtcdServer) -> None:
+    async def body(client: EtcdClient) -> None:
+        async with leading(client) as leadership:
+            log = EventLog(client, leadership)
+            made = entries(leadership.term, story(1)[:2])
+            await log.append(made)
+            other = entries(leadership.term, [JobSubmitted(spec=spec(), run=1, request="other")])
+            with pytest.raises(Deposed):
+                await log.append(other)
+        assert await values(client) == [entry.value for entry in made]
+
+    with_client(etcd, body)
+
+
+def test_appending_the_very_same_bytes_again_is_recognised_as_ours(etcd: EtcdServer) -> None:
+    async def body(client: EtcdClient) -> None:
+        async with leading(client) as leadership:
+            log = EventLog(client, leadership)
+            made = entries(leadership.term, story(1))
+            await log.append(made)
+            await log.append(made)
+        kvs, _ = await client.range_prefix(events_prefix(PREFIX, MNIST))
+        assert [kv.version for kv in kvs] == [1, 1, 1]
+
+    with_client(etcd, body)
+
+
+# -- lost answers -------------------------------------------------------------------------------------
+
+
+async def until_there(client: EtcdClient, key: str) -> None:
+    async with asyncio.timeout(DEADLINE_S):
+        while await client.get(key) is None:
+            await asyncio.sleep(0)
+
+
+def test_an_append_whose_answer_is_lost_is_read_back_and_done_once(etcd: EtcdServer, proxy: TcpProxy) -> None:
+    async def run() -> None:
+        async with EtcdClient([proxy.endpoint], timeout_s=1) as client, EtcdClient([etcd.endpoint]) as witness:
+            async with leading(witness) as leadership:
+                made = entries(leadership.term, story(1))
+                await client.get("warm")
+                proxy.swallow_answers()
+                appending = asyncio.create_task(EventLog(client, leadership).append(made))
+                await until_there(witness, made[0].record.key)
+                proxy.forward()
+                async with asyncio.timeout(DEADLINE_S):
+                    await appending
+                assert proxy.answers_lost > 0
+            kvs, _ = await witness.range_prefix(events_prefix(PREFIX, MNIST))
+            assert [(kv.value, kv.version) for kv in kvs] == [(entry.value, 1) for entry in made]
+
+    asyncio.run(run())
+
+
+def test_an_append_that_never_arrived_is_tried_again(etcd: EtcdServer, proxy: TcpProxy) -> None:
+    async def run() -> None:
+        async with EtcdClient([proxy.endpoint], timeout_s=1) as client, EtcdClient([etcd.endpoint]) as witness:
+            async with leading(witness) as leadership:
+                made = entries(leadership.term, story(1))
+                proxy.cut()
+                appending = asyncio.create_task(EventLog(client, leadership).append(made))
+                done, _ = await asyncio.wait({appending}, timeout=0.3)  # some tries have failed by then
+                assert not done
+                proxy.forward()
+                async with asyncio.timeout(DEADLINE_S):
+                    await appending
+            assert await values(witness) == [entry.value for entry in made]
+
+    asyncio.run(run())
+
+
+def test_a_leader_without_etcd_steps_down_when_its_lease_is_over(etcd: EtcdServer, proxy: TcpProxy) -> None:
+    async def run() -> None:
+        async with EtcdClient([proxy.endpoint], timeout_s=0.5) as client, leading(client) as leadership:
+            proxy.cut()
+            async with asyncio.timeout(DEADLINE_S):
+                with pytest.raises(Deposed, match="lease"):
+                    await EventLog(client, leadership).append(entries(leadership.term, story(1)))
+            assert not leadership.alive()
+            proxy.forward()
+
+    asyncio.run(run())
+
+
+# -- replay -------------------------------------------------------------------------------------------
+
+
+async def rewrite(client: EtcdClient, key: str, value: bytes) -> None:
+    """Put ``value`` as if it had always been there: at version 1."""
+    await client.delete(key)
+    await client.put(key, value)
+
+
+async def lose(client: EtcdClient, made: list[Entry]) -> str:
+    await client.delete(made[2].record.key)
+    return made[2].record.key
+
+
+async def lose_the_first(client: EtcdClient, made: list[Entry]) -> str:
+    await client.delete(made[0].record.key)
+    return made[0].record.key
+
+
+async def edit(client: EtcdClient, made: list[Entry]) -> str:
+    await rewrite(client, made[1].record.key, made[1].value.replace(b'"fact":"test"', b'"fact":"tess"'))
+    return made[2].record.key  # the edited one is readable; the next does not follow it
+
+
+async def garble(client: EtcdClient, made: list[Entry]) -> str:
+    await rewrite(client, made[1].record.key, made[1].value[:-10])
+    return made[1].record.key
+
+
+async def swap(client: EtcdClient, made: list[Entry]) -> str:
+    await rewrite(client, made[1].record.key, made[2].value)
+    await rewrite(client, made[2].record.key, made[1].value)
+    return made[1].record.key
+
+
+async def write_again(client: EtcdClient, made: list[Entry]) -> str:
+    await client.put(made[1].record.key, made[1].value)
+    return made[1].record.key
+
+
+async def add_a_stranger(client: EtcdClient, made: list[Entry]) -> str:
+    stranger = event_key(PREFIX, MNIST, 2) + "x"
+    await client.put(stranger, made[2].value)
+    return made[2].record.key  # where this one should be, the stranger is
+
+
+async def forge_illegal(client: EtcdClient, made: list[Entry]) -> str:
+    (forged,) = entries(made[-1].record.term, [JobSucceeded()], after=made[-1])
+    await client.put(forged.record.key, forged.value)
+    return forged.record.key
+
+
+async def forge_older_term(client: EtcdClient, made: list[Entry]) -> str:
+    (forged,) = entries(1, [JobSubmitted(spec=spec(), run=3, request="r")], after=made[-1])
+    await client.put(forged.record.key, forged.value)
+    return forged.record.key
+
+
+async def copy_to_another_job(client: EtcdClient, made: list[Entry]) -> str:
+    for entry in made:
+        await client.put(event_key(PREFIX, JobName("other"), entry.record.seq), entry.value)
+    return event_key(PREFIX, JobName("other"), 1)
+
+
+Damage = Callable[[EtcdClient, list[Entry]], Awaitable[str]]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lose,
+        lose_the_first,
+        edit,
+        garble,
+        swap,
+        write_again,
+        add_a_stranger,
+        forge_illegal,
+        forge_older_term,
+        copy_to_another_job,
+    ],
+)
+def test_a_damaged_log_is_refused_by_the_name_of_the_key_and_left_as_it_is(etcd: EtcdServer, damage: Damage) -> None:
+    async def body(client: EtcdClient) -> None:
+        async with leading(client) as leadership:
+            made = entries(leadership.term, story(2))
+            await EventLog(client, leadership).append(made)
+        assert MNIST in await replay(client, PREFIX)
+        key = await damage(client, made)
+        before, _ = await client.range_prefix(f"{PREFIX}/jobs/")
+        with pytest.raises(LogDamagedError) as caught:
+            await replay(client, PREFIX)
+        assert caught.value.key == key
+        after, _ = await client.range_prefix(f"{PREFIX}/jobs/")
+        assert after == before
+
+    with_client(etcd, body)
+
+
+def test_keys_of_a_job_that_are_no_events_are_not_read_as_such(etcd: EtcdServer) -> None:
+    async def body(client: EtcdClient) -> None:
+        await client.put(f"{PREFIX}/jobs/mnist/notes", b"by a person")
+        assert await replay(client, PREFIX) == {}
+
+    with_client(etcd, body)
+
+
+def test_whoever_follows_a_history_sees_old_and_new_events_once_and_in_order(etcd: EtcdServer) -> None:
+    async def body(client: EtcdClient) -> None:
+        async with leading(client) as leadership:
+            log = EventLog(client, leadership)
+            first = entries(leadership.term, story(1)[:1])
+            await log.append(first)
+            seen = []
+            async with asyncio.timeout(DEADLINE_S):
+                async for event in follow_history(client, PREFIX, MNIST):
+                    seen.append(event)
+                    if len(seen) == 1:
+                        rest = entries(leadership.term, [CancelRequested(), JobCancelled()], after=first[-1])
+                        await log.append(rest)
+                    if len(seen) == 3:
+                        break
+            assert seen == [entry.record for entry in first + rest]
+
+    with_client(etcd, body)
+
+
+def test_a_log_survives_a_killed_etcd(etcd: EtcdServer) -> None:
+    async def run() -> None:
+        async with EtcdClient([etcd.endpoint]) as client:
+            leadership_context = leading(client)
+            leadership = await leadership_context.__aenter__()
+            made = entries(leadership.term, story(3))
+            await EventLog(client, leadership).append(made)
+            etcd.kill()
+            await etcd.up()
+            assert await read_history(client, PREFIX, MNIST) == [entry.record for entry in made]
+            await leadership_context.__aexit__(None, None, None)
+
+    asyncio.run(run())
+
+
+def test_a_log_of_many_events_is_replayed_in_pages(etcd: EtcdServer) -> None:
+    async def body(client: EtcdClient) -> None:
+        async with leading(client) as leadership:
+            log, last = EventLog(client, leadership), None
+            told = story(400)  # 1200 events: more than a page of keys
+            for start in range(0, len(told), 90):
+                made = entries(leadership.term, told[start : start + 90], after=last)
+                await log.append(made)
+                last = made[-1]
+        jobs = await replay(client, PREFIX)
+        assert jobs[MNIST].run == 400
+
+    with_client(etcd, body)
