@@ -36,7 +36,11 @@ class LogDamagedError(PermanentError):
     """A job's event log has a gap, an edited or an undecodable event. ``key`` names the etcd key."""
 
     def __init__(self, key: str, why: str) -> None:
-        super().__init__(f"event log damaged at {key}: {why}")
+        job_prefix = key.rsplit("/events/", 1)[0] + "/"
+        super().__init__(
+            f"event log damaged at {key}: {why}. Nothing was changed: restore etcd from a backup that holds it, "
+            f"or give this job's history up with: etcdctl del --prefix {job_prefix}"
+        )
         self.key = key
         self.why = why
 

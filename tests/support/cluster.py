@@ -92,9 +92,9 @@ class Cluster:
         self.workers.append(service)
         return service
 
-    def run(self, *args: str, deadline_s: float = 60.0) -> "subprocess.CompletedProcess[str]":
+    def run(self, verb: str, *args: str, deadline_s: float = 60.0) -> "subprocess.CompletedProcess[str]":
         """Run a dtrain command against this cluster to its end."""
-        argv = [sys.executable, "-m", "dtrain", *args, "--etcd", self.etcd.endpoint]
+        argv = [sys.executable, "-m", "dtrain", verb, "--etcd", self.etcd.endpoint, *args]
         return subprocess.run(argv, env=self.env, capture_output=True, text=True, timeout=deadline_s, check=False)
 
     def submit(self, script: Path, *args: str, options: tuple[str, ...]) -> None:

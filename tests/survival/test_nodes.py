@@ -1,0 +1,105 @@
+"""Nodes that go and come: a spare takes over, a job shrinks to what is left, a standby coordinator leads."""
+
+import os
+import random
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+from dtrain.coordinator.core.events import GenerationStarted
+from tests.support.cluster import Cluster, cluster
+from tests.support.facts import wait_for
+from tests.survival.conftest import EVERY, SCRIPT, STEPS, Attack, begin, check
+
+
+def begin_on_nodes(it: Cluster, rng: random.Random, nnodes: str) -> Attack:
+    """One rank a node."""
+    records = it.folder / "records"
+    records.mkdir()
+    store = f"file://{it.folder}/store"
+    options = ("--name", "attacked", "--nnodes", nnodes, "--nproc-per-node", "1")
+    options += ("--every-steps", str(EVERY), "--store", store)
+    final = it.folder / "final.safetensors"
+    it.submit(SCRIPT, "--steps", str(STEPS), "--records", str(records), "--final", str(final), options=options)
+    return Attack(it, "attacked", records, final, store, rng)
+
+
+def lose_node(attack: Attack, rank: int) -> str:
+    """The node of this rank is gone at once: its agent and its trainers are killed and do not come back."""
+    event = attack.started()[-1].event
+    assert isinstance(event, GenerationStarted)
+    worker = event.members[rank].worker
+    service = attack.cluster.workers.pop(int(worker.removeprefix("w")))
+    service.kill()
+    os.kill(attack.steps(rank)[-1]["pid"], signal.SIGKILL)
+    return worker
+
+
+def test_a_spare_node_takes_over(tmp_path: Path, rng: random.Random, quiet: Callable[[int], bytes]) -> None:
+    expected = quiet(STEPS)
+    with cluster(tmp_path / "cluster", workers=3, slots=1) as it:
+        attack = begin_on_nodes(it, rng, "2")
+        it.wait_for_event(attack.job, "CheckpointCommitted", count=1)
+        lost = lose_node(attack, rng.randrange(2))
+        assert it.wait_for_end(attack.job).type == "JobSucceeded", it.logs()
+        check(attack, expected)
+        last = attack.started()[-1].event
+        assert isinstance(last, GenerationStarted)
+        assert lost not in [member.worker for member in last.members]
+        for folder in it.shared_folders():  # a killed node cannot tidy up after itself
+            for path in sorted(folder.rglob("*"), reverse=True):
+                path.rmdir() if path.is_dir() else path.unlink()
+            folder.rmdir()
+
+
+def test_a_job_shrinks_to_the_nodes_that_are_left(tmp_path: Path, rng: random.Random) -> None:
+    with cluster(tmp_path / "cluster", workers=2, slots=1) as it:
+        attack = begin_on_nodes(it, rng, "1:2")
+        it.wait_for_event(attack.job, "CheckpointCommitted", count=1)
+        lose_node(attack, 1)
+        assert it.wait_for_end(attack.job).type == "JobSucceeded", it.logs()
+        sizes = [e.event.world_size for e in attack.started() if isinstance(e.event, GenerationStarted)]
+        assert sizes[0] == 2
+        assert sizes[-1] == 1
+        assert attack.steps(0)[-1]["step"] == STEPS
+        for folder in it.shared_folders():
+            for path in sorted(folder.rglob("*"), reverse=True):
+                path.rmdir() if path.is_dir() else path.unlink()
+            folder.rmdir()
+
+
+def test_a_standby_coordinator_takes_over_and_nothing_is_restarted(
+    tmp_path: Path, rng: random.Random, quiet: Callable[[int], bytes]
+) -> None:
+    expected = quiet(STEPS)
+    with cluster(tmp_path / "cluster", coordinators=2) as it:
+        attack = begin(it, rng)
+        it.wait_for_event(attack.job, "CheckpointStarted")
+        leader = next(c for c in it.coordinators if "leading in term" in c.log.read_text())
+        leader.kill()
+        it.coordinators.remove(leader)
+        (standby,) = it.coordinators
+        wait_for("the standby to lead", lambda: "leading in term" in standby.log.read_text(), deadline_s=20)
+        assert it.wait_for_end(attack.job).type == "JobSucceeded", it.logs()
+        check(attack, expected)
+        assert len(attack.started()) == 1
+        terms = [event.term for event in it.history(attack.job)]
+        assert terms == sorted(terms)
+        assert len(set(terms)) == 2, "the standby decided nothing"
+
+
+def test_a_paused_leader_that_comes_back_changes_nothing(
+    tmp_path: Path, rng: random.Random, quiet: Callable[[int], bytes]
+) -> None:
+    expected = quiet(STEPS)
+    with cluster(tmp_path / "cluster", coordinators=2) as it:
+        attack = begin(it, rng)
+        it.wait_for_event(attack.job, "CheckpointStarted")
+        leader = next(c for c in it.coordinators if "leading in term" in c.log.read_text())
+        standby = next(c for c in it.coordinators if c is not leader)
+        os.kill(leader.pid, signal.SIGSTOP)
+        wait_for("the standby to lead", lambda: "leading in term" in standby.log.read_text(), deadline_s=30)
+        os.kill(leader.pid, signal.SIGCONT)
+        assert it.wait_for_end(attack.job).type == "JobSucceeded", it.logs()
+        check(attack, expected)
+        assert len(attack.started()) == 1
