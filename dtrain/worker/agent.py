@@ -270,6 +270,8 @@ class Agent:
             retiring = {(assignment.job, rank.generation) for rank in assignment.retiring}
             known, alive = known | retiring, alive | retiring
         self._shells.dirs.sweep(known)
+        for abandoned in self._shells.dirs.sweep_abandoned():
+            logger.warning("removed %s: the data folder of the worker that made it is gone", abandoned)
         marks = {f"{self._journal.id}/{job}/{generation}" for job, generation in alive}
 
         def is_stray(mark: str) -> bool:

@@ -25,6 +25,7 @@ from dtrain.common.names import Generation, JobName
 from dtrain.worker.core.states import ExitFact
 
 JOURNAL_CHARS = 8  # of its identity: enough to keep the agents of one machine apart
+OWNER_FILE = "owner"  # at the root: the data folder of the agent that made it
 RESTORE_FILE = "restore.safetensors"
 
 
@@ -63,8 +64,9 @@ class RankDirs:
     """The folders of one agent."""
 
     def __init__(self, shared_memory: Path, data_dir: Path, journal_id: str) -> None:
-        base = shared_memory if os.access(shared_memory, os.W_OK | os.X_OK) else data_dir
-        self.root = base / f"dtrain-{journal_id[:JOURNAL_CHARS]}"
+        self._base = shared_memory if os.access(shared_memory, os.W_OK | os.X_OK) else data_dir
+        self._data_dir = data_dir
+        self.root = self._base / f"dtrain-{journal_id[:JOURNAL_CHARS]}"
 
     def generation_dir(self, job: JobName, generation: Generation) -> Path:
         return self.root / f"{job}.g{generation}"
@@ -76,6 +78,8 @@ class RankDirs:
         """Make the rank's folder, mailbox and keeper file. Raises OSError."""
         folder = self.rank_dir(of)
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not (self.root / OWNER_FILE).exists():
+            write_whole(self.root / OWNER_FILE, str(self._data_dir).encode())
         Path(plan.log).parent.mkdir(parents=True, exist_ok=True)
         write_whole(folder / "keeper.json", msgspec.json.encode(plan))  # holds an environment: for the owner only
         if not (folder / "mailbox").exists():
@@ -93,13 +97,26 @@ class RankDirs:
         wanted = {self.generation_dir(job, generation) for job, generation in keep}
         if self.root.is_dir():
             for folder in self.root.iterdir():
-                if folder not in wanted:
+                if folder not in wanted and folder.is_dir():
                     shutil.rmtree(folder, ignore_errors=True)
+
+    def sweep_abandoned(self) -> list[Path]:
+        """Remove what agents left whose data folder is gone: no journal will ever ask for it. Return it."""
+        removed = []
+        for root in self._base.glob("dtrain-" + "?" * JOURNAL_CHARS):
+            try:
+                owner = Path((root / OWNER_FILE).read_text())
+            except (OSError, UnicodeDecodeError):
+                continue  # not ours to judge
+            if root != self.root and not owner.exists() and not _is_kept(root):
+                shutil.rmtree(root, ignore_errors=True)
+                removed.append(root)
+        return removed
 
     def remove_root(self) -> None:
         """Remove the root if nothing is left in it."""
-        with contextlib.suppress(OSError):
-            self.root.rmdir()
+        if self.root.is_dir() and not any(entry.is_dir() for entry in self.root.iterdir()):
+            shutil.rmtree(self.root, ignore_errors=True)
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -136,6 +153,15 @@ def keeper_lock(folder: Path) -> Iterator[bool]:
         yield False
     finally:
         os.close(lock)
+
+
+def _is_kept(root: Path) -> bool:
+    """Whether some keeper still lives under ``root``."""
+    for folder in root.glob("*/rank*"):
+        with contextlib.suppress(OSError), keeper_lock(folder) as free:
+            if not free:
+                return True
+    return False
 
 
 def forbid(folder: Path, reason: str) -> ExitFact | None:

@@ -174,7 +174,7 @@ def test_a_stop_ends_the_trainers_and_removes_their_folders(node: Node) -> None:
     node.wait_done(node.command(stop_trainers=wire.StopTrainers(grace_s=5)))
     assert _exits(node.coordinator.snapshots[-1]) == [(-15, False), (-15, False)]
     assert not any(alive(pid) for pid in pids)
-    assert not list((node.folder / "shm").glob("dtrain-*/*"))
+    assert not list((node.folder / "shm").glob("dtrain-*/*/"))
 
 
 def test_an_agent_that_is_asked_to_leave_ends_its_trainers_and_leaves_nothing(node: Node) -> None:
@@ -364,3 +364,13 @@ def test_without_any_coordinator_for_too_long_the_agent_ends_its_trainers(node: 
 
 def _errors(snapshot: wire.Snapshot) -> list[str]:
     return [rank.error for a in snapshot.assignments for rank in a.ranks if rank.state == wire.EXITED]
+
+
+def test_what_an_agent_left_whose_data_folder_is_gone_is_removed_by_the_next_one(node: Node) -> None:
+    abandoned, kept = node.folder / "shm" / "dtrain-0000aaaa", node.folder / "shm" / "dtrain-0000bbbb"
+    for root, owner in ((abandoned, node.folder / "gone"), (kept, node.folder)):
+        (root / "job.g1" / "rank0").mkdir(parents=True)
+        (root / "owner").write_text(str(owner))
+    node.start()
+    assert not abandoned.exists()
+    assert kept.exists()

@@ -4,7 +4,8 @@ Rules:
 - whatever happens to the stream, etcd or the coordinator, nothing here touches a trainer;
 - every snapshot is whole, so a lost one costs nothing: changes that come faster than they can be sent are told
   by one snapshot;
-- a leader whose term is lower than the highest seen is left: it has been replaced and does not know it;
+- a leader whose term is lower than the highest seen, or than etcd told of it, is left: it was replaced and does not
+  know it, or it was elected again and does not know that yet;
 - a stream that is open but silent is no proof of life: keepalive pings end it within seconds.
 """
 
@@ -114,7 +115,7 @@ class CoordinatorClient:
             sending.add_done_callback(lambda _: stream.cancel())  # nobody listens to a worker that cannot speak
             try:
                 async for message in stream:
-                    if not self._take(message, welcomed):
+                    if not self._take(message, leader, welcomed):
                         break
             except grpc.aio.AioRpcError as error:
                 logger.info("the stream to %s ended: %s %s", leader.address, error.code().name, error.details())
@@ -140,10 +141,10 @@ class CoordinatorClient:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), self._heartbeat_s)
 
-    def _take(self, message: wire.CoordinatorMessage, welcomed: asyncio.Event) -> bool:
+    def _take(self, message: wire.CoordinatorMessage, leader: Leader, welcomed: asyncio.Event) -> bool:
         """Hand one message on; return False if its sender is to be left."""
         if message.WhichOneof("message") == "welcome":
-            if message.term < self._highest_term():
+            if message.term < max(leader.term, self._highest_term()):
                 logger.warning("left %s: its term %d is over", message.welcome.leader, message.term)
                 return False
             welcomed.set()
