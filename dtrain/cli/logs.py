@@ -21,13 +21,14 @@ def logs_command(
     from dtrain.cli.clients import connect_etcd, require_cluster
     from dtrain.cli.history import require_job
     from dtrain.cli.log_streams import LogStream
+    from dtrain.cli.progress import with_rank
     from dtrain.common.names import job_name
     from dtrain.coordinator.history import read_history
 
     name = job_name(job)
 
     def show(of_rank: int, line: str) -> None:
-        click.echo(json.dumps({"rank": of_rank, "line": line}) if output == "json" else f"[rank{of_rank}]: {line}")
+        click.echo(json.dumps({"rank": of_rank, "line": line}) if output == "json" else with_rank(of_rank, line))
 
     async def read() -> None:
         address = require_cluster(etcd, prefix, data_dir)

@@ -55,7 +55,7 @@ class Screen:
 
     def rank_line(self, rank: int, line: str) -> None:
         # print, not click.echo: it respects the redirection of a live terminal.
-        print(f"[rank{rank}]: {line}", flush=True)
+        print(with_rank(rank, line), flush=True)
 
     def say(self, text: str) -> None:
         """A line of dtrain's own."""
@@ -78,6 +78,12 @@ class Screen:
             self._next_plain_s = now + PLAIN_EVERY_S
             self._last_plain = line
             self.say(line)
+
+
+def with_rank(rank: int, line: str) -> str:
+    """A rank's line behind its prefix; torch puts the very same one before a traceback by itself."""
+    prefix = f"[rank{rank}]: "
+    return line if line.startswith(prefix) else prefix + line
 
 
 class _Rate:
