@@ -1,8 +1,14 @@
-"""Between the wire's messages and the core's records. Malformed messages raise ValueError or UserError."""
+"""Between the wire's messages and the core's records. Malformed messages raise ValueError or UserError.
 
+Whatever may end up in an event is bounded here: an event that etcd does not take would stop the coordinator,
+and the next one after it.
+"""
+
+import math
 from typing import assert_never
 
 from dtrain.common import names
+from dtrain.common.errors import UserError
 from dtrain.common.names import AttemptNumber, CheckpointNumber, Generation, Step, Term
 from dtrain.common.specs import CheckpointPolicy, JobSpec
 from dtrain.coordinator.core.commands import Command, StageCheckpoint, StartTrainers, StopTrainers
@@ -19,6 +25,9 @@ from dtrain.coordinator.core.facts import (
     WorkerSnapshot,
 )
 from dtrain.proto import agent_pb2 as wire
+
+SPEC_MAX_BYTES = 128 * 1024  # as JSON it may grow sixfold and still fits into a transaction
+TEXT_MAX_CHARS = 4096  # of one reason or error; it is said up to four times in the events that it causes
 
 
 def snapshot_from_wire(message: wire.Snapshot) -> WorkerSnapshot:
@@ -40,7 +49,7 @@ def snapshot_from_wire(message: wire.Snapshot) -> WorkerSnapshot:
                 id=command.id,
                 state=wire.CommandState.Name(command.state).lower(),
                 term=command.term,
-                reason=command.reason,
+                reason=command.reason[:TEXT_MAX_CHARS],
             )
             for command in message.commands
         ),
@@ -63,7 +72,7 @@ def _assignment(message: wire.Assignment) -> AssignmentReport:
                 key=shard.key,
                 size_bytes=shard.size_bytes,
                 digest=shard.digest,
-                reason=shard.reason,
+                reason=shard.reason[:TEXT_MAX_CHARS],
             )
             for shard in message.shards
         ),
@@ -71,7 +80,7 @@ def _assignment(message: wire.Assignment) -> AssignmentReport:
             phase=RestorePhase(wire.RestoreState.Name(message.restore.state).lower()),
             checkpoint=message.restore.checkpoint,
             key=message.restore.key,
-            reason=message.restore.reason,
+            reason=message.restore.reason[:TEXT_MAX_CHARS],
         ),
         position_seq=message.position.seq,
         position_digest=message.position.digest,
@@ -79,6 +88,8 @@ def _assignment(message: wire.Assignment) -> AssignmentReport:
 
 
 def rank_from_wire(message: wire.RankReport) -> RankReport:
+    if not math.isfinite(message.step_s) or not math.isfinite(message.exited_at):
+        raise ValueError(f"rank {message.rank}: a time that is not finite")
     return RankReport(
         rank=message.rank,
         state=RankState(wire.RankState.Name(message.state).lower()),
@@ -91,7 +102,7 @@ def rank_from_wire(message: wire.RankReport) -> RankReport:
         metrics_json=message.metrics_json,
         exit_code=message.exit_code,
         exit_unknown=message.exit_unknown,
-        error=message.error,
+        error=message.error[:TEXT_MAX_CHARS],
         exited_at=message.exited_at,
     )
 
@@ -115,6 +126,11 @@ def rank_to_wire(rank: RankReport) -> wire.RankReport:
 
 
 def spec_from_wire(message: wire.Spec) -> JobSpec:
+    if message.ByteSize() > SPEC_MAX_BYTES:
+        raise UserError(
+            f"the job's arguments and environment take {message.ByteSize()} bytes; at most {SPEC_MAX_BYTES} fit: "
+            "put them into a file that the script reads."
+        )
     return JobSpec(
         name=names.job_name(message.name),
         python=message.python,

@@ -1,0 +1,156 @@
+"""The leader's loop without etcd: persist first, then act; and nobody waits for an answer that cannot come."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from typing import cast
+
+import pytest
+
+from dtrain.common.errors import UserError
+from dtrain.common.names import JobName, Term, WorkerId
+from dtrain.coordinator.codec import Entry
+from dtrain.coordinator.core.commands import Command
+from dtrain.coordinator.core.effects import Effect
+from dtrain.coordinator.core.facts import (
+    CancelAsked,
+    MarkersRead,
+    Registration,
+    SnapshotReceived,
+    SubmitAsked,
+    WorkerRegistered,
+)
+from dtrain.coordinator.core.states import JobPhase
+from dtrain.coordinator.log import Deposed, EventLog
+from dtrain.coordinator.loop import LeaderLoop
+from tests.coordinator.support.clusters import PREFIX, Node, spec
+
+DEADLINE_S = 30.0
+W1 = Node(name=WorkerId("w1"), slots=4, journal="j", incarnation="i", number=1)
+
+
+class Journal:
+    """A log and an outbox in memory that note what happens, in order."""
+
+    term = Term(7)
+
+    def __init__(self) -> None:
+        self.happened: list[str] = []
+        self.transactions: list[list[str]] = []
+        self.deposed = False
+        self.durable = asyncio.Event()  # an append ends only when this is set
+        self.durable.set()
+        self.appending = asyncio.Event()
+
+    async def append(self, entries: Sequence[Entry]) -> None:
+        self.appending.set()
+        await self.durable.wait()
+        if self.deposed:
+            raise Deposed("another leads")
+        self.transactions.append([f"{entry.record.job} {entry.record.type}" for entry in entries])
+        self.happened += [entry.record.type for entry in entries]
+
+    def send(self, worker: WorkerId, commands: list[Command]) -> None:
+        self.happened += [f"send {command.id}" for command in commands]
+
+    def perform(self, effects: list[Effect]) -> None:
+        self.happened += [f"perform {effect.key[0]}" for effect in effects]
+
+
+def in_a_loop(body: Callable[[LeaderLoop, Journal, "asyncio.Task[None]"], Awaitable[None]]) -> None:
+    async def run() -> None:
+        journal = Journal()
+        loop = LeaderLoop(log=cast(EventLog, journal), prefix=PREFIX, jobs={}, outbox=journal)
+        running = asyncio.create_task(loop.run())
+        try:
+            async with asyncio.timeout(DEADLINE_S):
+                await body(loop, journal, running)
+        finally:
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+
+    asyncio.run(run())
+
+
+async def with_worker(loop: LeaderLoop) -> None:
+    registration = Registration(worker=W1.name, journal=W1.journal, address="", slots=W1.slots)
+    await loop.tell(WorkerRegistered(registration=registration))
+    await loop.tell(SnapshotReceived(snapshot=W1.snapshot(Term(7)), stream=1))
+
+
+def submission(name: str = "mnist") -> SubmitAsked:
+    return SubmitAsked(spec=spec(name, store=""), request="r1", takes_over=False)
+
+
+def test_nothing_is_sent_before_it_is_durable() -> None:
+    async def body(loop: LeaderLoop, journal: Journal, running: "asyncio.Task[None]") -> None:
+        await with_worker(loop)
+        journal.durable.clear()
+        asking = asyncio.create_task(loop.ask(submission()))
+        await journal.appending.wait()
+        assert not asking.done() and journal.happened == [] and loop.jobs == {}
+        journal.durable.set()
+        job = await asking
+        assert job.phase is JobPhase.RUNNING
+        assert journal.happened == ["JobSubmitted", "GenerationStarted", "send mnist/g1/start"]
+
+    in_a_loop(body)
+
+
+def test_a_leader_that_cannot_append_acts_on_nothing_and_tells_whoever_waits() -> None:
+    async def body(loop: LeaderLoop, journal: Journal, running: "asyncio.Task[None]") -> None:
+        await with_worker(loop)
+        journal.deposed = True
+        with pytest.raises(Deposed):
+            await loop.ask(submission())
+        with pytest.raises(Deposed):
+            await running
+        assert journal.happened == [] and loop.jobs == {}
+
+    in_a_loop(body)
+
+
+def test_a_request_to_a_leadership_that_is_over_is_answered_and_not_left_waiting() -> None:
+    async def body(loop: LeaderLoop, journal: Journal, running: "asyncio.Task[None]") -> None:
+        journal.deposed = True
+        with pytest.raises(Deposed):
+            await loop.ask(submission())
+        await asyncio.gather(running, return_exceptions=True)
+        with pytest.raises(Deposed):
+            await loop.ask(submission())
+
+    in_a_loop(body)
+
+
+def test_what_is_decided_in_one_round_about_several_jobs_is_one_append() -> None:
+    async def body(loop: LeaderLoop, journal: Journal, running: "asyncio.Task[None]") -> None:
+        await with_worker(loop)
+        journal.durable.clear()
+        first = asyncio.create_task(loop.ask(submission("a")))
+        await journal.appending.wait()  # the loop is busy: what comes now is the next round's
+        others = [asyncio.create_task(loop.ask(submission(name))) for name in ("b", "c")]
+        refused = asyncio.create_task(loop.ask(CancelAsked(job=JobName("nobody"))))
+        await asyncio.sleep(0)
+        journal.durable.set()
+        await asyncio.gather(first, *others)
+        with pytest.raises(UserError, match="nobody"):
+            await refused
+        assert journal.transactions == [
+            ["a JobSubmitted", "a GenerationStarted"],
+            ["b JobSubmitted", "c JobSubmitted", "b GenerationStarted"],
+        ], "c has no slots left"
+
+    in_a_loop(body)
+
+
+def test_the_markers_of_a_job_are_read_before_it_starts() -> None:
+    async def body(loop: LeaderLoop, journal: Journal, running: "asyncio.Task[None]") -> None:
+        await with_worker(loop)
+        asked = SubmitAsked(spec=spec(), request="r1", takes_over=False)
+        assert (await loop.ask(asked)).phase is JobPhase.PENDING
+        assert journal.happened[:2] == ["JobSubmitted", "perform audit"]
+        await loop.tell(MarkersRead(job=JobName("mnist"), position_seq=1, key="m"))
+        while loop.jobs[JobName("mnist")].phase is JobPhase.PENDING:
+            await asyncio.sleep(0)
+        assert "send mnist/g1/start" in journal.happened
+
+    in_a_loop(body)
