@@ -82,7 +82,9 @@ class Node:
         self.coordinator.send(command)
         return command.id
 
-    def start_trainers(self, *, generation: int = 1, restore: wire.Restore | None = None, **fields: Any) -> str:
+    def start_trainers(
+        self, *, generation: int = 1, restore: wire.Restore | None = None, id: str = "", **fields: Any
+    ) -> str:
         start = wire.StartTrainers(
             **{
                 "python": sys.executable,
@@ -99,7 +101,8 @@ class Node:
                 **fields,
             }
         )
-        return self.command(generation=generation, start_trainers=start)
+        named = {"id": id} if id else {}
+        return self.command(generation=generation, start_trainers=start, **named)
 
     # ---- facts -------------------------------------------------------------------------------------------
 
