@@ -1,11 +1,17 @@
-"""``logs``: what the ranks printed, from the workers that keep it."""
+"""``logs``: what the ranks printed, from the workers that keep it, or from their folders after a run."""
 
 import asyncio
 import json
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from dtrain.cli.options import cluster_options, output_option
+
+if TYPE_CHECKING:
+    from dtrain.cli.log_streams import Show
+    from dtrain.standalone.data_folder import DataFolder
 
 
 @click.command("logs")
@@ -18,12 +24,13 @@ def logs_command(
     job: str, rank: int | None, follow: bool, etcd: str | None, prefix: str, data_dir: str, output: str
 ) -> None:
     """Show what the ranks of a job printed. With -o json, one object with rank and line, per line."""
-    from dtrain.cli.clients import connect_etcd, require_cluster
+    from dtrain.cli.clients import active_cluster, connect_etcd
     from dtrain.cli.history import require_job
     from dtrain.cli.log_streams import LogStream
     from dtrain.cli.progress import with_rank
     from dtrain.common.names import job_name
     from dtrain.coordinator.history import read_history
+    from dtrain.standalone.data_folder import DataFolder
 
     name = job_name(job)
 
@@ -31,10 +38,34 @@ def logs_command(
         click.echo(json.dumps({"rank": of_rank, "line": line}) if output == "json" else with_rank(of_rank, line))
 
     async def read() -> None:
-        address = require_cluster(etcd, prefix, data_dir)
+        address = active_cluster(etcd, prefix, data_dir)
+        if address is None:
+            show_kept(DataFolder.at(data_dir), name, rank, show)
+            return
         async with connect_etcd(address) as client:
             require_job(await read_history(client, address.prefix, name), name)
             stream = LogStream(client, address.prefix, name, show=show, rank=rank)
             await (stream.follow() if follow else stream.drain(everything=True))
 
     asyncio.run(read())
+
+
+def show_kept(folder: "DataFolder", job: str, rank: int | None, show: "Show") -> None:
+    """Show what the workers of a data folder have kept of a job, where nothing runs any more."""
+    from dtrain.common.errors import UserError
+
+    wanted = "*" if rank is None else str(rank)
+    logs = sorted(folder.root.glob(f"workers/*/logs/{job}/generation-*/rank-{wanted}.log"), key=_generation_and_rank)
+    if not logs:
+        raise UserError(
+            f"no logs of job {job!r} are kept in data folder {folder.root}: "
+            "give --etcd HOST:PORT of a cluster, or --data-dir of an earlier run."
+        )
+    for log in logs:
+        with log.open(errors="replace") as lines:
+            for line in lines:
+                show(_generation_and_rank(log)[1], line.rstrip("\r\n").rpartition("\r")[2])
+
+
+def _generation_and_rank(log: Path) -> tuple[int, int]:
+    return int(log.parent.name.rpartition("-")[2]), int(log.stem.rpartition("-")[2])

@@ -26,8 +26,8 @@ with dtrain.join() as run:
     run.track(model=model, optimizer=optimizer)
     first = True
     for batch in run.steps([torch.ones(4)] * 10, until=int(sys.argv[1])):
-        if first and run.restored:
-            print(f"restored at step {run.step}", flush=True)
+        if first:
+            print(f"restored at step {run.step}" if run.restored else "working", flush=True)
         first = False
         optimizer.zero_grad()
         model(batch).sum().backward()
@@ -79,6 +79,8 @@ def test_every_rank_is_heard_and_the_job_succeeds(tmp_path: Path) -> None:
     assert sorted(answer.stdout.splitlines()) == [f"[rank0]: {said}", f"[rank1]: {said}"]
     assert "job succeeded" in answer.stderr
     assert_nothing_is_left(tmp_path)
+    kept = dtrain("logs", json.loads(dtrain("list", "-o", "json", cwd=tmp_path).stdout)[0]["job"], cwd=tmp_path)
+    assert sorted(kept.stdout.splitlines()) == sorted(answer.stdout.splitlines())
 
 
 def test_two_nodes_run_as_two_workers(tmp_path: Path) -> None:
@@ -122,11 +124,14 @@ def test_the_other_verbs_see_a_run_and_remember_it(folder: Path) -> None:
             entry["checkpoint"] for entry in json.loads(dtrain("checkpoints", "job", "-o", "json", cwd=folder).stdout)
         ]
         assert taken["checkpoint"] in numbers
+        run.wait_for_line("working")
+        assert "[rank0]: working" in dtrain("logs", "job", cwd=folder).stdout
         cancelled = dtrain("cancel", "job", cwd=folder)
         assert cancelled.stdout == "job job is cancelled\n"
         assert run.end() == 1
     assert_nothing_is_left(folder)
     assert json.loads(dtrain("list", "-o", "json", cwd=folder).stdout)[0]["phase"] == "cancelled"
+    assert dtrain("logs", "job", "--rank", "0", cwd=folder).code == 0
     history = dtrain("history", "job", cwd=folder).stdout
     assert "run 1 submitted" in history and "job cancelled" in history
     assert_nothing_is_left(folder)
