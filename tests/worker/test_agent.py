@@ -187,50 +187,6 @@ def test_an_agent_that_is_asked_to_leave_ends_its_trainers_and_leaves_nothing(no
     assert _exits(node.coordinator.snapshots[-1]) == [(-15, False), (-15, False)]
 
 
-def test_a_restore_is_verified_and_handed_to_every_rank(node: Node) -> None:
-    from dtrain.common.names import AttemptNumber, CheckpointNumber, Generation, Step, job_name
-    from dtrain.storage.keys import manifest_key, shard_key
-    from dtrain.storage.manifests import Manifest, ShardEntry, encode
-    from dtrain.storage.uris import open_store
-
-    job, checkpoint, attempt = job_name(JOB), CheckpointNumber(1), AttemptNumber(1)
-    store = open_store(node.store)
-    shards = []
-    for rank in range(2):
-        key, data = shard_key(job, checkpoint, attempt, rank), staged_bytes(rank, 5)
-        store.put(key, data)
-        shards.append(ShardEntry(rank=rank, key=key, size_bytes=len(data), digest=blob_digest(data)))
-    manifest = encode(
-        Manifest(
-            job=job,
-            checkpoint=checkpoint,
-            attempt=attempt,
-            generation=Generation(1),
-            step=Step(5),
-            world_size=2,
-            shards=tuple(shards),
-        )
-    )
-    name = manifest_key(job, checkpoint, attempt)
-    store.put(name, manifest)
-    restore = wire.Restore(checkpoint=1, attempt=1, step=5, manifest_key=name, manifest_digest=blob_digest(manifest))
-    node.start()
-    node.start_trainers(restore=restore)
-    node.wait_training()
-    for rank in range(2):
-        assert f"restored b'rank {rank} at step 5" in node.log(rank)
-    assert node.coordinator.snapshots[-1].assignments[0].restore.state == wire.READY
-    flipped = bytearray(staged_bytes(1, 5))
-    flipped[100] ^= 1
-    (node.folder / "store" / shards[1].key).write_bytes(flipped)
-    node.start_trainers(generation=2, restore=restore)
-    report = node.wait(
-        "the damage is told", lambda s: s.assignments[0].restore.state == wire.DAMAGED and s.assignments[0].restore
-    )
-    assert (report.key, report.checkpoint) == (shards[1].key, 1)
-    assert "digest" in report.reason
-
-
 def test_a_second_agent_on_the_same_data_folder_is_told_who_uses_it(node: Node) -> None:
     node.start()
     assert node.process is not None

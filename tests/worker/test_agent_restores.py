@@ -1,0 +1,77 @@
+"""What a generation starts from: verified, handed over, and never confused with a storage that is away."""
+
+from dtrain.common.digests import blob_digest
+from dtrain.common.names import AttemptNumber, CheckpointNumber, Generation, Step, job_name
+from dtrain.proto import agent_pb2 as wire
+from dtrain.storage.keys import manifest_key, shard_key
+from dtrain.storage.manifests import Manifest, ShardEntry, encode
+from dtrain.storage.uris import open_store
+from tests.worker.nodes import JOB, Node
+from tests.worker.scripts.mailbox_trainer import staged_bytes
+
+
+def _committed(node: Node) -> tuple[wire.Restore, list[str]]:
+    """A whole checkpoint in the node's store: what restores it, and its shards' keys."""
+    job, checkpoint, attempt = job_name(JOB), CheckpointNumber(1), AttemptNumber(1)
+    store = open_store(node.store)
+    shards = []
+    for rank in range(2):
+        key, data = shard_key(job, checkpoint, attempt, rank), staged_bytes(rank, 5)
+        store.put(key, data)
+        shards.append(ShardEntry(rank=rank, key=key, size_bytes=len(data), digest=blob_digest(data)))
+    manifest = encode(
+        Manifest(
+            job=job,
+            checkpoint=checkpoint,
+            attempt=attempt,
+            generation=Generation(1),
+            step=Step(5),
+            world_size=2,
+            shards=tuple(shards),
+        )
+    )
+    name = manifest_key(job, checkpoint, attempt)
+    store.put(name, manifest)
+    restore = wire.Restore(checkpoint=1, attempt=1, step=5, manifest_key=name, manifest_digest=blob_digest(manifest))
+    return restore, [entry.key for entry in shards]
+
+
+def test_a_restore_is_verified_and_handed_to_every_rank(node: Node) -> None:
+    restore, keys = _committed(node)
+    node.start()
+    node.start_trainers(restore=restore)
+    node.wait_training()
+    for rank in range(2):
+        assert f"restored b'rank {rank} at step 5" in node.log(rank)
+    assert node.coordinator.snapshots[-1].assignments[0].restore.state == wire.READY
+    flipped = bytearray(staged_bytes(1, 5))
+    flipped[100] ^= 1
+    (node.folder / "store" / keys[1]).write_bytes(flipped)
+    node.start_trainers(generation=2, restore=restore)
+    report = node.wait(
+        "the damage is told", lambda s: s.assignments[0].restore.state == wire.DAMAGED and s.assignments[0].restore
+    )
+    assert (report.key, report.checkpoint) == (keys[1], 1)
+    assert "digest" in report.reason
+
+
+def test_a_missing_shard_is_damage_and_a_storage_that_cannot_be_used_is_not(node: Node) -> None:
+    restore, keys = _committed(node)
+    store, aside = node.folder / "store", node.folder / "aside"
+    store.rename(aside)
+    store.write_text("a file is in the way")
+    node.start()
+    node.start_trainers(restore=restore)
+    node.wait("the ranks wait for it", lambda s: [r.phase for a in s.assignments for r in a.ranks] == ["restoring"] * 2)
+    seen = node.coordinator.snapshots[-1].number
+    node.wait("some more heartbeats", lambda snapshot: snapshot.number > seen + 10)
+    assert node.coordinator.snapshots[-1].assignments[0].restore.state == wire.FETCHING
+    assert node.coordinator.snapshots[-1].assignments[0].phase == wire.RESTORING
+    store.unlink()
+    aside.rename(store)
+    node.wait_training()
+    assert not list((node.folder / "shm").rglob("restore.safetensors"))  # given back once they train
+    (store / keys[0]).unlink()
+    node.start_trainers(generation=2, restore=restore)
+    node.wait("the loss is told", lambda s: s.assignments[0].restore.state == wire.DAMAGED)
+    assert node.coordinator.snapshots[-1].assignments[0].restore.reason == "is missing"
