@@ -281,6 +281,13 @@ async def forge_older_term(client: EtcdClient, made: list[Entry]) -> str:
     return forged.record.key
 
 
+async def forge_number(client: EtcdClient, made: list[Entry]) -> str:
+    """The right event in the right place, which says that it is another one."""
+    (forged,) = entries(made[-1].record.term, [JobSubmitted(spec=spec(), run=3, request="r")], after=made[-1])
+    await client.put(forged.record.key, forged.value.replace(b'"seq":7', b'"seq":8'))
+    return forged.record.key
+
+
 async def copy_to_another_job(client: EtcdClient, made: list[Entry]) -> str:
     for entry in made:
         await client.put(event_key(PREFIX, JobName("other"), entry.record.seq), entry.value)
@@ -302,6 +309,7 @@ Damage = Callable[[EtcdClient, list[Entry]], Awaitable[str]]
         add_a_stranger,
         forge_illegal,
         forge_older_term,
+        forge_number,
         copy_to_another_job,
     ],
 )
