@@ -330,6 +330,18 @@ def test_a_damaged_log_is_refused_by_the_name_of_the_key_and_left_as_it_is(etcd:
     with_client(etcd, body)
 
 
+def test_whoever_only_reads_a_history_is_told_of_its_damage_as_well(etcd: EtcdServer) -> None:
+    async def body(client: EtcdClient) -> None:
+        async with leading(client) as leadership:
+            made = entries(leadership.term, story(2))
+            await EventLog(client, leadership).append(made)
+        key = await forge_number(client, made)
+        with pytest.raises(LogDamagedError, match=key):
+            await read_history(client, PREFIX, MNIST)
+
+    with_client(etcd, body)
+
+
 def test_keys_of_a_job_that_are_no_events_are_not_read_as_such(etcd: EtcdServer) -> None:
     async def body(client: EtcdClient) -> None:
         await client.put(f"{PREFIX}/jobs/mnist/notes", b"by a person")

@@ -22,7 +22,8 @@ from dtrain.coordinator.core.facts import (
 from dtrain.coordinator.core.states import JobPhase
 from dtrain.coordinator.log import Deposed, EventLog
 from dtrain.coordinator.loop import LeaderLoop
-from tests.coordinator.support.clusters import PREFIX, Node, spec
+from tests.coordinator.support.clusters import PREFIX, spec
+from tests.coordinator.support.nodes import Node
 
 DEADLINE_S = 30.0
 W1 = Node(name=WorkerId("w1"), slots=4, journal="j", incarnation="i", number=1)

@@ -7,9 +7,9 @@ only ever do what the test says they did.
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
-from dtrain.common.names import AttemptNumber, CheckpointNumber, Generation, JobName, Step, Term, WorkerId
+from dtrain.common.names import AttemptNumber, CheckpointNumber, JobName, Step, Term, WorkerId
 from dtrain.common.specs import CheckpointPolicy, JobSpec
 from dtrain.coordinator import codec
 from dtrain.coordinator.core import admissions
@@ -18,7 +18,6 @@ from dtrain.coordinator.core.effects import Effect, effects_owed
 from dtrain.coordinator.core.events import Decision, Event, RecordedEvent
 from dtrain.coordinator.core.evolve import evolve
 from dtrain.coordinator.core.facts import (
-    AssignmentReport,
     CancelAsked,
     CheckpointAsked,
     CommandReport,
@@ -39,12 +38,12 @@ from dtrain.coordinator.core.facts import (
     StreamClosed,
     SubmitAsked,
     WorkerRegistered,
-    WorkerSnapshot,
     WorkerUnregistered,
 )
 from dtrain.coordinator.core.observed import Observed
 from dtrain.coordinator.core.reconcile import decide
 from dtrain.coordinator.core.states import GenerationState, InflightCheckpoint, JobState
+from tests.coordinator.support.nodes import Held, Node
 
 PREFIX = "/test"
 JOB = "mnist"
@@ -64,60 +63,6 @@ def spec(name: str = JOB, *, every_steps: int = 0, every_seconds: float = 0.0, *
         checkpoints=CheckpointPolicy(every_steps=every_steps, every_seconds=every_seconds),
     )
     return replace(given, **changes)  # type: ignore[arg-type]
-
-
-@dataclass(slots=True, kw_only=True)
-class Held:
-    """What a worker holds of one job."""
-
-    generation: int
-    ranks: dict[int, RankReport]
-    shards: dict[tuple[int, int], ShardReport] = field(default_factory=dict)  # by (attempt, rank)
-    restore: RestoreReport = field(default_factory=lambda: RestoreReport(phase=RestorePhase.NONE))
-
-
-@dataclass(slots=True, kw_only=True)
-class Node:
-    """A worker as the test imagines it."""
-
-    name: WorkerId
-    slots: int
-    journal: str
-    incarnation: str
-    stream: int = 0
-    number: int = 0  # of its last snapshot
-    held: dict[str, Held] = field(default_factory=dict)
-    commands: list[CommandReport] = field(default_factory=list)
-
-    def snapshot(self, term: Term) -> WorkerSnapshot:
-        assignments = tuple(
-            AssignmentReport(
-                job=JobName(job),
-                generation=Generation(held.generation),
-                phase="training",
-                ranks=tuple(held.ranks.values()),
-                shards=tuple(held.shards.values()),
-                restore=held.restore,
-                position_seq=0,
-                position_digest="",
-            )
-            for job, held in self.held.items()
-        )
-        return WorkerSnapshot(
-            worker=self.name,
-            journal=self.journal,
-            incarnation=self.incarnation,
-            number=self.number,
-            term=term,
-            version="0",
-            host=self.name,
-            address=f"{self.name}.example:4000",
-            slots=self.slots,
-            rendezvous_port=29500,
-            phase="idle",
-            assignments=assignments,
-            commands=tuple(self.commands),
-        )
 
 
 class Cluster:

@@ -24,7 +24,8 @@ from dtrain.coordinator.core.facts import (
     ShardReport,
     StreamClosed,
 )
-from tests.coordinator.support.clusters import DIGEST, Cluster, Held, Node, spec
+from tests.coordinator.support.clusters import DIGEST, Cluster, spec
+from tests.coordinator.support.nodes import Held, Node
 
 JOBS = ("a", "b")
 WORKERS = ("w1", "w2", "w3")

@@ -1,0 +1,93 @@
+"""What people and workers may say without bringing the coordinator down."""
+
+from pathlib import Path
+from typing import Any
+
+import grpc
+import grpc.aio
+import pytest
+
+from dtrain.storage.keys import marker_key
+from tests.coordinator.support.clusters import PREFIX
+from tests.coordinator.support.stages import MNIST, ONE, STEPS, Stage, on_a_stage, submit, submitted
+from tests.support.etcd_server import EtcdServer
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"name": "../etc"}, "job name"),
+        ({"nnodes_min": 4}, "nnodes 4:1"),
+        ({"nproc_per_node": 3}, "slots"),
+        ({"every_seconds": float("nan")}, "every-seconds"),
+        ({"every_seconds": float("inf")}, "every-seconds"),
+        ({"args": ["x" * 2_000_000]}, "arguments and environment take"),
+        ({"store": "file:///proc/nothing"}, "cannot be used"),
+        ({"store": "", "every_steps": 5}, "--store"),
+    ],
+)
+def test_a_submission_that_cannot_be_is_refused_in_a_sentence_and_leaves_no_trace(
+    etcd: EtcdServer, tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    async def play(stage: Stage) -> None:
+        await stage.worker.until(lambda: bool(stage.worker.received))
+        with pytest.raises(grpc.aio.AioRpcError) as refusal:
+            await stage.submits(**changes)
+        assert refusal.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert words in str(refusal.value.details())
+        kvs, _ = await stage.client.range_prefix(f"{PREFIX}/jobs/")
+        assert kvs == []
+        assert (await stage.submits()).run == 1, "the coordinator is none the worse for it"
+
+    on_a_stage(etcd, tmp_path, play)
+
+
+def test_a_store_that_holds_a_job_of_this_name_that_the_log_does_not_know_is_refused(
+    etcd: EtcdServer, tmp_path: Path
+) -> None:
+    async def play(stage: Stage) -> None:
+        stage.store.put(marker_key(MNIST, ONE), b"of an older life")
+        with pytest.raises(grpc.aio.AioRpcError, match="already holds checkpoints of a job named 'mnist'"):
+            await submit(stage)
+
+    on_a_stage(etcd, tmp_path, play)
+
+
+@pytest.mark.parametrize("lie", ["no such blob", "another size", "no digest"])
+def test_an_acknowledgement_that_is_not_true_aborts_the_attempt_and_training_goes_on(
+    etcd: EtcdServer, tmp_path: Path, lie: str
+) -> None:
+    async def play(stage: Stage) -> None:
+        for act, outcome in STEPS[:2]:
+            await act(stage)
+            await outcome(stage)
+        real = stage.worker.report
+        stage.worker.report = lambda: None  # type: ignore[method-assign]
+        stage.worker.stores(stage.store, lambda rank: b"shard")
+        shard = stage.worker.assignment.shards[1]
+        match lie:
+            case "no such blob":
+                stage.store.delete(shard.key)
+            case "another size":
+                shard.size_bytes += 1
+            case _:
+                shard.digest = "sha1:abc"
+        stage.worker.report = real  # type: ignore[method-assign]
+        stage.worker.report()
+        await stage.until_decided("CheckpointAborted")
+        assert "GenerationFailed" not in await stage.history()
+
+    on_a_stage(etcd, tmp_path, play)
+
+
+def test_words_of_a_trainer_without_end_do_not_bring_the_coordinator_down(etcd: EtcdServer, tmp_path: Path) -> None:
+    async def play(stage: Stage) -> None:
+        await submit(stage)
+        await submitted(stage)
+        for rank in stage.worker.assignment.ranks:
+            rank.error = "\x00" * 1_000_000
+        stage.worker.ends(1)
+        await stage.until_decided("GenerationFailed")
+        assert stage.coordinator.alive()
+
+    on_a_stage(etcd, tmp_path, play)
