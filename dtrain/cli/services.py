@@ -4,6 +4,7 @@ They log to stderr, end in order on SIGTERM or Ctrl-C, and are safe to kill and 
 """
 
 import asyncio
+import logging
 import os
 import shlex
 import socket
@@ -49,6 +50,7 @@ def coordinator_command(etcd: str, prefix: str, listen: str, advertise: str, ide
     """Serve as a coordinator. Start two or more: one leads, the others take over when it dies."""
     from dtrain.cli.clients import parse_endpoints, probe_etcd
     from dtrain.coordinator.service import CoordinatorConfig, serve
+    from dtrain.etcd.probes import known_lossy
 
     _log_to_stderr()
     config = CoordinatorConfig(
@@ -56,7 +58,9 @@ def coordinator_command(etcd: str, prefix: str, listen: str, advertise: str, ide
     )
 
     async def run() -> int:
-        await probe_etcd(config.etcd, wait_s=etcd_wait_s)
+        version = await probe_etcd(config.etcd, wait_s=etcd_wait_s)
+        if warning := known_lossy(version):
+            logging.getLogger(__name__).warning(warning)
         return await serve(config)
 
     return asyncio.run(run())
@@ -188,6 +192,4 @@ def etcdctl(endpoint: str, arguments: Sequence[str]) -> list[str]:
 
 
 def _log_to_stderr() -> None:
-    import logging
-
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
