@@ -4,11 +4,15 @@ from typing import assert_never
 
 from dtrain.cli.output import words_of_bytes
 from dtrain.coordinator.core.events import (
+    AttemptSwept,
     CancelRequested,
     Cause,
     CheckpointAborted,
     CheckpointCommitted,
+    CheckpointDeleted,
+    CheckpointExpired,
     CheckpointMarked,
+    CheckpointPinned,
     CheckpointQuarantined,
     CheckpointStarted,
     Event,
@@ -35,14 +39,18 @@ def describe(event: Event) -> str:
             return _generation_started(event)
         case GenerationFailed(generation=generation, reason=reason, counted=counted):
             return f"generation {generation} failed: {reason}{'' if counted else ' (not counted as a restart)'}"
-        case (
-            CheckpointStarted()
-            | CheckpointAborted()
-            | CheckpointCommitted()
-            | CheckpointMarked()
-            | CheckpointQuarantined()
-        ):
-            return _checkpoint(event)
+        case CheckpointStarted() | CheckpointAborted() | CheckpointCommitted() | CheckpointMarked():
+            return _checkpoint_made(event)
+        case CheckpointQuarantined() | CheckpointPinned() | CheckpointExpired() | CheckpointDeleted() | AttemptSwept():
+            return _checkpoint_kept(event)
+        case CheckpointPinned(checkpoint=checkpoint, pinned=pinned):
+            return f"checkpoint {checkpoint} {'pinned' if pinned else 'not pinned any more'}"
+        case CheckpointExpired(checkpoint=checkpoint, reason=reason):
+            return f"checkpoint {checkpoint} expired: {reason}"
+        case CheckpointDeleted(checkpoint=checkpoint):
+            return f"checkpoint {checkpoint} deleted from storage"
+        case AttemptSwept(checkpoint=checkpoint, attempt=attempt):
+            return f"leftovers of checkpoint {checkpoint}, attempt {attempt}, deleted from storage"
         case JobSucceeded():
             return "job succeeded"
         case JobFailed(reason=reason, exit_code=exit_code):
@@ -64,9 +72,7 @@ def _generation_started(event: GenerationStarted) -> str:
     return f"generation {event.generation} started: {ranks} on {nodes}, {start}"
 
 
-def _checkpoint(
-    event: CheckpointStarted | CheckpointAborted | CheckpointCommitted | CheckpointMarked | CheckpointQuarantined,
-) -> str:
+def _checkpoint_made(event: CheckpointStarted | CheckpointAborted | CheckpointCommitted | CheckpointMarked) -> str:
     match event:
         case CheckpointStarted(checkpoint=checkpoint, step=step, attempt=attempt):
             return f"checkpoint {checkpoint} started for step {step} (attempt {attempt})"
@@ -78,8 +84,24 @@ def _checkpoint(
             return f"checkpoint {checkpoint} of step {step} committed: {count}, {size}"
         case CheckpointMarked(checkpoint=checkpoint):
             return f"checkpoint {checkpoint} marked in storage"
+        case _:
+            assert_never(event)
+
+
+def _checkpoint_kept(
+    event: CheckpointQuarantined | CheckpointPinned | CheckpointExpired | CheckpointDeleted | AttemptSwept,
+) -> str:
+    match event:
         case CheckpointQuarantined(checkpoint=checkpoint, key=key, reason=reason):
             return f"checkpoint {checkpoint} will not be used again: {key}: {reason}"
+        case CheckpointPinned(checkpoint=checkpoint, pinned=pinned):
+            return f"checkpoint {checkpoint} {'is to be kept' if pinned else 'need not be kept any more'}"
+        case CheckpointExpired(checkpoint=checkpoint, reason=reason):
+            return f"checkpoint {checkpoint} expired: {reason}"
+        case CheckpointDeleted(checkpoint=checkpoint):
+            return f"checkpoint {checkpoint} deleted from storage"
+        case AttemptSwept(checkpoint=checkpoint, attempt=attempt):
+            return f"what attempt {attempt} at checkpoint {checkpoint} had written is deleted from storage"
         case _:
             assert_never(event)
 

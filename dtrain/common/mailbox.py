@@ -4,7 +4,9 @@ The training loop must pay nothing for being supervised, so progress and checkpo
 aligned 64-bit stores and loads in memory that both processes map; there is no call, no lock and no wake-up
 on the training path. Each word has exactly one writer. A value that needs two numbers (an attempt and its
 step) is packed into one word, so that a reader can never see half of it. The two JSON regions are guarded by
-a sequence word: odd while being written, changed when done.
+a sequence word: odd while being written, changed when done. Each stage slot has a word that says whose state it
+holds, and that is 0 while the slot is written: attempts never come twice, so whoever finds the same word before
+and after it read the slot has read that state and nothing else.
 
 The file lives in shared memory and outlives both processes, so a restarted worker reads on where it left.
 """
@@ -13,6 +15,7 @@ import json
 from enum import IntEnum
 
 MAILBOX_BYTES = 8192
+STAGE_SLOTS = 2  # one is staged into while the other is uploaded, or kept as the newest committed state
 _MAGIC = 0x6474_7261_696E_0001  # "dtrain", layout 1
 _STEP_BITS = 40
 _STEP_MASK = (1 << _STEP_BITS) - 1
@@ -56,6 +59,8 @@ class _Word(IntEnum):
     # written by the worker
     REQUEST = 8  # packed: stage at the end of exactly this step
     RESTORE = 9  # RestoreState
+    STAGE_SLOT = 10  # 1 + the slot that REQUEST goes to; 0: the one that was not staged into last
+    SLOT_BYTES = 11  # both slots have this many bytes allocated; 0 while the worker has allocated none
     # written by the trainer
     PHASE = 16
     COMPLETED_STEP = 17
@@ -68,6 +73,8 @@ class _Word(IntEnum):
     STAGE_FAILED = 24  # packed request whose state could not be stored; the error region says why
     STALL_NS = 25  # time the last staging held the training loop
     STEP_NS = 26  # duration of the last step, staging not counted
+    NEEDED_BYTES = 27  # what each slot should have; 0 while unknown
+    SLOT_HOLDS = 28  # and 29, one a slot: packed request whose state lies there whole; 0 while it is written
     METRICS_SEQ = 32
     METRICS_LEN = 33
     ERROR_SEQ = 34
@@ -106,6 +113,26 @@ class Mailbox:
     @request.setter
     def request(self, word: int) -> None:
         self._words[_Word.REQUEST] = word
+
+    def ask(self, word: int, *, slot: int) -> None:
+        """Ask for a packed (attempt, step) to be staged into ``slot``; the request is published last."""
+        self._words[_Word.STAGE_SLOT] = slot + 1
+        self._words[_Word.REQUEST] = word
+
+    @property
+    def stage_slot(self) -> int | None:
+        """The slot that the request goes to; None: the trainer chooses one."""
+        slot = self._words[_Word.STAGE_SLOT]
+        return slot - 1 if 0 < slot <= STAGE_SLOTS else None
+
+    @property
+    def slot_bytes(self) -> int:
+        """How many bytes the worker has allocated for each slot; 0 for none yet."""
+        return self._words[_Word.SLOT_BYTES]
+
+    @slot_bytes.setter
+    def slot_bytes(self, size_bytes: int) -> None:
+        self._words[_Word.SLOT_BYTES] = size_bytes
 
     @property
     def restore(self) -> RestoreState:
@@ -155,7 +182,25 @@ class Mailbox:
         word = self._words[_Word.STAGED]
         return word, self._words[_Word.STAGED_SLOT], self._words[_Word.STAGED_BYTES]
 
+    def begin_staging(self, slot: int) -> None:
+        """Say that ``slot`` is about to be written: what it held is gone."""
+        self._words[_Word.SLOT_HOLDS + slot] = 0
+
+    def slot_holds(self, slot: int) -> int:
+        """The packed word of the state that lies whole in ``slot``; 0 for none."""
+        return self._words[_Word.SLOT_HOLDS + slot] if 0 <= slot < STAGE_SLOTS else 0
+
+    @property
+    def needed_bytes(self) -> int:
+        """What the trainer wants each slot to have; 0 while it does not know."""
+        return self._words[_Word.NEEDED_BYTES]
+
+    @needed_bytes.setter
+    def needed_bytes(self, size_bytes: int) -> None:
+        self._words[_Word.NEEDED_BYTES] = size_bytes
+
     def publish_staged(self, word: int, *, slot: int, size_bytes: int) -> None:
+        self._words[_Word.SLOT_HOLDS + slot] = word
         self._words[_Word.STAGED_SLOT] = slot
         self._words[_Word.STAGED_BYTES] = size_bytes
         self._words[_Word.STAGED] = word

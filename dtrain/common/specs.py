@@ -16,6 +16,15 @@ class CheckpointPolicy:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RetentionPolicy:
+    """Which committed checkpoints are kept. What any of the rules wants is kept; the newest one always is."""
+
+    keep_last: int = 0  # >= 0; the newest ones; 0 keeps all, and then the other rules say nothing
+    keep_every_steps: int = 0  # >= 0; those of each multiple
+    keep_every_seconds: float = 0.0  # >= 0; the first of each such span of time
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class JobSpec:
     """One training run as its submitter described it."""
 
@@ -31,6 +40,7 @@ class JobSpec:
     max_restarts: int = 10  # >= 0; generations after the first that a failure of a trainer may cost
     store: str = ""  # file:///folder or s3://bucket/prefix?endpoint=...
     checkpoints: CheckpointPolicy = field(default_factory=CheckpointPolicy)
+    retention: RetentionPolicy = field(default_factory=RetentionPolicy)
 
     def __post_init__(self) -> None:
         if self.nnodes_min < 1 or self.nnodes_max < self.nnodes_min:
@@ -48,3 +58,8 @@ class JobSpec:
             raise UserError("every-steps and every-seconds must not be negative: leave them out for no checkpoints.")
         if self.checkpoints.every_steps and self.checkpoints.every_seconds:
             raise UserError("give --every-steps or --every-seconds, not both.")
+        kept = self.retention
+        if kept.keep_last < 0 or kept.keep_every_steps < 0 or kept.keep_every_seconds < 0:
+            raise UserError("keep-last, keep-every-steps and keep-every-seconds must not be negative.")
+        if (kept.keep_every_steps or kept.keep_every_seconds) and not kept.keep_last:
+            raise UserError("give --keep-last as well: without it every checkpoint is kept.")

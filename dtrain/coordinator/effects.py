@@ -12,8 +12,15 @@ from typing import assert_never
 
 from dtrain.common.digests import blob_digest
 from dtrain.common.errors import DtrainError, PermanentError, RetryableError, ShardDamagedError
-from dtrain.coordinator.core.effects import Effect, ReadMarkers, WriteManifest, WriteMarker
-from dtrain.coordinator.core.facts import Fact, ManifestRefused, ManifestWritten, MarkersRead, MarkerWritten
+from dtrain.coordinator.core.effects import DeleteAttempt, Effect, ReadMarkers, WriteManifest, WriteMarker
+from dtrain.coordinator.core.facts import (
+    Fact,
+    ManifestRefused,
+    ManifestWritten,
+    MarkersRead,
+    MarkerWritten,
+    ObjectsDeleted,
+)
 from dtrain.storage import keys, manifests
 from dtrain.storage.objects import AlreadyExists, NotFound, ObjectStore
 from dtrain.storage.uris import open_store
@@ -28,17 +35,26 @@ _RETRY_MAX_S = 10.0
 class EffectRunner:
     """Runs effects and brings back facts through ``tell``."""
 
-    def __init__(self, tell: Callable[[Fact], Awaitable[None]]) -> None:
+    def __init__(self, tell: Callable[[Fact], Awaitable[None]], is_owed: Callable[[Effect], bool]) -> None:
         self._tell = tell
+        self._is_owed = is_owed
         self._running: dict[tuple[str, str, int], asyncio.Task[None]] = {}
         self._threads = ThreadPoolExecutor(THREADS_MAX, thread_name_prefix="effect")
         self._stores: dict[str, ObjectStore] = {}
+        self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()  # an effect met a bug
 
     def perform(self, effects: list[Effect]) -> None:
         """Start those that are not running."""
         for effect in effects:
             if effect.key not in self._running:
-                self._running[effect.key] = asyncio.create_task(self._run(effect), name=":".join(map(str, effect.key)))
+                task = asyncio.create_task(self._run(effect), name=":".join(map(str, effect.key)))
+                task.add_done_callback(self._ended)
+                self._running[effect.key] = task
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        error = None if task.cancelled() else task.exception()
+        if error is not None and not self.failed.done():
+            self.failed.set_exception(error)
 
     async def close(self) -> None:
         """Stop caring. A write under way may still be done, which harms nobody."""
@@ -63,6 +79,9 @@ class EffectRunner:
                     break
             await asyncio.sleep(pause_s)  # a refused marker stays owed: somebody may give the rights back
             pause_s = min(pause_s * 2, _RETRY_MAX_S)
+            if not self._is_owed(effect):  # its attempt was aborted meanwhile
+                del self._running[effect.key]
+                return
         await self._tell(fact)
         del self._running[effect.key]
 
@@ -80,6 +99,8 @@ class EffectRunner:
                 return _write_marker(store, effect)
             case ReadMarkers():
                 return _read_markers(store, effect)
+            case DeleteAttempt():
+                return _delete_attempt(store, effect)
             case unreachable:
                 assert_never(unreachable)
 
@@ -124,8 +145,17 @@ def _write_manifest(store: ObjectStore, effect: WriteManifest) -> ManifestWritte
     )
 
 
+def _delete_attempt(store: ObjectStore, effect: DeleteAttempt) -> ObjectsDeleted:
+    if effect.committed:
+        store.delete(keys.marker_key(effect.job, effect.checkpoint))  # first: from here on nothing is promised
+    store.delete(keys.manifest_key(effect.job, effect.checkpoint, effect.attempt))
+    for info in list(store.list(keys.attempt_prefix(effect.job, effect.checkpoint, effect.attempt))):
+        store.delete(info.key)
+    return ObjectsDeleted(job=effect.job, attempt=effect.attempt)
+
+
 def _read_markers(store: ObjectStore, effect: ReadMarkers) -> MarkersRead:
-    found = MarkersRead(job=effect.job, position_seq=0, key="")
+    found = MarkersRead(job=effect.job, store=effect.store, position_seq=0, key="")
     for info in store.list(keys.job_prefix(effect.job)):
         if not info.key.endswith("/" + keys.MARKER_NAME):
             continue
@@ -135,7 +165,7 @@ def _read_markers(store: ObjectStore, effect: ReadMarkers) -> MarkersRead:
             logger.warning("a commit marker says nothing about the log: %s", error)
             continue
         if seq > found.position_seq:
-            found = MarkersRead(job=effect.job, position_seq=seq, key=info.key)
+            found = MarkersRead(job=effect.job, store=effect.store, position_seq=seq, key=info.key)
     return found
 
 

@@ -53,6 +53,10 @@ class EventLog:
     def term(self) -> Term:
         return self._leadership.term
 
+    async def revision(self) -> int:
+        """Newest revision of this etcd. Raises RetryableError."""
+        return (await self._client.status()).revision
+
     async def append(self, entries: Sequence[Entry]) -> None:
         """Make all entries durable, in order. Raises Deposed; then some, and only a prefix, may be durable."""
         for batch in _batches(entries):

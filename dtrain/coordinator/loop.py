@@ -29,6 +29,7 @@ from dtrain.coordinator.core.facts import (
     Fact,
     MarkersRead,
     Now,
+    PinAsked,
     Request,
     SnapshotReceived,
     SubmitAsked,
@@ -111,6 +112,15 @@ class LeaderLoop:
             return await asked.answer
         finally:
             self._waiting.discard(asked.answer)
+
+    async def never_was(self, term: int) -> bool:
+        """Whether no leader of this etcd can have had ``term``: terms are revisions, and it is newer than all."""
+        return term > self.term and term > await self._log.revision()
+
+    def owes(self, effect: Effect) -> bool:
+        """Whether this effect is still owed."""
+        job = self.jobs.get(effect.job)
+        return job is not None and effect in effects_owed(job, self.observed)
 
     async def run(self) -> None:
         """Run until deposed. Raises Deposed, LogDamagedError or InvariantError."""
@@ -208,6 +218,8 @@ class LeaderLoop:
                 case CheckpointAsked():
                     name = request.job
                     decisions = admissions.checkpoint(request, self.observed, everything, this.now)
+                case PinAsked():
+                    name, decisions = request.job, admissions.pin(request, everything)
                 case unreachable:
                     assert_never(unreachable)
         except UserError as error:
@@ -262,6 +274,12 @@ class LeaderLoop:
                     codec.event_key(self._prefix, assignment.job, known + 1),
                     f"missing: worker {snapshot.worker} has seen event {assignment.position_seq} of this job, "
                     "so the log has lost its end",
+                )
+            at_end = job is not None and 0 < assignment.position_seq == known
+            if at_end and job is not None and assignment.position_digest != job.position.digest:
+                raise LogDamagedError(
+                    codec.event_key(self._prefix, assignment.job, known),
+                    f"it is another event than the one worker {snapshot.worker} has seen there",
                 )
 
     def _check_markers(self, fact: MarkersRead) -> None:

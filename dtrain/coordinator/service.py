@@ -123,7 +123,7 @@ class Coordinator:
         logger.info("leading in term %d with %d jobs replayed", leadership.term, len(jobs))
         outbox = _Outbox(streams=self._streams)
         loop = LeaderLoop(log=EventLog(self._client, leadership), prefix=self._config.prefix, jobs=jobs, outbox=outbox)
-        outbox.effects = EffectRunner(loop.tell)
+        outbox.effects = EffectRunner(loop.tell, loop.owes)
         self._streams.lead(loop)
         self._requests.lead(loop)
         tasks = [
@@ -132,7 +132,8 @@ class Coordinator:
             asyncio.create_task(follow_registrations(self._client, self._config.prefix, loop.tell), name="workers"),
         ]
         try:
-            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            waiting = {*tasks, outbox.effects.failed}
+            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()  # raises what ended it
             raise Deposed(f"the lease of term {leadership.term} is over")

@@ -298,25 +298,29 @@ class Restore(_message.Message):
     def __init__(self, checkpoint: _Optional[int] = ..., attempt: _Optional[int] = ..., step: _Optional[int] = ..., manifest_key: _Optional[str] = ..., manifest_digest: _Optional[str] = ..., store: _Optional[str] = ...) -> None: ...
 
 class StageCheckpoint(_message.Message):
-    __slots__ = ("checkpoint", "attempt", "step", "store")
+    __slots__ = ("checkpoint", "attempt", "step", "store", "committed_attempt")
     CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     STORE_FIELD_NUMBER: _ClassVar[int]
+    COMMITTED_ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     checkpoint: int
     attempt: int
     step: int
     store: str
-    def __init__(self, checkpoint: _Optional[int] = ..., attempt: _Optional[int] = ..., step: _Optional[int] = ..., store: _Optional[str] = ...) -> None: ...
+    committed_attempt: int
+    def __init__(self, checkpoint: _Optional[int] = ..., attempt: _Optional[int] = ..., step: _Optional[int] = ..., store: _Optional[str] = ..., committed_attempt: _Optional[int] = ...) -> None: ...
 
 class StopTrainers(_message.Message):
-    __slots__ = ("grace_s",)
+    __slots__ = ("grace_s", "keep_arena")
     GRACE_S_FIELD_NUMBER: _ClassVar[int]
+    KEEP_ARENA_FIELD_NUMBER: _ClassVar[int]
     grace_s: float
-    def __init__(self, grace_s: _Optional[float] = ...) -> None: ...
+    keep_arena: bool
+    def __init__(self, grace_s: _Optional[float] = ..., keep_arena: _Optional[bool] = ...) -> None: ...
 
 class Spec(_message.Message):
-    __slots__ = ("name", "python", "script", "args", "cwd", "env", "nnodes_min", "nnodes_max", "nproc_per_node", "max_restarts", "store", "every_steps", "every_seconds")
+    __slots__ = ("name", "python", "script", "args", "cwd", "env", "nnodes_min", "nnodes_max", "nproc_per_node", "max_restarts", "store", "every_steps", "every_seconds", "keep_last", "keep_every_steps", "keep_every_seconds")
     class EnvEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -337,6 +341,9 @@ class Spec(_message.Message):
     STORE_FIELD_NUMBER: _ClassVar[int]
     EVERY_STEPS_FIELD_NUMBER: _ClassVar[int]
     EVERY_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    KEEP_LAST_FIELD_NUMBER: _ClassVar[int]
+    KEEP_EVERY_STEPS_FIELD_NUMBER: _ClassVar[int]
+    KEEP_EVERY_SECONDS_FIELD_NUMBER: _ClassVar[int]
     name: str
     python: str
     script: str
@@ -350,7 +357,10 @@ class Spec(_message.Message):
     store: str
     every_steps: int
     every_seconds: float
-    def __init__(self, name: _Optional[str] = ..., python: _Optional[str] = ..., script: _Optional[str] = ..., args: _Optional[_Iterable[str]] = ..., cwd: _Optional[str] = ..., env: _Optional[_Mapping[str, str]] = ..., nnodes_min: _Optional[int] = ..., nnodes_max: _Optional[int] = ..., nproc_per_node: _Optional[int] = ..., max_restarts: _Optional[int] = ..., store: _Optional[str] = ..., every_steps: _Optional[int] = ..., every_seconds: _Optional[float] = ...) -> None: ...
+    keep_last: int
+    keep_every_steps: int
+    keep_every_seconds: float
+    def __init__(self, name: _Optional[str] = ..., python: _Optional[str] = ..., script: _Optional[str] = ..., args: _Optional[_Iterable[str]] = ..., cwd: _Optional[str] = ..., env: _Optional[_Mapping[str, str]] = ..., nnodes_min: _Optional[int] = ..., nnodes_max: _Optional[int] = ..., nproc_per_node: _Optional[int] = ..., max_restarts: _Optional[int] = ..., store: _Optional[str] = ..., every_steps: _Optional[int] = ..., every_seconds: _Optional[float] = ..., keep_last: _Optional[int] = ..., keep_every_steps: _Optional[int] = ..., keep_every_seconds: _Optional[float] = ...) -> None: ...
 
 class SubmitRequest(_message.Message):
     __slots__ = ("spec", "request", "takes_over")
@@ -397,6 +407,20 @@ class CheckpointReply(_message.Message):
     attempt: int
     step: int
     def __init__(self, checkpoint: _Optional[int] = ..., attempt: _Optional[int] = ..., step: _Optional[int] = ...) -> None: ...
+
+class PinRequest(_message.Message):
+    __slots__ = ("job", "checkpoint", "pinned")
+    JOB_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
+    PINNED_FIELD_NUMBER: _ClassVar[int]
+    job: str
+    checkpoint: int
+    pinned: bool
+    def __init__(self, job: _Optional[str] = ..., checkpoint: _Optional[int] = ..., pinned: _Optional[bool] = ...) -> None: ...
+
+class PinReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class StatusRequest(_message.Message):
     __slots__ = ("job",)

@@ -127,6 +127,11 @@ class JobsStub:
                 request_serializer=dtrain_dot_proto_dot_agent__pb2.CheckpointRequest.SerializeToString,
                 response_deserializer=dtrain_dot_proto_dot_agent__pb2.CheckpointReply.FromString,
                 _registered_method=True)
+        self.Pin = channel.unary_unary(
+                '/dtrain.v1.Jobs/Pin',
+                request_serializer=dtrain_dot_proto_dot_agent__pb2.PinRequest.SerializeToString,
+                response_deserializer=dtrain_dot_proto_dot_agent__pb2.PinReply.FromString,
+                _registered_method=True)
         self.Status = channel.unary_unary(
                 '/dtrain.v1.Jobs/Status',
                 request_serializer=dtrain_dot_proto_dot_agent__pb2.StatusRequest.SerializeToString,
@@ -161,6 +166,12 @@ class JobsServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Pin(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Status(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -190,6 +201,11 @@ def add_JobsServicer_to_server(servicer, server):
                     servicer.Checkpoint,
                     request_deserializer=dtrain_dot_proto_dot_agent__pb2.CheckpointRequest.FromString,
                     response_serializer=dtrain_dot_proto_dot_agent__pb2.CheckpointReply.SerializeToString,
+            ),
+            'Pin': grpc.unary_unary_rpc_method_handler(
+                    servicer.Pin,
+                    request_deserializer=dtrain_dot_proto_dot_agent__pb2.PinRequest.FromString,
+                    response_serializer=dtrain_dot_proto_dot_agent__pb2.PinReply.SerializeToString,
             ),
             'Status': grpc.unary_unary_rpc_method_handler(
                     servicer.Status,
@@ -284,6 +300,33 @@ class Jobs:
             '/dtrain.v1.Jobs/Checkpoint',
             dtrain_dot_proto_dot_agent__pb2.CheckpointRequest.SerializeToString,
             dtrain_dot_proto_dot_agent__pb2.CheckpointReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Pin(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dtrain.v1.Jobs/Pin',
+            dtrain_dot_proto_dot_agent__pb2.PinRequest.SerializeToString,
+            dtrain_dot_proto_dot_agent__pb2.PinReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -9,11 +9,12 @@ from dtrain.coordinator.core.events import (
     CancelRequested,
     Cause,
     CheckpointAborted,
+    CheckpointPinned,
     Decision,
     JobSubmitted,
     RunInterrupted,
 )
-from dtrain.coordinator.core.facts import CancelAsked, CheckpointAsked, Now, SubmitAsked
+from dtrain.coordinator.core.facts import CancelAsked, CheckpointAsked, Now, PinAsked, SubmitAsked
 from dtrain.coordinator.core.observed import Observed
 from dtrain.coordinator.core.states import JobPhase, JobState
 
@@ -64,6 +65,20 @@ def cancel(asked: CancelAsked, jobs: Jobs) -> list[Decision]:
     if job.phase is JobPhase.CANCELLING:
         return []
     return [Decision(event=CancelRequested(), cause=Cause(fact="client_request"))]
+
+
+def pin(asked: PinAsked, jobs: Jobs) -> list[Decision]:
+    """Pin a checkpoint or let it go; empty if it is so already."""
+    job = _known(asked.job, jobs)
+    found = job.committed.get(asked.checkpoint)
+    if found is None or found.expired:
+        raise UserError(
+            f"job {job.name!r} has no checkpoint {asked.checkpoint}: see them with: dtrain checkpoints {job.name}"
+        )
+    if found.pinned == asked.pinned:
+        return []
+    event = CheckpointPinned(checkpoint=asked.checkpoint, pinned=asked.pinned)
+    return [Decision(event=event, cause=Cause(fact="client_request"))]
 
 
 def checkpoint(asked: CheckpointAsked, observed: Observed, jobs: Jobs, now: Now) -> list[Decision]:

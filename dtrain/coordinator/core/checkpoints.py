@@ -23,7 +23,7 @@ from dtrain.coordinator.core.events import (
     ShardRecord,
 )
 from dtrain.coordinator.core.facts import Now, RankReport, RankState, ShardPhase, ShardReport
-from dtrain.coordinator.core.failures import reports
+from dtrain.coordinator.core.failures import reports, stage_id
 from dtrain.coordinator.core.observed import Observed
 from dtrain.coordinator.core.states import GenerationState, InflightCheckpoint, JobState
 
@@ -189,6 +189,11 @@ def _unstorable(
             if rank.succeeded and rank.rank not in staged:
                 cause = Cause(fact="trainer_exited", worker=member.worker, rank=rank.rank)
                 return _abort(inflight, f"rank {rank.rank} finished without reaching step {inflight.step}", cause)
+        snapshot = observed.view(member.worker).snapshot
+        for command in snapshot.commands if snapshot is not None else ():
+            if command.id == stage_id(job, inflight) and command.refused_by(observed.term):
+                cause = Cause(fact="command_refused", worker=member.worker, detail=command.reason)
+                return _abort(inflight, f"worker {member.worker} refused it: {command.reason}", cause)
     manifest = observed.manifests.get((job.name, inflight.attempt))
     if manifest is not None and manifest.refused:
         return _abort(inflight, manifest.refused, Cause(fact="manifest_refused", detail=manifest.refused))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from dtrain.common.names import Generation, JobName, Term
 from dtrain.coordinator.core.events import Member, Position
 from dtrain.coordinator.core.facts import AssignmentReport
-from dtrain.coordinator.core.failures import start_id
+from dtrain.coordinator.core.failures import stage_id, start_id
 from dtrain.coordinator.core.observed import WorkerView
 from dtrain.coordinator.core.reconcile import stop_id
 from dtrain.coordinator.core.states import GenerationState, InflightCheckpoint, JobPhase, JobState
@@ -42,6 +42,7 @@ class StopTrainers:
     job: JobName
     generation: Generation
     grace_s: float
+    keep_arena: bool  # the job's next generation may start on this worker, from what is in its memory
     position: Position
 
 
@@ -68,7 +69,7 @@ def commands_for(job: JobState, view: WorkerView, term: Term) -> list[Command]:
         )
     inflight = job.inflight
     if inflight is not None and not _knows(report, generation, inflight):
-        stage = f"{job.name}/g{generation.number}/checkpoint-{inflight.number}/attempt-{inflight.attempt}"
+        stage = stage_id(job, inflight)
         if stage not in taken:
             owed.append(
                 StageCheckpoint(
@@ -103,6 +104,7 @@ def _stop(job: JobState, view: WorkerView, term: Term) -> list[Command]:
             job=job.name,
             generation=over,
             grace_s=CANCEL_GRACE_S if cancelling else 0.0,
+            keep_arena=job.phase is JobPhase.PENDING,
             position=job.position,
         )
     ]

@@ -10,6 +10,7 @@ from dtrain.common.names import AttemptNumber, CheckpointNumber, JobName
 from dtrain.coordinator.core.checkpoints import acknowledged
 from dtrain.coordinator.core.events import ShardRecord
 from dtrain.coordinator.core.observed import Observed
+from dtrain.coordinator.core.retention import sweepable
 from dtrain.coordinator.core.states import CommittedCheckpoint, InflightCheckpoint, JobState
 
 
@@ -53,7 +54,22 @@ class ReadMarkers:
         return ("audit", self.job, 0)
 
 
-Effect = WriteManifest | WriteMarker | ReadMarkers
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeleteAttempt:
+    """Owed for an expired checkpoint, and for an aborted attempt that may be swept."""
+
+    job: JobName
+    store: str
+    checkpoint: CheckpointNumber
+    attempt: AttemptNumber
+    committed: bool  # it has a marker, which goes first
+
+    @property
+    def key(self) -> tuple[str, JobName, AttemptNumber]:
+        return ("delete", self.job, self.attempt)
+
+
+Effect = WriteManifest | WriteMarker | ReadMarkers | DeleteAttempt
 
 
 def effects_owed(job: JobState, observed: Observed) -> list[Effect]:
@@ -61,9 +77,10 @@ def effects_owed(job: JobState, observed: Observed) -> list[Effect]:
     owed: list[Effect] = [
         WriteMarker(job=job.name, store=checkpoint.store, checkpoint=checkpoint)
         for number, checkpoint in job.committed.items()
-        if not checkpoint.marked and (job.name, number) not in observed.markers
+        if not checkpoint.marked and not checkpoint.expired and (job.name, number) not in observed.markers
     ]
-    if job.spec.store and not job.ended and job.name not in observed.audited:
+    owed += _deletions(job, observed)
+    if job.spec.store and not job.ended and (job.name, job.spec.store) not in observed.audited:
         owed.append(ReadMarkers(job=job.name, store=job.spec.store))
     inflight, generation = job.inflight, job.generation
     if inflight is not None and generation is not None and (job.name, inflight.attempt) not in observed.manifests:
@@ -79,3 +96,16 @@ def effects_owed(job: JobState, observed: Observed) -> list[Effect]:
                 )
             )
     return owed
+
+
+def _deletions(job: JobState, observed: Observed) -> list[DeleteAttempt]:
+    doomed = [
+        DeleteAttempt(job=job.name, store=c.store, checkpoint=number, attempt=c.attempt, committed=True)
+        for number, c in job.committed.items()
+        if c.expired
+    ]
+    doomed += [
+        DeleteAttempt(job=job.name, store=a.store, checkpoint=a.checkpoint, attempt=a.attempt, committed=False)
+        for a in sweepable(job)
+    ]
+    return [deletion for deletion in doomed if (job.name, deletion.attempt) not in observed.deleted]

@@ -144,6 +144,37 @@ class CheckpointQuarantined:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointPinned:
+    """A person wants this checkpoint kept, or does not want it any more."""
+
+    checkpoint: CheckpointNumber
+    pinned: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointExpired:
+    """The checkpoint is never used again; its objects may be deleted from now on."""
+
+    checkpoint: CheckpointNumber
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointDeleted:
+    """Storage confirmed that nothing of an expired checkpoint is left."""
+
+    checkpoint: CheckpointNumber
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttemptSwept:
+    """Storage confirmed that nothing of an aborted attempt is left."""
+
+    checkpoint: CheckpointNumber
+    attempt: AttemptNumber
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class JobSucceeded:
     pass
 
@@ -170,6 +201,10 @@ Event = (
     | CheckpointCommitted
     | CheckpointMarked
     | CheckpointQuarantined
+    | CheckpointPinned
+    | CheckpointExpired
+    | CheckpointDeleted
+    | AttemptSwept
     | JobSucceeded
     | JobFailed
     | JobCancelled

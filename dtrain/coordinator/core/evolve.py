@@ -5,11 +5,16 @@ from typing import assert_never
 
 from dtrain.common.errors import InvariantError
 from dtrain.common.names import Term
+from dtrain.coordinator.core.checkpoint_folds import fold_checkpoint, fold_retention, require
 from dtrain.coordinator.core.events import (
+    AttemptSwept,
     CancelRequested,
     CheckpointAborted,
     CheckpointCommitted,
+    CheckpointDeleted,
+    CheckpointExpired,
     CheckpointMarked,
+    CheckpointPinned,
     CheckpointQuarantined,
     CheckpointStarted,
     GenerationFailed,
@@ -22,9 +27,7 @@ from dtrain.coordinator.core.events import (
     RunInterrupted,
 )
 from dtrain.coordinator.core.states import (
-    CommittedCheckpoint,
     GenerationState,
-    InflightCheckpoint,
     JobPhase,
     JobState,
     LastFailure,
@@ -33,30 +36,24 @@ from dtrain.coordinator.core.states import (
 _ACTIVE = (JobPhase.PENDING, JobPhase.RUNNING)
 
 
-def _require(condition: bool, state: JobState | None, record: RecordedEvent, why: str) -> None:
-    if not condition:
-        before = "no job" if state is None else f"job {state.name} ({state.phase}, event {state.position.seq})"
-        raise InvariantError(f"{record.key}: {record.type} cannot follow {before}: {why}")
-
-
 def evolve(state: JobState | None, record: RecordedEvent) -> JobState:
     """Return the state after ``record``. Raises InvariantError if the event is not legal here."""
     expected = 1 if state is None else state.position.seq + 1
-    _require(record.seq == expected, state, record, f"its sequence number is not {expected}")
-    _require(state is None or record.term >= state.term, state, record, "its term goes back")
+    require(record.seq == expected, state, record, f"its sequence number is not {expected}")
+    require(state is None or record.term >= state.term, state, record, "its term goes back")
     if isinstance(record.event, JobSubmitted):
         return _submitted(state, record, record.event)
     if state is None:
         raise InvariantError(f"{record.key}: {record.type} cannot be a job's first event")
     state = replace(state, position=record.position, term=Term(record.term))
-    return _checkpoint_event(state, record) or _lifecycle_event(state, record)
+    return fold_checkpoint(state, record) or fold_retention(state, record) or _lifecycle_event(state, record)
 
 
 def _submitted(state: JobState | None, record: RecordedEvent, event: JobSubmitted) -> JobState:
-    _require(state is None or state.ended, state, record, "the last run has not ended")
-    _require(event.spec.name == record.job, state, record, "it is of another job")
+    require(state is None or state.ended, state, record, "the last run has not ended")
+    require(event.spec.name == record.job, state, record, "it is of another job")
     run = 1 if state is None else state.run + 1
-    _require(event.run == run, state, record, f"its run is not {run}")
+    require(event.run == run, state, record, f"its run is not {run}")
     fresh = JobState(
         name=event.spec.name,
         position=record.position,
@@ -73,6 +70,8 @@ def _submitted(state: JobState | None, record: RecordedEvent, event: JobSubmitte
         fresh,
         last_generation=state.last_generation,
         committed=state.committed,
+        last_checkpoint=state.last_checkpoint,
+        aborted=state.aborted,
         last_attempt=state.last_attempt,
         placed=state.placed,
     )
@@ -81,23 +80,23 @@ def _submitted(state: JobState | None, record: RecordedEvent, event: JobSubmitte
 def _lifecycle_event(state: JobState, record: RecordedEvent) -> JobState:
     match record.event:
         case CancelRequested():
-            _require(state.phase in _ACTIVE, state, record, "the job is not active")
+            require(state.phase in _ACTIVE, state, record, "the job is not active")
             return replace(state, phase=JobPhase.CANCELLING)
         case RunInterrupted() as event:
-            _require(not state.ended and state.inflight is None, state, record, "nothing to interrupt")
+            require(not state.ended and state.inflight is None, state, record, "nothing to interrupt")
             return _end(state, JobPhase.INTERRUPTED, event.reason, 1)
         case GenerationStarted() as event:
             return _generation_started(state, record, event)
         case GenerationFailed() as event:
             return _generation_failed(state, record, event)
         case JobSucceeded():
-            _require(state.phase is JobPhase.RUNNING and state.inflight is None, state, record, "not running")
+            require(state.phase is JobPhase.RUNNING and state.inflight is None, state, record, "not running")
             return _end(state, JobPhase.SUCCEEDED, "", 0)
         case JobFailed() as event:
-            _require(state.phase is JobPhase.PENDING, state, record, "not pending")
+            require(state.phase is JobPhase.PENDING, state, record, "not pending")
             return _end(state, JobPhase.FAILED, event.reason, event.exit_code)
         case JobCancelled():
-            _require(state.phase is JobPhase.CANCELLING and state.inflight is None, state, record, "not cancelling")
+            require(state.phase is JobPhase.CANCELLING and state.inflight is None, state, record, "not cancelling")
             return _end(state, JobPhase.CANCELLED, "cancelled", 130)
         case (
             JobSubmitted()
@@ -106,6 +105,10 @@ def _lifecycle_event(state: JobState, record: RecordedEvent) -> JobState:
             | CheckpointCommitted()
             | CheckpointMarked()
             | CheckpointQuarantined()
+            | CheckpointPinned()
+            | CheckpointExpired()
+            | CheckpointDeleted()
+            | AttemptSwept()
         ):
             raise InvariantError(f"{record.key}: {record.type} was not handled where it belongs")
         case unreachable:
@@ -117,12 +120,12 @@ def _end(state: JobState, phase: JobPhase, reason: str, exit_code: int) -> JobSt
 
 
 def _generation_started(state: JobState, record: RecordedEvent, event: GenerationStarted) -> JobState:
-    _require(state.phase is JobPhase.PENDING, state, record, "not pending")
-    _require(event.generation == state.last_generation + 1, state, record, "its number is not the next")
+    require(state.phase is JobPhase.PENDING, state, record, "not pending")
+    require(event.generation == state.last_generation + 1, state, record, "its number is not the next")
     ranks = [rank for member in event.members for rank in member.ranks]
-    _require(ranks == list(range(event.world_size)), state, record, "its ranks have a gap or overlap")
+    require(ranks == list(range(event.world_size)), state, record, "its ranks have a gap or overlap")
     newest = state.newest_restorable
-    _require(event.restore == (newest and newest.restore_point), state, record, "it does not start from the newest")
+    require(event.restore == (newest and newest.restore_point), state, record, "it does not start from the newest")
     generation = GenerationState(
         number=event.generation,
         members=event.members,
@@ -147,13 +150,13 @@ def _generation_started(state: JobState, record: RecordedEvent, event: Generatio
 
 def _generation_failed(state: JobState, record: RecordedEvent, event: GenerationFailed) -> JobState:
     generation = state.generation
-    _require(
+    require(
         state.phase is JobPhase.RUNNING and generation is not None and generation.number == event.generation,
         state,
         record,
         "it is not the active generation",
     )
-    _require(state.inflight is None, state, record, "a checkpoint is in flight")
+    require(state.inflight is None, state, record, "a checkpoint is in flight")
     assert generation is not None
     last = state.last_failure
     hopeless = event.error != "" and not event.progressed
@@ -174,68 +177,3 @@ def _generation_failed(state: JobState, record: RecordedEvent, event: Generation
         restarts_used=state.restarts_used + int(event.counted),
         last_failure=failure,
     )
-
-
-def _checkpoint_event(state: JobState, record: RecordedEvent) -> JobState | None:
-    """Fold a checkpoint's event; None if the event is of another kind."""
-    inflight = state.inflight
-    match record.event:
-        case CheckpointStarted() as event:
-            generation = state.generation
-            _require(state.phase is JobPhase.RUNNING and inflight is None, state, record, "one is in flight")
-            _require(generation is not None and generation.number == event.generation, state, record, "old generation")
-            _require(event.attempt == state.last_attempt + 1, state, record, "its attempt is not the next")
-            _require(event.checkpoint == state.next_checkpoint, state, record, "its number is not the next")
-            started = InflightCheckpoint(
-                number=event.checkpoint,
-                attempt=event.attempt,
-                generation=event.generation,
-                step=event.step,
-                position=record.position,
-            )
-            return replace(state, inflight=started, last_attempt=event.attempt, checkpoint_time=record.time)
-        case CheckpointAborted() as event:
-            _require(inflight is not None, state, record, "none is in flight")
-            assert inflight is not None
-            same = (event.checkpoint, event.attempt) == (inflight.number, inflight.attempt)
-            _require(same, state, record, "it is not the one in flight")
-            return replace(state, inflight=None, misses=state.misses + 1 if event.missed else state.misses)
-        case CheckpointCommitted() as event:
-            return _committed(state, record, event)
-        case CheckpointMarked() as event:
-            _require(event.checkpoint in state.committed, state, record, "it is not committed")
-            committed = state.committed[event.checkpoint]
-            _require(not committed.marked, state, record, "it is marked already")
-            return state.with_checkpoint(replace(committed, marked=True))
-        case CheckpointQuarantined() as event:
-            _require(event.checkpoint in state.committed, state, record, "it is not committed")
-            committed = state.committed[event.checkpoint]
-            _require(not committed.quarantined, state, record, "it is quarantined already")
-            return state.with_checkpoint(replace(committed, quarantined=f"{event.key}: {event.reason}"))
-        case _:
-            return None
-
-
-def _committed(state: JobState, record: RecordedEvent, event: CheckpointCommitted) -> JobState:
-    inflight, generation = state.inflight, state.generation
-    _require(inflight is not None and generation is not None, state, record, "none is in flight")
-    assert inflight is not None and generation is not None
-    started = (inflight.number, inflight.attempt, inflight.generation, inflight.step, generation.world_size)
-    committed = (event.checkpoint, event.attempt, event.generation, event.step, event.world_size)
-    _require(committed == started, state, record, "it is not the one in flight")
-    ranks = [shard.rank for shard in event.shards]
-    _require(ranks == list(range(event.world_size)), state, record, "a rank's shard is missing")
-    checkpoint = CommittedCheckpoint(
-        number=event.checkpoint,
-        attempt=event.attempt,
-        generation=event.generation,
-        step=event.step,
-        world_size=event.world_size,
-        shards=event.shards,
-        store=event.store,
-        manifest_key=event.manifest_key,
-        manifest_digest=event.manifest_digest,
-        position=record.position,
-        time=record.time,
-    )
-    return replace(state.with_checkpoint(checkpoint), inflight=None, misses=0)

@@ -195,10 +195,26 @@ class MarkerWritten:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ObjectsDeleted:
+    """Storage confirmed that nothing of this attempt is left."""
+
+    job: JobName
+    attempt: AttemptNumber
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PinAsked:
+    job: JobName
+    checkpoint: CheckpointNumber
+    pinned: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MarkersRead:
     """What the commit markers of a job in its store say about how long its log once was."""
 
     job: JobName
+    store: str
     position_seq: int  # highest log position of any marker; 0 if there is none
     key: str  # of that marker
 
@@ -208,7 +224,7 @@ class Ticked:
     """Time passed."""
 
 
-Request = SubmitAsked | CancelAsked | CheckpointAsked
+Request = SubmitAsked | CancelAsked | CheckpointAsked | PinAsked
 
 Fact = (
     WorkerRegistered
@@ -219,6 +235,7 @@ Fact = (
     | ManifestRefused
     | MarkerWritten
     | MarkersRead
+    | ObjectsDeleted
     | Ticked
 )
 

@@ -4,6 +4,7 @@ A generation fails as a whole: collectives cannot go on without a member. The fi
 as the reason; the peers' connection errors that follow it within milliseconds are its consequences.
 """
 
+import math
 from collections.abc import Iterator
 
 from dtrain.coordinator.core.events import (
@@ -17,7 +18,7 @@ from dtrain.coordinator.core.events import (
 )
 from dtrain.coordinator.core.facts import AssignmentReport, Now, RankReport, RestorePhase
 from dtrain.coordinator.core.observed import Observed
-from dtrain.coordinator.core.states import GenerationState, JobState, LastFailure
+from dtrain.coordinator.core.states import GenerationState, InflightCheckpoint, JobState, LastFailure
 
 # Generations in a row that die with the same words before any rank got anywhere: the script is at fault, and
 # trying again will not help.
@@ -109,6 +110,11 @@ def _refused(job: JobState, generation: GenerationState, observed: Observed) -> 
     return None
 
 
+def stage_id(job: JobState, inflight: InflightCheckpoint) -> str:
+    """Id of the command that stages this attempt; the same for every leader."""
+    return f"{job.name}/g{inflight.generation}/checkpoint-{inflight.number}/attempt-{inflight.attempt}"
+
+
 def start_id(job: JobState, generation: GenerationState) -> str:
     """Id of the command that starts this generation's trainers; the same for every leader."""
     return f"{job.name}/g{generation.number}/start"
@@ -121,7 +127,7 @@ def _failed_rank(job: JobState, generation: GenerationState, observed: Observed)
         for rank in report.ranks:
             progressed = progressed or rank.completed_step > 0 or rank.phase in _STARTED_PHASES
             if rank.failed:
-                failed.append((rank.exited_at, rank.rank, member, rank))
+                failed.append((rank.exited_at or math.inf, rank.rank, member, rank))  # 0: nobody saw when
     if not failed:
         return None
     _, _, member, first = min(failed, key=lambda entry: entry[:2])
@@ -165,6 +171,9 @@ def _exit_code(rank: RankReport) -> int:
 def _lost_member(job: JobState, generation: GenerationState, observed: Observed, now: Now) -> Decision | None:
     for member in generation.members:
         view = observed.view(member.worker)
+        report = observed.assignment(member.worker, job.name, generation.number)
+        if report is not None and report.ranks and all(rank.succeeded for rank in report.ranks):
+            continue  # its part is done: nothing is lost with it
         if view.journal and view.journal != member.journal:
             reason = f"worker {member.worker} came back without its memory (its data folder is new)"
             cause = Cause(fact="journal_replaced", worker=member.worker, snapshot=_snapshot_number(observed, member))

@@ -16,6 +16,7 @@ from dtrain.coordinator.core.facts import (
     MarkersRead,
     MarkerWritten,
     Now,
+    ObjectsDeleted,
     Registration,
     SnapshotReceived,
     StreamClosed,
@@ -75,7 +76,8 @@ class Observed:
     workers: dict[WorkerId, WorkerView] = field(default_factory=dict)
     manifests: dict[tuple[JobName, AttemptNumber], ManifestFact] = field(default_factory=dict)
     markers: set[tuple[JobName, CheckpointNumber]] = field(default_factory=set)
-    audited: set[JobName] = field(default_factory=set)  # jobs whose commit markers this leader has read
+    deleted: set[tuple[JobName, AttemptNumber]] = field(default_factory=set)  # confirmed by storage
+    audited: set[tuple[JobName, str]] = field(default_factory=set)  # stores whose commit markers were read
     # When a run of a job began to wait for workers. By run: the wait of one that was cancelled is not the next one's.
     pending_since_s: dict[tuple[JobName, int], float] = field(default_factory=dict)
     reached_since_s: dict[tuple[JobName, AttemptNumber], float] = field(default_factory=dict)
@@ -123,8 +125,11 @@ class Observed:
             case MarkerWritten(job=job, checkpoint=checkpoint):
                 self.markers.add((job, checkpoint))
                 return {job}
-            case MarkersRead(job=job):
-                self.audited.add(job)
+            case MarkersRead(job=job, store=store):
+                self.audited.add((job, store))
+                return {job}
+            case ObjectsDeleted(job=job, attempt=attempt):
+                self.deleted.add((job, attempt))
                 return {job}
             case Ticked():
                 return set()

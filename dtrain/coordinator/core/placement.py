@@ -48,7 +48,7 @@ def candidates(job: JobState, observed: Observed, jobs: Mapping[JobName, JobStat
 
 def waiting_for(job: JobState, observed: Observed, jobs: Mapping[JobName, JobState]) -> str:
     """What a pending job waits for, in words."""
-    if job.spec.store and job.name not in observed.audited:
+    if job.spec.store and (job.name, job.spec.store) not in observed.audited:
         return f"the store's commit markers to be read: {job.spec.store}"
     have, need = len(candidates(job, observed, jobs)), job.spec.nnodes_min
     if have >= need:
@@ -56,15 +56,21 @@ def waiting_for(job: JobState, observed: Observed, jobs: Mapping[JobName, JobSta
     return f"{need} worker(s) with {job.spec.nproc_per_node} free slot(s) each; {have} there"
 
 
+def _all_back(job: JobState, found: list[WorkerView]) -> bool:
+    """True after a failure that cost no worker: as many are there as were, so there is nobody to wait for."""
+    before = sum(generation == job.last_generation for generation in job.placed.values())
+    return job.restarts > 0 and len(found) >= before
+
+
 def start(job: JobState, observed: Observed, jobs: Mapping[JobName, JobState], now: Now) -> Decision | None:
     """GenerationStarted for a pending job, or None while it must wait."""
-    if job.spec.store and job.name not in observed.audited:
+    if job.spec.store and (job.name, job.spec.store) not in observed.audited:
         return None  # whether the log is whole is not known yet
     since = observed.pending_since_s.setdefault((job.name, job.run), now.mono_s)
     found = candidates(job, observed, jobs)
     if len(found) < job.spec.nnodes_min:
         return None
-    if len(found) < job.spec.nnodes_max and now.mono_s - since < GATHER_S:
+    if len(found) < job.spec.nnodes_max and now.mono_s - since < GATHER_S and not _all_back(job, found):
         return None
     chosen = found[: job.spec.nnodes_max]
     nproc = job.spec.nproc_per_node

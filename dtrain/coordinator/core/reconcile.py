@@ -4,7 +4,8 @@ One call gives one decision; `decide` repeats it, folding each decision in, unti
 agree. Everything decided in one round is appended as one transaction. The rules are tried in the order below
 and the first that applies wins:
 
-    ended        owed marks only
+    any          note what storage has confirmed; expire what nobody wants
+    ended        nothing else
     CANCELLING   abort the attempt in flight; end once nothing of the job runs any more
     PENDING      fail for good if its failures say so; else start a generation as soon as workers allow
     RUNNING      fail the generation; settle the attempt in flight; succeed; start a checkpoint
@@ -15,7 +16,7 @@ from typing import assert_never
 
 from dtrain.common.errors import InvariantError
 from dtrain.common.names import Generation, JobName
-from dtrain.coordinator.core import checkpoints, failures, placement
+from dtrain.coordinator.core import checkpoints, failures, placement, retention
 from dtrain.coordinator.core.events import Cause, CheckpointAborted, Decision, JobCancelled, JobSucceeded, Member
 from dtrain.coordinator.core.facts import Now, RankState
 from dtrain.coordinator.core.observed import Observed
@@ -30,9 +31,9 @@ Jobs = Mapping[JobName, JobState]
 
 def reconcile(job: JobState, observed: Observed, jobs: Jobs, now: Now) -> Decision | None:
     """Return the next decision about ``job``, or None if desired state and facts agree."""
-    marked = checkpoints.marks(job, observed)
-    if marked is not None:
-        return marked
+    settled = checkpoints.marks(job, observed) or retention.confirm(job, observed) or retention.expire(job)
+    if settled is not None:
+        return settled
     match job.phase:
         case JobPhase.PENDING:
             return failures.verdict(job) or placement.start(job, observed, jobs, now)

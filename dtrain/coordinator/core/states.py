@@ -14,8 +14,9 @@
     CANCELLING    RunInterrupted                          INTERRUPTED
     any ended     JobSubmitted (next run)                 PENDING
 
-    Checkpoint events: STARTED -> ABORTED or COMMITTED; COMMITTED -> QUARANTINED. At most one is in flight,
-    and only while RUNNING; it is settled before its generation ends.
+    Checkpoint events: STARTED -> ABORTED or COMMITTED; COMMITTED -> QUARANTINED; COMMITTED -> EXPIRED ->
+    DELETED; ABORTED -> SWEPT. At most one is in flight, and only while RUNNING; it is settled before its
+    generation ends. The newest sound one never expires.
 
 `evolve` raises InvariantError on any other transition and changes nothing, so a log that could not have been
 written by these rules is refused at replay.
@@ -79,6 +80,8 @@ class CommittedCheckpoint:
     time: float
     marked: bool = False  # storage confirmed the marker
     quarantined: str = ""  # why it is never restored from again; empty if it is sound
+    pinned: bool = False  # a person wants it kept
+    expired: bool = False  # decided to be deleted; Invariant: never the newest sound one
 
     @property
     def size_bytes(self) -> int:
@@ -94,6 +97,15 @@ class CommittedCheckpoint:
             manifest_digest=self.manifest_digest,
             store=self.store,
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AbortedAttempt:
+    """An attempt whose objects, if there are any, nobody will ever read."""
+
+    checkpoint: CheckpointNumber
+    attempt: AttemptNumber
+    store: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,7 +137,9 @@ class JobState:
     restarts: int = 0  # failed generations of this run, counted or not
     last_failure: LastFailure | None = None  # of this run
     inflight: InflightCheckpoint | None = None
-    committed: dict[CheckpointNumber, CommittedCheckpoint] = field(default_factory=dict)  # quarantined ones too
+    committed: dict[CheckpointNumber, CommittedCheckpoint] = field(default_factory=dict)  # until deleted
+    last_checkpoint: int = 0  # newest number ever committed; numbers are not used twice
+    aborted: dict[AttemptNumber, AbortedAttempt] = field(default_factory=dict)  # until swept
     last_attempt: int = 0  # newest attempt ever started
     misses: int = 0  # attempts missed in a row
     checkpoint_time: float = 0.0  # unix time the newest attempt started, or this run was submitted
@@ -139,14 +153,14 @@ class JobState:
 
     @property
     def newest_restorable(self) -> CommittedCheckpoint | None:
-        """The newest committed checkpoint that is not quarantined."""
-        sound = [number for number, checkpoint in self.committed.items() if not checkpoint.quarantined]
+        """The newest committed checkpoint that is neither quarantined nor expired."""
+        sound = [number for number, c in self.committed.items() if not c.quarantined and not c.expired]
         return self.committed[max(sound)] if sound else None
 
     @property
     def next_checkpoint(self) -> CheckpointNumber:
         """An aborted attempt leaves its checkpoint's number to the next attempt."""
-        return CheckpointNumber(max(self.committed, default=0) + 1)
+        return CheckpointNumber(self.last_checkpoint + 1)
 
     def with_checkpoint(self, checkpoint: CommittedCheckpoint) -> "JobState":
         return replace(self, committed={**self.committed, checkpoint.number: checkpoint})

@@ -115,6 +115,14 @@ class AgentStreams(agent_pb2_grpc.AgentsServicer):
         except (ValueError, UserError) as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
             return
+        if await loop.never_was(snapshot.term):
+            await context.abort(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                f"worker {snapshot.worker} has seen term {snapshot.term}, which this etcd never gave: its data folder "
+                "belongs to another etcd, or this etcd was restored from an old backup. Use a new --data-dir, or "
+                "restore the newer etcd.",
+            )
+            return
         stream = WorkerStream(snapshot.worker, next(self._numbers), loop.term)
         older = self._streams.get(snapshot.worker)
         if older is not None:

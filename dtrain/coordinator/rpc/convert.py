@@ -10,7 +10,7 @@ from typing import assert_never
 from dtrain.common import names
 from dtrain.common.errors import UserError
 from dtrain.common.names import AttemptNumber, CheckpointNumber, Generation, Step, Term
-from dtrain.common.specs import CheckpointPolicy, JobSpec
+from dtrain.common.specs import CheckpointPolicy, JobSpec, RetentionPolicy
 from dtrain.coordinator.core.commands import Command, StageCheckpoint, StartTrainers, StopTrainers
 from dtrain.coordinator.core.events import Position
 from dtrain.coordinator.core.facts import (
@@ -144,6 +144,11 @@ def spec_from_wire(message: wire.Spec) -> JobSpec:
         max_restarts=message.max_restarts,
         store=message.store,
         checkpoints=CheckpointPolicy(every_steps=message.every_steps, every_seconds=message.every_seconds),
+        retention=RetentionPolicy(
+            keep_last=message.keep_last,
+            keep_every_steps=message.keep_every_steps,
+            keep_every_seconds=message.keep_every_seconds,
+        ),
     )
 
 
@@ -158,6 +163,7 @@ def command_to_wire(command: Command) -> wire.Command:
                 start_trainers=_start(command),
             )
         case StageCheckpoint():
+            newest = command.job.newest_restorable
             return wire.Command(
                 id=command.id,
                 job=command.job.name,
@@ -168,6 +174,7 @@ def command_to_wire(command: Command) -> wire.Command:
                     attempt=command.inflight.attempt,
                     step=command.inflight.step,
                     store=command.job.spec.store,
+                    committed_attempt=newest.restore_point.attempt if newest is not None else 0,
                 ),
             )
         case StopTrainers():
@@ -176,7 +183,7 @@ def command_to_wire(command: Command) -> wire.Command:
                 job=command.job,
                 generation=command.generation,
                 position=_position(command.position),
-                stop_trainers=wire.StopTrainers(grace_s=command.grace_s),
+                stop_trainers=wire.StopTrainers(grace_s=command.grace_s, keep_arena=command.keep_arena),
             )
         case unreachable:
             assert_never(unreachable)

@@ -7,9 +7,9 @@ import grpc
 import grpc.aio
 
 from dtrain.common.errors import DtrainError, UserError
-from dtrain.common.names import JobName, job_name
+from dtrain.common.names import CheckpointNumber, JobName, job_name
 from dtrain.common.specs import JobSpec
-from dtrain.coordinator.core.facts import CancelAsked, CheckpointAsked, Request, SubmitAsked
+from dtrain.coordinator.core.facts import CancelAsked, CheckpointAsked, PinAsked, Request, SubmitAsked
 from dtrain.coordinator.core.failures import reports
 from dtrain.coordinator.core.observed import WorkerView
 from dtrain.coordinator.core.placement import taken_slots, waiting_for
@@ -86,6 +86,12 @@ class JobRequests(agent_pb2_grpc.JobsServicer):
         return wire.CheckpointReply(
             checkpoint=job.inflight.number, attempt=job.inflight.attempt, step=job.inflight.step
         )
+
+    async def Pin(self, request: wire.PinRequest, context: _Context) -> wire.PinReply:
+        name = await _name(request.job, context)
+        asked = PinAsked(job=name, checkpoint=CheckpointNumber(request.checkpoint), pinned=request.pinned)
+        await self._ask(asked, context)
+        return wire.PinReply()
 
     async def Status(self, request: wire.StatusRequest, context: _Context) -> wire.StatusReply:
         loop = await self._leading(context)

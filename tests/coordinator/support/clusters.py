@@ -319,7 +319,7 @@ class Cluster:
         assert self.decides() == ["CheckpointMarked"]
 
     def markers_are_read(self, name: str = JOB) -> None:
-        self.tells(MarkersRead(job=JobName(name), position_seq=0, key=""))
+        self.tells(MarkersRead(job=JobName(name), store=self.job(name).spec.store, position_seq=0, key=""))
 
     def restore_is(self, phase: RestorePhase, *, worker: str, name: str = JOB, reason: str = "") -> None:
         restore = self.generation(name).restore
