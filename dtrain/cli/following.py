@@ -15,6 +15,9 @@ from dtrain.cli.progress import Screen
 from dtrain.common.errors import DtrainError
 from dtrain.common.names import JobName
 from dtrain.coordinator.core.events import (
+    AttemptSwept,
+    CheckpointDeleted,
+    CheckpointExpired,
     CheckpointMarked,
     CheckpointStarted,
     Event,
@@ -29,6 +32,8 @@ from dtrain.coordinator.history import follow_history
 from dtrain.etcd.client import EtcdClient
 
 STATUS_S = 0.5  # how often progress is asked for: workers report as often
+# Of no interest to who watches a run; `dtrain history` tells them.
+_HOUSEKEEPING = (CheckpointStarted, CheckpointMarked, CheckpointExpired, CheckpointDeleted, AttemptSwept)
 EXIT_CANCELLED = 1  # a run that somebody else ended did not succeed
 
 
@@ -95,7 +100,7 @@ class Follower:
         async for recorded in self._events:
             if (outcome := _outcome(recorded.event)) is not None:
                 return outcome
-            if not isinstance(recorded.event, CheckpointStarted | CheckpointMarked):
+            if not isinstance(recorded.event, _HOUSEKEEPING):
                 self._screen.say(describe(recorded.event))
         raise AssertionError("a history is followed for ever")
 
