@@ -107,15 +107,37 @@ class ShardHeader:
         return self.data_start + self.data_bytes
 
 
-def plan(entries: Iterable[TensorEntry], metadata: Mapping[str, str]) -> ShardPlan:
-    """Lay out a shard. Adds ``dtrain.version`` and ``dtrain.layout`` to ``metadata``. Raises ValueError on nonsense.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardLayout:
+    """Where the tensors of a shard go, whatever its other metadata: made once for all shards of the same tensors."""
 
-    The same entries (in any order) and metadata give the same bytes.
-    """
+    data_offsets: dict[str, tuple[int, int]]  # name -> (begin, end), counted from the end of the header
+    data_bytes: int
+    layout_text: str  # value of LAYOUT_ENTRY, as JSON text in JSON
+    tensors_text: str  # the tensors' part of the header: JSON pairs, with a comma before each
+
+    def plan(self, metadata: Mapping[str, str], *, header_min_bytes: int = 0) -> ShardPlan:
+        """Return the plan of one shard, whose header is padded to ``header_min_bytes`` at least."""
+        if clash := {VERSION_ENTRY, LAYOUT_ENTRY} & metadata.keys():
+            raise ValueError(f"metadata must not hold {sorted(clash)}: they are added here")
+        values = {name: _compact(value) for name, value in metadata.items()}
+        values[VERSION_ENTRY], values[LAYOUT_ENTRY] = _compact(SHARD_VERSION), self.layout_text
+        pairs = ",".join(f"{_compact(name)}:{value}" for name, value in sorted(values.items()))
+        text = f'{{"{_METADATA}":{{{pairs}}}{self.tensors_text}}}'.encode()
+        needed = max(LENGTH_BYTES + len(text), header_min_bytes)
+        padded = needed + -needed % ALIGNMENT_BYTES - LENGTH_BYTES
+        if padded > HEADER_MAX_BYTES:
+            raise ValueError(f"the shard's header would take {padded} bytes; the format allows {HEADER_MAX_BYTES}")
+        header = padded.to_bytes(LENGTH_BYTES, "little") + text.ljust(padded)
+        return ShardPlan(header=header, data_offsets=self.data_offsets, total_bytes=len(header) + self.data_bytes)
+
+
+def lay_out(entries: Iterable[TensorEntry]) -> ShardLayout:
+    """Say where these tensors go. Raises ValueError on nonsense. The order of ``entries`` changes nothing."""
     ordered = sorted(entries, key=lambda entry: (-DTYPE_BITS.get(entry.dtype, 0), entry.name))
     layout: dict[str, dict[str, list[int]]] = {}
     spans: dict[str, tuple[int, int]] = {}
-    document: dict[str, object] = {_METADATA: None}  # the format's readers expect it first, if at all
+    texts: list[str] = []
     position = 0
     for entry in ordered:
         _check_entry(entry)
@@ -124,18 +146,23 @@ def plan(entries: Iterable[TensorEntry], metadata: Mapping[str, str]) -> ShardPl
         span = (position, position + entry.size_bytes)
         position = span[1]
         spans[entry.name] = span
-        document[entry.name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": list(span)}
+        tensor = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": list(span)}
+        texts.append(f",{_compact(entry.name)}:{_compact(tensor)}")
         layout[entry.name] = {"global_shape": list(entry.global_shape), "offsets": list(entry.offsets_in_whole)}
-    own = {VERSION_ENTRY: SHARD_VERSION, LAYOUT_ENTRY: _compact(layout)}
-    if clash := own.keys() & metadata.keys():
-        raise ValueError(f"metadata must not hold {sorted(clash)}: they are added here")
-    document[_METADATA] = dict(sorted({**metadata, **own}.items()))
-    text = _compact(document).encode()
-    padded = -(LENGTH_BYTES + len(text)) % ALIGNMENT_BYTES + len(text)
-    if padded > HEADER_MAX_BYTES:
-        raise ValueError(f"the shard's header would take {padded} bytes; the format allows {HEADER_MAX_BYTES}")
-    header = padded.to_bytes(LENGTH_BYTES, "little") + text.ljust(padded)
-    return ShardPlan(header=header, data_offsets=spans, total_bytes=len(header) + position)
+    return ShardLayout(
+        data_offsets=spans,
+        data_bytes=position,
+        layout_text=_compact(_compact(layout)),
+        tensors_text="".join(texts),
+    )
+
+
+def plan(entries: Iterable[TensorEntry], metadata: Mapping[str, str]) -> ShardPlan:
+    """Lay out one shard. Adds ``dtrain.version`` and ``dtrain.layout`` to ``metadata``. Raises ValueError on nonsense.
+
+    The same entries (in any order) and metadata give the same bytes.
+    """
+    return lay_out(entries).plan(metadata)
 
 
 def header_bytes(prefix: bytes | memoryview, *, key: str = "shard") -> int:

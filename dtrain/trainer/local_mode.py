@@ -28,9 +28,10 @@ from dtrain.storage.objects import NotFound, ObjectStore
 from dtrain.storage.retrying import with_retries
 from dtrain.storage.uris import open_store, probe
 from dtrain.storage.verify import read_manifest, read_marker
+from dtrain.trainer.copying import Copier
 from dtrain.trainer.failures import one_line
 from dtrain.trainer.restoring import read_shard
-from dtrain.trainer.staging import lay_out
+from dtrain.trainer.staging import ShardLayouts
 from dtrain.trainer.surroundings import Surroundings
 from dtrain.trainer.tracking import CapturedState, SavedState
 
@@ -64,6 +65,8 @@ class LocalStation:
         self._until = Step(0)
         self._capture: Callable[[Step], CapturedState] | None = None  # set by begin() if something is tracked
         self._tracking = False
+        self._layouts = ShardLayouts(rank=surroundings.rank, world_size=surroundings.world_size)
+        self._copier = Copier()
         self._memory: mmap.mmap | None = None  # where shards are laid out, kept between checkpoints
 
     def track(self) -> None:
@@ -95,8 +98,15 @@ class LocalStation:
             )
         return None
 
-    def begin(self, *, step: Step, until: Step, capture: Callable[[Step], CapturedState]) -> None:
-        """The steps begin: ``step`` is done, ``until`` will be the last."""
+    def begin(
+        self,
+        *,
+        step: Step,
+        until: Step,
+        capture: Callable[[Step], CapturedState],
+        estimate_bytes: Callable[[], int] | None = None,
+    ) -> None:
+        """The steps begin: ``step`` is done, ``until`` will be the last. Nothing is prepared: training waits anyway."""
         self._until = until
         self._capture = capture if self._store is not None and self._tracking else None
 
@@ -135,19 +145,23 @@ class LocalStation:
         """Nobody asks: the traceback says it."""
 
     def close(self) -> None:
-        """Let go of the memory for shards."""
+        """Let go of the memory for shards, and of the threads that fill it."""
+        self._copier.close()
+        self._free()
+
+    def _free(self) -> None:
         if self._memory is not None:
             self._memory.close()
             self._memory = None
 
     def _put_shard(self, store: ObjectStore, state: CapturedState) -> ShardEntry:
         here = self._surroundings
-        image = lay_out(state, rank=here.rank, world_size=here.world_size)
+        image = self._layouts.lay_out(state)
         needed_bytes = image.plan.total_bytes
         if self._memory is None or len(self._memory) < needed_bytes:
-            self.close()
+            self._free()
             self._memory = mmap.mmap(-1, needed_bytes)
-        image.copy_into(memoryview(self._memory))
+        image.copy_into(memoryview(self._memory), self._copier)
         data = memoryview(self._memory)[:needed_bytes]
         key = shard_key(here.job, CheckpointNumber(self._checkpoint), AttemptNumber(self._attempt), here.rank)
         with_retries(lambda: store.put(key, data), deadline_s=STORE_DEADLINE_S)

@@ -46,7 +46,14 @@ class Station(Protocol):
 
     def load(self) -> SavedState | None: ...
 
-    def begin(self, *, step: Step, until: Step, capture: Callable[[Step], CapturedState]) -> None: ...
+    def begin(
+        self,
+        *,
+        step: Step,
+        until: Step,
+        capture: Callable[[Step], CapturedState],
+        estimate_bytes: Callable[[], int] | None = None,
+    ) -> None: ...
 
     def boundary(self, step: Step) -> None: ...
 
@@ -206,7 +213,7 @@ class Run:
             return self._tracked.capture(step, position)
 
         station = self._station
-        station.begin(step=self._step, until=until, capture=capture)
+        station.begin(step=self._step, until=until, capture=capture, estimate_bytes=self._tracked.estimate_bytes)
         boundary, next_batch, step = station.boundary, position.next_batch, self._step
         try:
             while step < until:

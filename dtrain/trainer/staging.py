@@ -1,30 +1,27 @@
-"""Staging: a rank's state copied into memory from which its shard can be uploaded, while training goes on.
+"""Staging: a rank's state laid out as the shard that it will be, while training stands still.
 
 Training stands still only while the bytes are copied, so the copy is all that happens here: the shard is laid out
 in memory exactly as it will lie in storage, and whoever uploads it needs no torch.
 
-A worker's trainer has two stage slots, files in shared memory. The slot of the last staged attempt is never written
-by the next one, because its bytes may still be on their way. Space is allocated before anything is mapped: writing
-into a hole of a full shared memory would kill the process with SIGBUS, where an allocation fails with an error.
+Where each tensor goes is worked out once for as long as names, shapes and types stay the same. The header has room
+to spare, so that the data start at the same place when the rest of it grows by a digit.
 """
 
 import json
-import mmap
-import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from dtrain.storage import shards
-from dtrain.storage.shards import ShardPlan, TensorEntry
-from dtrain.trainer.tensor_codes import CODE_OF_DTYPE, size_bytes, view_bytes
+from dtrain.storage.shards import ShardLayout, ShardPlan, TensorEntry
+from dtrain.trainer.copying import Copier, copy_tensors
+from dtrain.trainer.tensor_codes import CODE_OF_DTYPE, size_bytes
 from dtrain.trainer.tracking import CapturedState
 
-SLOTS = 2
-# Headers grow a little between checkpoints (longer numbers, an optimizer's first state), and growing a slot maps it
-# anew, so each is given this much more than it needs.
-SLOT_SLACK_BYTES = 1024 * 1024
+# Headers are padded to a multiple of a page, with this much to spare (a quarter of what they hold now): numbers grow
+# by a digit, schedulers by an entry.
+HEADER_PAGE_BYTES = 4096
+HEADER_SPARE_DIVISOR = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,86 +31,58 @@ class ShardImage:
     plan: ShardPlan
     tensors: dict[str, torch.Tensor]
 
-    def copy_into(self, buffer: memoryview) -> None:
-        """Write the shard at the start of ``buffer``, which has ``plan.total_bytes`` at least."""
+    def copy_into(self, target: memoryview, copier: Copier, *, pinned: bool = False) -> None:
+        """Write the shard at the start of ``target``, which has ``plan.total_bytes`` at least.
+
+        ``pinned``: CUDA knows the pages of ``target``.
+        """
         start = self.plan.data_start
-        targets = {
-            name: view_bytes(buffer, CODE_OF_DTYPE[tensor.dtype], tuple(tensor.shape), start + begin)
-            for name, tensor in self.tensors.items()
-            for begin, _ in (self.plan.data_offsets[name],)
-            if tensor.numel()
+        starts = {name: start + begin for name, (begin, _) in self.plan.data_offsets.items()}
+        copy_tensors(copier, self.tensors, starts, target, pinned=pinned)
+        target[:start] = self.plan.header
+
+
+class ShardLayouts:
+    """Lays out one rank's shards, one after another."""
+
+    def __init__(self, *, rank: int, world_size: int) -> None:
+        self._rank = rank
+        self._world_size = world_size
+        self._shapes: list[tuple[str, torch.dtype, torch.Size]] = []  # of the tensors that _layout is of
+        self._layout: ShardLayout | None = None
+        self._header_bytes = 0  # what headers are padded to
+
+    def lay_out(self, state: CapturedState) -> ShardImage:
+        """Plan the shard that holds ``state``."""
+        metadata = {
+            shards.STEP_ENTRY: str(state.step),
+            shards.RANK_ENTRY: str(self._rank),
+            shards.WORLD_SIZE_ENTRY: str(self._world_size),
+            shards.TREE_ENTRY: json.dumps(state.tree, separators=(",", ":")),
         }
-        with torch.no_grad():
-            if targets:
-                torch._foreach_copy_(list(targets.values()), [self.tensors[name] for name in targets])
-        buffer[:start] = self.plan.header
+        layout = self._layout_of(state.tensors)
+        plan = layout.plan(metadata, header_min_bytes=self._header_bytes)
+        if plan.data_start > self._header_bytes:
+            roomy = plan.data_start + plan.data_start // HEADER_SPARE_DIVISOR
+            self._header_bytes = roomy + -roomy % HEADER_PAGE_BYTES
+            plan = layout.plan(metadata, header_min_bytes=self._header_bytes)
+        return ShardImage(plan=plan, tensors=state.tensors)
+
+    def _layout_of(self, tensors: dict[str, torch.Tensor]) -> ShardLayout:
+        shapes = [(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()]
+        if self._layout is None or shapes != self._shapes:
+            self._layout = shards.lay_out(_entry(name, tensor) for name, tensor in tensors.items())
+            self._shapes, self._header_bytes = shapes, 0
+        return self._layout
 
 
-def lay_out(state: CapturedState, *, rank: int, world_size: int) -> ShardImage:
-    """Plan the shard that holds ``state``."""
-    entries = [
-        TensorEntry(
-            name=name,
-            dtype=CODE_OF_DTYPE[tensor.dtype],
-            shape=tuple(tensor.shape),
-            offsets_in_whole=(0,) * tensor.dim(),
-            global_shape=tuple(tensor.shape),
-            size_bytes=size_bytes(tensor),
-        )
-        for name, tensor in state.tensors.items()
-    ]
-    metadata = {
-        shards.STEP_ENTRY: str(state.step),
-        shards.RANK_ENTRY: str(rank),
-        shards.WORLD_SIZE_ENTRY: str(world_size),
-        shards.TREE_ENTRY: json.dumps(state.tree, separators=(",", ":")),
-    }
-    return ShardImage(plan=shards.plan(entries, metadata), tensors=state.tensors)
-
-
-class StageSlots:
-    """The two files in shared memory. Not for use by two threads."""
-
-    def __init__(self, folder: Path) -> None:
-        self._slots = [_Slot(folder / f"slot{number}") for number in range(SLOTS)]
-        self._last_staged = SLOTS - 1  # so that the first goes to slot 0
-
-    def stage(self, image: ShardImage) -> int:
-        """Copy ``image`` and return the number of its slot. Raises OSError if there is no room."""
-        number = (self._last_staged + 1) % SLOTS
-        image.copy_into(self._slots[number].reserve(image.plan.total_bytes))
-        self._last_staged = number  # only now: a failed copy leaves the other slot as it was
-        return number
-
-    def close(self) -> None:
-        """Unmap the slots. The files stay: the worker may still be reading them."""
-        for slot in self._slots:
-            slot.close()
-
-
-class _Slot:
-    """One file, mapped as long as it is large enough."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._map: mmap.mmap | None = None
-
-    def reserve(self, needed_bytes: int) -> memoryview:
-        """Return the slot's memory, of ``needed_bytes`` at least, all of it allocated."""
-        if self._map is None or len(self._map) < needed_bytes:
-            self.close()
-            self._map = self._grown(needed_bytes + SLOT_SLACK_BYTES)
-        return memoryview(self._map)
-
-    def close(self) -> None:
-        if self._map is not None:
-            self._map.close()
-            self._map = None
-
-    def _grown(self, size_bytes: int) -> mmap.mmap:
-        file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            os.posix_fallocate(file, 0, size_bytes)
-            return mmap.mmap(file, size_bytes)
-        finally:
-            os.close(file)
+def _entry(name: str, tensor: torch.Tensor) -> TensorEntry:
+    shape = tuple(tensor.shape)
+    return TensorEntry(
+        name=name,
+        dtype=CODE_OF_DTYPE[tensor.dtype],
+        shape=shape,
+        offsets_in_whole=(0,) * len(shape),
+        global_shape=shape,
+        size_bytes=size_bytes(tensor),
+    )

@@ -16,6 +16,9 @@ coordinator chooses from as fresh as can be. A request for a later step waits; o
 steps are over is reported as missed.
 
 A state that cannot be stored (a value no checkpoint can hold, shared memory full) is reported, and training goes on.
+
+A slot is marked as empty before it is written and as holding this request's state when it is whole, so that a trainer
+killed in between leaves nothing that could be taken for a checkpoint.
 """
 
 import logging
@@ -27,9 +30,11 @@ from time import perf_counter_ns
 from dtrain.common.errors import UserError
 from dtrain.common.mailbox import MAILBOX_BYTES, Mailbox, TrainerPhase, unpack
 from dtrain.common.names import Step
+from dtrain.trainer.arena import ArenaPreparation, StageSlots
+from dtrain.trainer.copying import Copier
 from dtrain.trainer.failures import one_line
 from dtrain.trainer.restoring import RESTORE_FILE, read_shard_file, wait_for_worker
-from dtrain.trainer.staging import StageSlots, lay_out
+from dtrain.trainer.staging import ShardLayouts
 from dtrain.trainer.tracking import CapturedState, SavedState
 
 _log = logging.getLogger("dtrain")
@@ -40,10 +45,12 @@ class WorkerStation:
 
     def __init__(self, rank_dir: Path, *, rank: int, world_size: int) -> None:
         self._rank_dir = rank_dir
-        self._rank = rank
-        self._world_size = world_size
         self._map, self._mailbox = _open_mailbox(rank_dir / "mailbox")
+        self._layouts = ShardLayouts(rank=rank, world_size=world_size)
         self._slots = StageSlots(rank_dir)
+        self._copier = Copier()
+        self._preparation = ArenaPreparation(self._slots, self._mailbox, self._copier)
+        self._first_step_is_due = False  # whether the preparation waits for the end of the first step
         self._capture: Callable[[Step], CapturedState] | None = None  # set by begin()
         self._answered = 0  # the last request that was staged, missed or failed; 0 before the first
         self._step_began_ns = 0  # perf_counter_ns() at the end of the last boundary
@@ -59,9 +66,23 @@ class WorkerStation:
         self._mailbox.phase = TrainerPhase.RESTORING
         return read_shard_file(self._rank_dir / RESTORE_FILE) if wait_for_worker(self._mailbox) else None
 
-    def begin(self, *, step: Step, until: Step, capture: Callable[[Step], CapturedState]) -> None:
-        """The steps begin: ``step`` is done, ``until`` will be the last."""
+    def begin(
+        self,
+        *,
+        step: Step,
+        until: Step,
+        capture: Callable[[Step], CapturedState],
+        estimate_bytes: Callable[[], int] | None = None,
+    ) -> None:
+        """The steps begin: ``step`` is done, ``until`` will be the last.
+
+        ``estimate_bytes`` says how large the state is; it is called in another thread after the first step. Without
+        it nothing is prepared, and the first checkpoint takes longer.
+        """
         self._capture = capture
+        if estimate_bytes is not None and self._mailbox.tracking:
+            self._preparation.begin(estimate_bytes)
+            self._first_step_is_due = True
         mailbox = self._mailbox
         mailbox.until_step = until
         mailbox.completed_step = step
@@ -78,6 +99,9 @@ class WorkerStation:
         if mailbox.request != self._answered:
             self._answer(mailbox.request, step)
             self._step_began_ns = perf_counter_ns()
+        if self._first_step_is_due:  # now optimizers have their state
+            self._first_step_is_due = False
+            self._preparation.look()
 
     def finish(self) -> None:
         """No step will follow."""
@@ -96,7 +120,9 @@ class WorkerStation:
 
     def close(self) -> None:
         """Let go of the shared memory; the files belong to the worker."""
-        self._slots.close()
+        self._preparation.close()
+        self._slots.let_go()
+        self._copier.close()
         self._mailbox.close()
         self._map.close()
 
@@ -120,8 +146,11 @@ class WorkerStation:
         mailbox = self._mailbox
         began_ns = perf_counter_ns()
         try:
-            image = lay_out(self._capture(step), rank=self._rank, world_size=self._world_size)
-            slot = self._slots.stage(image)
+            image = self._layouts.lay_out(self._capture(step))
+            slot = self._slots.choose(mailbox.stage_slot)
+            memory = self._slots.reserve(slot, image.plan.total_bytes)
+            mailbox.begin_staging(slot)
+            image.copy_into(memoryview(memory.pages), self._copier, pinned=memory.pinned)
         except Exception as error:  # whatever a script's state_dict() may raise: no checkpoint stops training
             _log.warning("the state of step %d could not be stored", step, exc_info=True)
             mailbox.error = f"step {step} could not be stored: {one_line(error)}"
@@ -133,7 +162,9 @@ class WorkerStation:
             mailbox.error = ""
             self._error_shown = False
         mailbox.stall_ns = perf_counter_ns() - began_ns
+        self._slots.staged(slot)
         mailbox.publish_staged(request, slot=slot, size_bytes=image.plan.total_bytes)
+        self._preparation.want(image.plan.total_bytes)
 
 
 def _open_mailbox(path: Path) -> tuple[mmap.mmap, Mailbox]:

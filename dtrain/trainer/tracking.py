@@ -16,6 +16,7 @@ from dtrain.trainer import random_states
 from dtrain.trainer.data_position import DataPosition
 from dtrain.trainer.random_states import RandomStates
 from dtrain.trainer.state_tree import Encoder, Json, decode
+from dtrain.trainer.tensor_codes import size_bytes
 
 _log = logging.getLogger("dtrain")
 
@@ -103,6 +104,25 @@ class TrackedState:
             "random": encoder.encode(random_states.capture().to_state(), "dtrain.random"),
         }
         return CapturedState(step=step, tree=tree, tensors=encoder.tensors)
+
+    def estimate_bytes(self) -> int:
+        """Return about how many bytes the tensors of a capture take.
+
+        Safe in any thread at any time, for it calls no code of the script: an object's state_dict() may run
+        collectives, or change what it shows. So what is in neither modules nor optimizers is not counted.
+        Raises RuntimeError if an object is changed meanwhile.
+        """
+        total_bytes = 0
+        for item in self._objects.values():
+            if isinstance(item, torch.nn.Module):
+                for module in item.modules():  # a tensor of two names is stored twice, but seldom: counted once
+                    held = [*module._parameters.values(), *module._buffers.values()]
+                    total_bytes += sum(size_bytes(tensor) for tensor in held if tensor is not None)
+            elif isinstance(item, torch.optim.Optimizer):
+                for state in list(item.state.values()):
+                    values = list(state.values()) if isinstance(state, dict) else []
+                    total_bytes += sum(size_bytes(value) for value in values if isinstance(value, torch.Tensor))
+        return total_bytes
 
     def restore_objects(self, saved: SavedState, device: torch.device) -> None:
         """Load every tracked object. Raises :class:`UserError` naming the object that does not fit."""
