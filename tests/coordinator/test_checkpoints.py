@@ -7,7 +7,7 @@ import pytest
 from dtrain.common.errors import UserError
 from dtrain.common.names import JobName
 from dtrain.coordinator.core.checkpoints import ATTEMPT_TIMEOUT_S, COMMAND_TRAVEL_S, HORIZON_S
-from dtrain.coordinator.core.effects import Effect, ReadMarkers, WriteManifest, WriteMarker
+from dtrain.coordinator.core.effects import DeleteAttempt, Effect, ReadMarkers, WriteManifest, WriteMarker
 from dtrain.coordinator.core.events import CheckpointAborted
 from dtrain.coordinator.core.facts import ShardPhase
 from tests.coordinator.support.clusters import Cluster, spec
@@ -37,6 +37,8 @@ def words(effects: list[Effect]) -> list[str]:
                 said.append(f"marker of checkpoint {effect.checkpoint.number}")
             case ReadMarkers():
                 said.append("markers to read")
+            case DeleteAttempt():
+                said.append(f"deletion of attempt {effect.attempt}")
             case unreachable:
                 assert_never(unreachable)
     return said

@@ -8,11 +8,15 @@ import pytest
 from dtrain.common.errors import InvariantError
 from dtrain.common.names import AttemptNumber, CheckpointNumber, Generation, JobName, Step, Term, WorkerId
 from dtrain.coordinator.core.events import (
+    AttemptSwept,
     CancelRequested,
     Cause,
     CheckpointAborted,
     CheckpointCommitted,
+    CheckpointDeleted,
+    CheckpointExpired,
     CheckpointMarked,
+    CheckpointPinned,
     CheckpointQuarantined,
     CheckpointStarted,
     Decision,
@@ -31,7 +35,6 @@ from dtrain.coordinator.core.evolve import evolve
 from dtrain.coordinator.core.states import JobPhase, JobState
 from tests.coordinator.support.clusters import DIGEST, JOB, PREFIX, WALL_START_S, Cluster, spec
 
-ONE, TWO, THREE = 1, 2, 3
 DECIDED = Cause(fact="test")
 
 
@@ -91,11 +94,29 @@ def quarantined(checkpoint: int) -> CheckpointQuarantined:
     return CheckpointQuarantined(checkpoint=CheckpointNumber(checkpoint), key="k", reason="bit")
 
 
+def pinned(checkpoint: int, *, wanted: bool = True) -> CheckpointPinned:
+    return CheckpointPinned(checkpoint=CheckpointNumber(checkpoint), pinned=wanted)
+
+
+def expired(checkpoint: int) -> CheckpointExpired:
+    return CheckpointExpired(checkpoint=CheckpointNumber(checkpoint), reason="older")
+
+
+def deleted(checkpoint: int) -> CheckpointDeleted:
+    return CheckpointDeleted(checkpoint=CheckpointNumber(checkpoint))
+
+
+def swept(checkpoint: int, attempt: int) -> AttemptSwept:
+    return AttemptSwept(checkpoint=CheckpointNumber(checkpoint), attempt=AttemptNumber(attempt))
+
+
 SUBMITTED: list[Event] = [submitted(1)]
 RUNNING: list[Event] = [*SUBMITTED, generation(1)]
 INFLIGHT: list[Event] = [*RUNNING, checkpoint_started(1, 1)]
 COMMITTED: list[Event] = [*INFLIGHT, committed(1, 1)]
 MARKED: list[Event] = [*COMMITTED, marked(1)]
+TWO_MARKED: list[Event] = [*MARKED, checkpoint_started(2, 2), committed(2, 2), marked(2)]
+ABORTED: list[Event] = [*INFLIGHT, aborted(1, 1)]
 
 HISTORIES: dict[str, list[Event]] = {
     "nothing": [],
@@ -105,6 +126,15 @@ HISTORIES: dict[str, list[Event]] = {
     "committed": COMMITTED,
     "marked": MARKED,
     "quarantined": [*MARKED, quarantined(1)],
+    "two marked": TWO_MARKED,
+    "two committed": [*COMMITTED, checkpoint_started(2, 2), committed(2, 2)],
+    "pinned": [*TWO_MARKED, pinned(1)],
+    "expired": [*TWO_MARKED, expired(1)],
+    "deleted": [*TWO_MARKED, expired(1), deleted(1)],
+    "newest quarantined": [*TWO_MARKED, quarantined(2)],
+    "all quarantined": [*TWO_MARKED, quarantined(2), quarantined(1)],
+    "aborted": ABORTED,
+    "swept": [*ABORTED, swept(1, 1)],
     "pending again": [*RUNNING, failed(1)],
     "cancelling": [*RUNNING, CancelRequested()],
     "cancelling in flight": [*INFLIGHT, CancelRequested()],
@@ -114,25 +144,33 @@ HISTORIES: dict[str, list[Event]] = {
     "interrupted": [*SUBMITTED, RunInterrupted(reason="why")],
 }
 
+# Histories of a generation that runs with no checkpoint in flight; with two checkpoints ever committed; with
+# checkpoint 1 still there; with it there and sound.
+TWO = {
+    "two marked", "two committed", "pinned", "expired", "deleted", "newest quarantined", "all quarantined",
+}  # fmt: skip
+ON = {"running", "committed", "marked", "quarantined", "aborted", "swept", *TWO}
+HAS_ONE = {"committed", "marked", "quarantined", "succeeded", *TWO} - {"deleted"}
+ONE_SOUND = HAS_ONE - {"quarantined", "all quarantined"}
+
 # Each event with the histories it may follow, and the phase it leads to (None: the phase stays).
 LEGAL: list[tuple[Event, set[str], JobPhase | None]] = [
     (submitted(1), {"nothing"}, JobPhase.PENDING),
     (submitted(2), {"succeeded", "failed", "cancelled", "interrupted"}, JobPhase.PENDING),
     (generation(1), {"pending"}, JobPhase.RUNNING),
     (generation(2), {"pending again"}, JobPhase.RUNNING),
-    (failed(1), {"running", "committed", "marked", "quarantined"}, JobPhase.PENDING),
+    (failed(1), ON, JobPhase.PENDING),
     (failed(2), set(), None),
-    (CancelRequested(), {"pending", "pending again", "running", "in flight", "committed", "marked", "quarantined"},
-     JobPhase.CANCELLING),
+    (CancelRequested(), {"pending", "pending again", "in flight", *ON}, JobPhase.CANCELLING),
     (JobCancelled(), {"cancelling"}, JobPhase.CANCELLED),
-    (JobSucceeded(), {"running", "committed", "marked", "quarantined"}, JobPhase.SUCCEEDED),
+    (JobSucceeded(), ON, JobPhase.SUCCEEDED),
     (JobFailed(reason="w", exit_code=1), {"pending", "pending again"}, JobPhase.FAILED),
-    (RunInterrupted(reason="w"),
-     {"pending", "pending again", "running", "committed", "marked", "quarantined", "cancelling"},
-     JobPhase.INTERRUPTED),
+    (RunInterrupted(reason="w"), {"pending", "pending again", "cancelling", *ON}, JobPhase.INTERRUPTED),
     (checkpoint_started(1, 1), {"running"}, None),
     (checkpoint_started(2, 2), {"committed", "marked", "quarantined"}, None),
-    (checkpoint_started(1, 2), set(), None),
+    (checkpoint_started(1, 2), {"aborted", "swept"}, None),
+    (checkpoint_started(2, 3), set(), None),
+    (checkpoint_started(3, 3), TWO, None),
     (checkpoint_started(2, 2, of=2), set(), None),
     (aborted(1, 1), {"in flight", "cancelling in flight"}, None),
     (aborted(1, 2), set(), None),
@@ -140,10 +178,19 @@ LEGAL: list[tuple[Event, set[str], JobPhase | None]] = [
     (committed(1, 1), {"in flight", "cancelling in flight"}, None),
     (committed(1, 2), set(), None),
     (committed(2, 1), set(), None),
-    (marked(1), {"committed", "succeeded"}, None),
-    (marked(2), set(), None),
-    (quarantined(1), {"committed", "marked", "succeeded"}, None),
-    (quarantined(2), set(), None),
+    (marked(1), {"committed", "two committed", "succeeded"}, None),
+    (marked(2), {"two committed"}, None),
+    (quarantined(1), ONE_SOUND, None),
+    (quarantined(2), TWO - {"newest quarantined", "all quarantined"}, None),
+    (pinned(1), HAS_ONE - {"pinned", "expired"}, None),
+    (pinned(1, wanted=False), {"pinned"}, None),
+    (pinned(2), TWO, None),
+    (expired(1), {"two marked"}, None),
+    (expired(2), {"newest quarantined"}, None),
+    (deleted(1), {"expired"}, None),
+    (deleted(2), set(), None),
+    (swept(1, 1), {"aborted"}, None),
+    (swept(1, 2), set(), None),
 ]  # fmt: skip
 
 CASES = [

@@ -149,7 +149,7 @@ def test_the_markers_of_a_job_are_read_before_it_starts() -> None:
         asked = SubmitAsked(spec=spec(), request="r1", takes_over=False)
         assert (await loop.ask(asked)).phase is JobPhase.PENDING
         assert journal.happened[:2] == ["JobSubmitted", "perform audit"]
-        await loop.tell(MarkersRead(job=JobName("mnist"), store="", position_seq=1, key="m"))
+        await loop.tell(MarkersRead(job=JobName("mnist"), store=asked.spec.store, position_seq=1, key="m"))
         while loop.jobs[JobName("mnist")].phase is JobPhase.PENDING:
             await asyncio.sleep(0)
         assert "send mnist/g1/start" in journal.happened

@@ -11,9 +11,14 @@ from hypothesis import strategies as st
 
 from dtrain.common.names import JobName
 from dtrain.coordinator import codec
+from dtrain.coordinator.core.effects import DeleteAttempt
 from dtrain.coordinator.core.events import (
+    AttemptSwept,
     CheckpointAborted,
     CheckpointCommitted,
+    CheckpointDeleted,
+    CheckpointExpired,
+    CheckpointPinned,
     CheckpointQuarantined,
     CheckpointStarted,
     GenerationFailed,
@@ -36,12 +41,18 @@ class Checker:
         self.seen = 0
         self.inflight: dict[str, CheckpointStarted] = {}
         self.sound: dict[str, dict[int, CheckpointCommitted]] = {}
+        self.committed: dict[tuple[str, int], CheckpointCommitted] = {}
         self.generation: dict[str, GenerationStarted | None] = {}
+        self.pinned: dict[str, set[int]] = {}  # numbers of checkpoints
+        self.doomed: dict[str, dict[int, int]] = {}  # attempts that may be deleted, with their checkpoints
 
     def check(self, turmoil: Turmoil) -> None:
         for record, _ in turmoil.cluster.log[self.seen :]:
             self._judge(record, turmoil)
         self.seen = len(turmoil.cluster.log)
+        for job in turmoil.cluster.jobs:
+            deletions = {e.attempt for e in turmoil.cluster.owes(job) if isinstance(e, DeleteAttempt)}
+            assert deletions <= self.doomed.get(job, {}).keys(), "deletes what is neither expired nor aborted"
 
     def _judge(self, record: RecordedEvent, turmoil: Turmoil) -> None:
         job = record.job
@@ -60,6 +71,7 @@ class Checker:
                 self.inflight[job] = event
             case CheckpointAborted() as event:
                 assert self.inflight.pop(job).attempt == event.attempt
+                self.doomed.setdefault(job, {})[event.attempt] = event.checkpoint
             case CheckpointCommitted() as event:
                 started = self.inflight.pop(job)
                 assert (started.attempt, started.checkpoint, started.step) == (
@@ -69,13 +81,37 @@ class Checker:
                 )
                 assert (job, event.attempt) in turmoil.manifests, "committed without a manifest"
                 self._judge_acks(job, event, turmoil)
-                sound[event.checkpoint] = event
+                sound[event.checkpoint] = self.committed[job, event.checkpoint] = event
             case CheckpointQuarantined() as event:
-                sound.pop(event.checkpoint)
+                sound.pop(event.checkpoint, None)
+            case CheckpointPinned() | CheckpointExpired() | CheckpointDeleted() | AttemptSwept():
+                self._judge_retention(job, record)
             case _:
                 if record.type in ("JobSucceeded", "JobCancelled", "RunInterrupted"):
                     assert job not in self.inflight, f"{record.type} with a checkpoint in flight"
                     self.generation[job] = None
+
+    def _judge_retention(self, job: str, record: RecordedEvent) -> None:
+        sound, doomed = self.sound[job], self.doomed.setdefault(job, {})
+        pinned = self.pinned.setdefault(job, set())
+        match record.event:
+            case CheckpointPinned() as event:
+                pinned.symmetric_difference_update({event.checkpoint})
+                assert (event.checkpoint in pinned) is event.pinned, "pinned twice, or let go twice"
+            case CheckpointExpired() as event:
+                assert sound and event.checkpoint < max(sound), "expired the newest sound one, or a newer one"
+                assert event.checkpoint not in pinned, "expired a pinned one"
+                generation = self.generation.get(job)
+                restored = generation.restore if generation is not None else None
+                assert restored is None or restored.checkpoint != event.checkpoint, "a generation starts from it"
+                sound.pop(event.checkpoint, None)
+                doomed[self.committed[job, event.checkpoint].attempt] = event.checkpoint
+            case CheckpointDeleted() as event:
+                assert event.checkpoint in doomed.values(), "deleted without having expired"
+            case AttemptSwept() as event:
+                assert doomed.get(event.attempt) == event.checkpoint, "swept without having been aborted"
+            case _:
+                raise AssertionError(record.type)
 
     def _judge_acks(self, job: str, event: CheckpointCommitted, turmoil: Turmoil) -> None:
         generation = self.generation[job]

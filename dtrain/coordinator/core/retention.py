@@ -33,18 +33,17 @@ def kept(policy: RetentionPolicy, checkpoints: Iterable[CommittedCheckpoint]) ->
 
 def expire(job: JobState) -> Decision | None:
     """CheckpointExpired for the oldest checkpoint that nobody wants, or None."""
-    policy = job.spec.retention
-    if not policy.keep_last:
-        return None
+    policy, newest = job.spec.retention, job.newest_restorable
+    if not policy.keep_last or newest is None:
+        return None  # without a sound one, nothing that a person might still save is given up
     wanted = kept(policy, job.committed.values())
     if job.generation is not None and job.generation.restore is not None:
         wanted.add(job.generation.restore.checkpoint)
-    newest_wanted = max(wanted, default=0)
     for number in sorted(job.committed):
         checkpoint = job.committed[number]
         if number in wanted or checkpoint.expired or checkpoint.pinned or not checkpoint.marked:
             continue
-        if number > newest_wanted:
+        if number > newest.number:
             break  # a damaged one that is newer than all sound ones: people will want to see it
         what = "damaged and older" if checkpoint.quarantined else "older"
         event = CheckpointExpired(checkpoint=number, reason=f"{what} than the {policy.keep_last} newest to be kept")

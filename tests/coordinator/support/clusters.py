@@ -27,6 +27,8 @@ from dtrain.coordinator.core.facts import (
     MarkersRead,
     MarkerWritten,
     Now,
+    ObjectsDeleted,
+    PinAsked,
     RankReport,
     RankState,
     Registration,
@@ -143,6 +145,10 @@ class Cluster:
     def asks_for_checkpoint(self, name: str = JOB) -> None:
         asked = CheckpointAsked(job=JobName(name), request="now")
         self._admits(asked.job, admissions.checkpoint(asked, self.observed, self.jobs, self.now))
+
+    def pins(self, checkpoint: int, *, name: str = JOB, wanted: bool = True) -> None:
+        asked = PinAsked(job=JobName(name), checkpoint=CheckpointNumber(checkpoint), pinned=wanted)
+        self._admits(asked.job, admissions.pin(asked, self.jobs))
 
     # -- workers --------------------------------------------------------------------------------------
 
@@ -317,6 +323,9 @@ class Cluster:
         number = max(self.jobs[JobName(name)].committed)
         self.marker_written(number, name)
         assert self.decides() == ["CheckpointMarked"]
+
+    def objects_deleted(self, attempt: int, name: str = JOB) -> None:
+        self.tells(ObjectsDeleted(job=JobName(name), attempt=AttemptNumber(attempt)))
 
     def markers_are_read(self, name: str = JOB) -> None:
         self.tells(MarkersRead(job=JobName(name), store=self.job(name).spec.store, position_seq=0, key=""))

@@ -2,10 +2,14 @@
 
 from dtrain.common.names import AttemptNumber, CheckpointNumber, Generation, Step, WorkerId
 from dtrain.coordinator.core.events import (
+    AttemptSwept,
     CancelRequested,
     CheckpointAborted,
     CheckpointCommitted,
+    CheckpointDeleted,
+    CheckpointExpired,
     CheckpointMarked,
+    CheckpointPinned,
     CheckpointQuarantined,
     CheckpointStarted,
     Event,
@@ -69,6 +73,10 @@ EVENTS: tuple[Event, ...] = (
     ),
     CheckpointMarked(checkpoint=_CHECKPOINT),
     CheckpointQuarantined(checkpoint=_CHECKPOINT, key="k0", reason="a bit is flipped"),
+    CheckpointPinned(checkpoint=_CHECKPOINT, pinned=True),
+    CheckpointExpired(checkpoint=_CHECKPOINT, reason=_ODD_TEXT),
+    CheckpointDeleted(checkpoint=_CHECKPOINT),
+    AttemptSwept(checkpoint=_CHECKPOINT, attempt=_ATTEMPT),
     JobSucceeded(),
     JobFailed(reason=_ODD_TEXT, exit_code=2),
     JobCancelled(),

@@ -11,7 +11,9 @@ from dataclasses import dataclass, replace
 
 from dtrain.common.errors import UserError
 from dtrain.common.names import AttemptNumber, CheckpointNumber, JobName, Step
+from dtrain.common.specs import RetentionPolicy
 from dtrain.coordinator.core.commands import StageCheckpoint, StartTrainers, StopTrainers
+from dtrain.coordinator.core.effects import DeleteAttempt
 from dtrain.coordinator.core.facts import (
     ManifestRefused,
     ManifestWritten,
@@ -29,6 +31,13 @@ from tests.coordinator.support.nodes import Held, Node
 
 JOBS = ("a", "b")
 WORKERS = ("w1", "w2", "w3")
+RETENTION = (
+    RetentionPolicy(keep_last=1),
+    RetentionPolicy(keep_last=1, keep_every_steps=10),
+    RetentionPolicy(),
+    RetentionPolicy(keep_last=2, keep_every_seconds=30.0),
+    RetentionPolicy(keep_last=1),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +81,7 @@ class Turmoil:
         given = spec(
             JOBS[x % 2], nnodes_min=1 + y % nodes, nnodes_max=nodes, nproc_per_node=1 + x % 2, max_restarts=3 * (y % 4),
             every_steps=5 if y % 2 else 0,
-            every_seconds=0.0 if y % 2 else 3.0,
+            every_seconds=0.0 if y % 2 else 3.0, retention=RETENTION[y % len(RETENTION)],
         )  # fmt: skip
         self._refusable(lambda: self.cluster.submits(given, request=f"r{y % 3}", takes_over=x % 4 == 0))
 
@@ -81,6 +90,9 @@ class Turmoil:
 
     def checkpoint(self, x: int, y: int) -> None:
         self._refusable(lambda: self.cluster.asks_for_checkpoint(JOBS[x % 2]))
+
+    def pin(self, x: int, y: int) -> None:
+        self._refusable(lambda: self.cluster.pins(1 + y % 4, name=JOBS[x % 2], wanted=y % 3 == 0))
 
     @staticmethod
     def _refusable(ask: Callable[[], None]) -> None:
@@ -213,13 +225,20 @@ class Turmoil:
 
     def marker(self, x: int, y: int) -> None:
         self.cluster.tells(MarkerWritten(job=JobName(JOBS[x % 2]), checkpoint=CheckpointNumber(1 + y % 4)))
-        self.cluster.markers_are_read(JOBS[x % 2])
+        if JobName(JOBS[x % 2]) in self.cluster.jobs:
+            self.cluster.markers_are_read(JOBS[x % 2])
+
+    def delete(self, x: int, y: int) -> None:
+        """Storage confirms a deletion that is owed mostly, or any other."""
+        job = JOBS[x % 2]
+        owed = [e for e in self.cluster.owes(job) if isinstance(e, DeleteAttempt)] if job in self.cluster.jobs else []
+        self.cluster.objects_deleted(owed[0].attempt if owed and y % 5 else 1 + y % 4, job)
 
 
 HAPPENINGS: tuple[Callable[[Turmoil, int, int], None], ...] = (
     Turmoil.submit, Turmoil.cancel, Turmoil.checkpoint, Turmoil.time, Turmoil.failover, Turmoil.join, Turmoil.lose,
     Turmoil.forget, Turmoil.restore, Turmoil.exit, Turmoil.obey, Turmoil.train, Turmoil.shard, Turmoil.manifest,
-    Turmoil.marker,
+    Turmoil.marker, Turmoil.pin, Turmoil.delete,
 )  # fmt: skip
 # So that a random walk gets somewhere: what throws a job back is rarer than what moves it forward.
 _RARE = (Turmoil.cancel, Turmoil.failover, Turmoil.lose, Turmoil.forget, Turmoil.exit)
