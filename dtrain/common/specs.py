@@ -7,6 +7,10 @@ from dtrain.common.errors import UserError
 from dtrain.common.names import JobName
 
 
+# The log's times have three digits behind the point: shorter spans would all be different, or overflow.
+KEEP_EVERY_SECONDS_MIN = 0.001
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointPolicy:
     """When checkpoints are taken. Both zero: only on request. Never both set."""
@@ -59,6 +63,8 @@ class JobSpec:
         if self.checkpoints.every_steps and self.checkpoints.every_seconds:
             raise UserError("give --every-steps or --every-seconds, not both.")
         kept = self.retention
+        if not math.isfinite(kept.keep_every_seconds) or 0 < kept.keep_every_seconds < KEEP_EVERY_SECONDS_MIN:
+            raise UserError(f"keep-every-seconds must be a finite number of {KEEP_EVERY_SECONDS_MIN:g} or more.")
         if kept.keep_last < 0 or kept.keep_every_steps < 0 or kept.keep_every_seconds < 0:
             raise UserError("keep-last, keep-every-steps and keep-every-seconds must not be negative.")
         if (kept.keep_every_steps or kept.keep_every_seconds) and not kept.keep_last:

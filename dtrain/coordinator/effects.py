@@ -66,6 +66,9 @@ class EffectRunner:
 
     async def _run(self, effect: Effect) -> None:
         pause_s = _RETRY_FIRST_S
+        writing = self._running.get(("manifest", effect.job, effect.key[2]))
+        if isinstance(effect, DeleteAttempt) and writing is not None:
+            await asyncio.wait({writing})  # or the manifest of an aborted attempt would be written behind its sweep
         while True:
             try:
                 fact = await asyncio.get_running_loop().run_in_executor(self._threads, self._perform, effect)

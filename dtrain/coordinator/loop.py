@@ -30,6 +30,7 @@ from dtrain.coordinator.core.facts import (
     MarkersRead,
     Now,
     PinAsked,
+    QuarantineAsked,
     Request,
     SnapshotReceived,
     SubmitAsked,
@@ -220,6 +221,8 @@ class LeaderLoop:
                     decisions = admissions.checkpoint(request, self.observed, everything, this.now)
                 case PinAsked():
                     name, decisions = request.job, admissions.pin(request, everything)
+                case QuarantineAsked():
+                    name, decisions = request.job, admissions.quarantine(request, everything)
                 case unreachable:
                     assert_never(unreachable)
         except UserError as error:

@@ -153,7 +153,7 @@ class RankReport(_message.Message):
     def __init__(self, rank: _Optional[int] = ..., state: _Optional[_Union[RankState, str]] = ..., pid: _Optional[int] = ..., phase: _Optional[str] = ..., completed_step: _Optional[int] = ..., until_step: _Optional[int] = ..., tracking: _Optional[bool] = ..., step_s: _Optional[float] = ..., metrics_json: _Optional[str] = ..., exit_code: _Optional[int] = ..., exit_unknown: _Optional[bool] = ..., error: _Optional[str] = ..., exited_at: _Optional[float] = ...) -> None: ...
 
 class ShardReport(_message.Message):
-    __slots__ = ("checkpoint", "attempt", "rank", "state", "step", "key", "size_bytes", "digest", "reason")
+    __slots__ = ("checkpoint", "attempt", "rank", "state", "step", "key", "size_bytes", "digest", "reason", "index_key", "index_digest")
     CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     RANK_FIELD_NUMBER: _ClassVar[int]
@@ -163,6 +163,8 @@ class ShardReport(_message.Message):
     SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
+    INDEX_KEY_FIELD_NUMBER: _ClassVar[int]
+    INDEX_DIGEST_FIELD_NUMBER: _ClassVar[int]
     checkpoint: int
     attempt: int
     rank: int
@@ -172,7 +174,9 @@ class ShardReport(_message.Message):
     size_bytes: int
     digest: str
     reason: str
-    def __init__(self, checkpoint: _Optional[int] = ..., attempt: _Optional[int] = ..., rank: _Optional[int] = ..., state: _Optional[_Union[ShardState, str]] = ..., step: _Optional[int] = ..., key: _Optional[str] = ..., size_bytes: _Optional[int] = ..., digest: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
+    index_key: str
+    index_digest: str
+    def __init__(self, checkpoint: _Optional[int] = ..., attempt: _Optional[int] = ..., rank: _Optional[int] = ..., state: _Optional[_Union[ShardState, str]] = ..., step: _Optional[int] = ..., key: _Optional[str] = ..., size_bytes: _Optional[int] = ..., digest: _Optional[str] = ..., reason: _Optional[str] = ..., index_key: _Optional[str] = ..., index_digest: _Optional[str] = ...) -> None: ...
 
 class RestoreReport(_message.Message):
     __slots__ = ("state", "checkpoint", "key", "reason")
@@ -419,6 +423,22 @@ class PinRequest(_message.Message):
     def __init__(self, job: _Optional[str] = ..., checkpoint: _Optional[int] = ..., pinned: _Optional[bool] = ...) -> None: ...
 
 class PinReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class QuarantineRequest(_message.Message):
+    __slots__ = ("job", "checkpoint", "key", "reason")
+    JOB_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    job: str
+    checkpoint: int
+    key: str
+    reason: str
+    def __init__(self, job: _Optional[str] = ..., checkpoint: _Optional[int] = ..., key: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class QuarantineReply(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 

@@ -132,6 +132,11 @@ class JobsStub:
                 request_serializer=dtrain_dot_proto_dot_agent__pb2.PinRequest.SerializeToString,
                 response_deserializer=dtrain_dot_proto_dot_agent__pb2.PinReply.FromString,
                 _registered_method=True)
+        self.Quarantine = channel.unary_unary(
+                '/dtrain.v1.Jobs/Quarantine',
+                request_serializer=dtrain_dot_proto_dot_agent__pb2.QuarantineRequest.SerializeToString,
+                response_deserializer=dtrain_dot_proto_dot_agent__pb2.QuarantineReply.FromString,
+                _registered_method=True)
         self.Status = channel.unary_unary(
                 '/dtrain.v1.Jobs/Status',
                 request_serializer=dtrain_dot_proto_dot_agent__pb2.StatusRequest.SerializeToString,
@@ -172,6 +177,12 @@ class JobsServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Quarantine(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Status(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -206,6 +217,11 @@ def add_JobsServicer_to_server(servicer, server):
                     servicer.Pin,
                     request_deserializer=dtrain_dot_proto_dot_agent__pb2.PinRequest.FromString,
                     response_serializer=dtrain_dot_proto_dot_agent__pb2.PinReply.SerializeToString,
+            ),
+            'Quarantine': grpc.unary_unary_rpc_method_handler(
+                    servicer.Quarantine,
+                    request_deserializer=dtrain_dot_proto_dot_agent__pb2.QuarantineRequest.FromString,
+                    response_serializer=dtrain_dot_proto_dot_agent__pb2.QuarantineReply.SerializeToString,
             ),
             'Status': grpc.unary_unary_rpc_method_handler(
                     servicer.Status,
@@ -327,6 +343,33 @@ class Jobs:
             '/dtrain.v1.Jobs/Pin',
             dtrain_dot_proto_dot_agent__pb2.PinRequest.SerializeToString,
             dtrain_dot_proto_dot_agent__pb2.PinReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Quarantine(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dtrain.v1.Jobs/Quarantine',
+            dtrain_dot_proto_dot_agent__pb2.QuarantineRequest.SerializeToString,
+            dtrain_dot_proto_dot_agent__pb2.QuarantineReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -3,20 +3,21 @@
 from collections.abc import Mapping
 
 from dtrain.common.errors import UserError
-from dtrain.common.names import JobName
+from dtrain.common.names import CheckpointNumber, JobName
 from dtrain.coordinator.core import checkpoints
 from dtrain.coordinator.core.events import (
     CancelRequested,
     Cause,
     CheckpointAborted,
     CheckpointPinned,
+    CheckpointQuarantined,
     Decision,
     JobSubmitted,
     RunInterrupted,
 )
-from dtrain.coordinator.core.facts import CancelAsked, CheckpointAsked, Now, PinAsked, SubmitAsked
+from dtrain.coordinator.core.facts import CancelAsked, CheckpointAsked, Now, PinAsked, QuarantineAsked, SubmitAsked
 from dtrain.coordinator.core.observed import Observed
-from dtrain.coordinator.core.states import JobPhase, JobState
+from dtrain.coordinator.core.states import CommittedCheckpoint, JobPhase, JobState
 
 Jobs = Mapping[JobName, JobState]
 
@@ -69,16 +70,27 @@ def cancel(asked: CancelAsked, jobs: Jobs) -> list[Decision]:
 
 def pin(asked: PinAsked, jobs: Jobs) -> list[Decision]:
     """Pin a checkpoint or let it go; empty if it is so already."""
-    job = _known(asked.job, jobs)
-    found = job.committed.get(asked.checkpoint)
-    if found is None or found.expired:
-        raise UserError(
-            f"job {job.name!r} has no checkpoint {asked.checkpoint}: see them with: dtrain checkpoints {job.name}"
-        )
+    found = _committed(_known(asked.job, jobs), asked.checkpoint)
     if found.pinned == asked.pinned:
         return []
     event = CheckpointPinned(checkpoint=asked.checkpoint, pinned=asked.pinned)
     return [Decision(event=event, cause=Cause(fact="client_request"))]
+
+
+def quarantine(asked: QuarantineAsked, jobs: Jobs) -> list[Decision]:
+    """Never restore from this checkpoint again; empty if it is so already."""
+    found = _committed(_known(asked.job, jobs), asked.checkpoint)
+    if found.quarantined:
+        return []
+    event = CheckpointQuarantined(checkpoint=asked.checkpoint, key=asked.key, reason=asked.reason)
+    return [Decision(event=event, cause=Cause(fact="client_request", detail=asked.key))]
+
+
+def _committed(job: JobState, number: CheckpointNumber) -> CommittedCheckpoint:
+    found = job.committed.get(number)
+    if found is None or found.expired:
+        raise UserError(f"job {job.name!r} has no checkpoint {number}: see them with: dtrain checkpoints {job.name}")
+    return found
 
 
 def checkpoint(asked: CheckpointAsked, observed: Observed, jobs: Jobs, now: Now) -> list[Decision]:

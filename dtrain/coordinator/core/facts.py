@@ -66,6 +66,8 @@ class ShardReport:
     size_bytes: int = 0
     digest: str = ""
     reason: str = ""
+    index_key: str = ""
+    index_digest: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -210,6 +212,16 @@ class PinAsked:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class QuarantineAsked:
+    """A person's verification found a checkpoint damaged."""
+
+    job: JobName
+    checkpoint: CheckpointNumber
+    key: str  # the damaged blob
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MarkersRead:
     """What the commit markers of a job in its store say about how long its log once was."""
 
@@ -224,7 +236,7 @@ class Ticked:
     """Time passed."""
 
 
-Request = SubmitAsked | CancelAsked | CheckpointAsked | PinAsked
+Request = SubmitAsked | CancelAsked | CheckpointAsked | PinAsked | QuarantineAsked
 
 Fact = (
     WorkerRegistered

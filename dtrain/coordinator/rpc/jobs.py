@@ -9,7 +9,7 @@ import grpc.aio
 from dtrain.common.errors import DtrainError, UserError
 from dtrain.common.names import CheckpointNumber, JobName, job_name
 from dtrain.common.specs import JobSpec
-from dtrain.coordinator.core.facts import CancelAsked, CheckpointAsked, PinAsked, Request, SubmitAsked
+from dtrain.coordinator.core.facts import CancelAsked, CheckpointAsked, PinAsked, QuarantineAsked, Request, SubmitAsked
 from dtrain.coordinator.core.failures import reports
 from dtrain.coordinator.core.observed import WorkerView
 from dtrain.coordinator.core.placement import taken_slots, waiting_for
@@ -23,6 +23,8 @@ from dtrain.storage.keys import job_prefix
 from dtrain.storage.uris import open_store, probe
 
 logger = logging.getLogger(__name__)
+
+QUARANTINE_TEXT_MAX = 2048  # characters of a key or a reason that go into the log; a key has 1024 bytes at most
 
 # grpc.aio gives a context that is generic in its messages; nothing here depends on which.
 _Context = grpc.aio.ServicerContext[object, object]
@@ -92,6 +94,16 @@ class JobRequests(agent_pb2_grpc.JobsServicer):
         asked = PinAsked(job=name, checkpoint=CheckpointNumber(request.checkpoint), pinned=request.pinned)
         await self._ask(asked, context)
         return wire.PinReply()
+
+    async def Quarantine(self, request: wire.QuarantineRequest, context: _Context) -> wire.QuarantineReply:
+        asked = QuarantineAsked(
+            job=await _name(request.job, context),
+            checkpoint=CheckpointNumber(request.checkpoint),
+            key=request.key[:QUARANTINE_TEXT_MAX],
+            reason=request.reason[:QUARANTINE_TEXT_MAX],
+        )
+        await self._ask(asked, context)
+        return wire.QuarantineReply()
 
     async def Status(self, request: wire.StatusRequest, context: _Context) -> wire.StatusReply:
         loop = await self._leading(context)

@@ -29,6 +29,7 @@ from dtrain.coordinator.core.facts import (
     Now,
     ObjectsDeleted,
     PinAsked,
+    QuarantineAsked,
     RankReport,
     RankState,
     Registration,
@@ -149,6 +150,11 @@ class Cluster:
     def pins(self, checkpoint: int, *, name: str = JOB, wanted: bool = True) -> None:
         asked = PinAsked(job=JobName(name), checkpoint=CheckpointNumber(checkpoint), pinned=wanted)
         self._admits(asked.job, admissions.pin(asked, self.jobs))
+
+    def quarantines(self, checkpoint: int, *, name: str = JOB) -> None:
+        number = CheckpointNumber(checkpoint)
+        asked = QuarantineAsked(job=JobName(name), checkpoint=number, key="the blob", reason="bit")
+        self._admits(asked.job, admissions.quarantine(asked, self.jobs))
 
     # -- workers --------------------------------------------------------------------------------------
 

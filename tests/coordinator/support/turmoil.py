@@ -92,7 +92,10 @@ class Turmoil:
         self._refusable(lambda: self.cluster.asks_for_checkpoint(JOBS[x % 2]))
 
     def pin(self, x: int, y: int) -> None:
-        self._refusable(lambda: self.cluster.pins(1 + y % 4, name=JOBS[x % 2], wanted=y % 3 == 0))
+        self._refusable(lambda: self.cluster.pins(1 + y % 6, name=JOBS[x % 2], wanted=y % 3 == 0))
+
+    def quarantine(self, x: int, y: int) -> None:
+        self._refusable(lambda: self.cluster.quarantines(1 + y % 6, name=JOBS[x % 2]))
 
     @staticmethod
     def _refusable(ask: Callable[[], None]) -> None:
@@ -201,6 +204,30 @@ class Turmoil:
             )
         self.cluster.reports(node.name)
 
+    def save(self, x: int, y: int) -> None:
+        """A checkpoint from the request to its marker, as far as the job and its workers allow."""
+        job = JobName(JOBS[x % 2])
+        for node in self.cluster.nodes.values():
+            held = node.held.get(job)
+            for rank, report in held.ranks.items() if held is not None else ():
+                if held is not None and report.state is RankState.RUNNING:
+                    step = Step(report.completed_step + 1)
+                    held.ranks[rank] = replace(
+                        report, phase="training", completed_step=step, until_step=Step(0), tracking=True, step_s=0.2
+                    )
+            self.cluster.reports(node.name)
+        self._refusable(lambda: self.cluster.asks_for_checkpoint(job))
+        state = self.cluster.jobs.get(job)
+        if state is None or state.inflight is None:
+            return
+        for number in range(len(self.cluster.nodes)):
+            self.shard(number, 2 - JOBS.index(job))  # of this job, durable
+        self.manifests.add((job, state.inflight.attempt))
+        written = ManifestWritten(job=job, attempt=state.inflight.attempt, manifest_key="m", manifest_digest="d")
+        self.cluster.tells(written)
+        self.cluster.decides()
+        self.cluster.tells(MarkerWritten(job=job, checkpoint=CheckpointNumber(max(state.next_checkpoint, 1))))
+
     def restore(self, x: int, y: int) -> None:
         found = self._held(x, y)
         if found is not None:
@@ -238,10 +265,10 @@ class Turmoil:
 HAPPENINGS: tuple[Callable[[Turmoil, int, int], None], ...] = (
     Turmoil.submit, Turmoil.cancel, Turmoil.checkpoint, Turmoil.time, Turmoil.failover, Turmoil.join, Turmoil.lose,
     Turmoil.forget, Turmoil.restore, Turmoil.exit, Turmoil.obey, Turmoil.train, Turmoil.shard, Turmoil.manifest,
-    Turmoil.marker, Turmoil.pin, Turmoil.delete,
+    Turmoil.marker, Turmoil.pin, Turmoil.delete, Turmoil.quarantine, Turmoil.save, Turmoil.save,
 )  # fmt: skip
 # So that a random walk gets somewhere: what throws a job back is rarer than what moves it forward.
-_RARE = (Turmoil.cancel, Turmoil.failover, Turmoil.lose, Turmoil.forget, Turmoil.exit)
+_RARE = (Turmoil.cancel, Turmoil.failover, Turmoil.lose, Turmoil.forget, Turmoil.exit, Turmoil.quarantine)
 _OF_ONE_WORKER = (Turmoil.obey, Turmoil.train, Turmoil.shard, Turmoil.join)
 
 
