@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from dtrain.common.errors import UserError
 from dtrain.common.names import JobName
 
-
 # The log's times have three digits behind the point: shorter spans would all be different, or overflow.
 KEEP_EVERY_SECONDS_MIN = 0.001
 

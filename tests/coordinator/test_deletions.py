@@ -1,0 +1,226 @@
+"""The coordinator's deletions on a store that fails wherever it can: in order, to the end, and nothing else."""
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable
+
+import pytest
+
+from dtrain.common.names import AttemptNumber, CheckpointNumber, JobName
+from dtrain.common.specs import RetentionPolicy
+from dtrain.coordinator import effects as performing
+from dtrain.coordinator.core.effects import DeleteAttempt, Effect, WriteManifest
+from dtrain.coordinator.core.facts import Fact, ObjectsDeleted, ShardPhase
+from dtrain.coordinator.effects import EffectRunner
+from dtrain.storage import keys
+from dtrain.storage.objects import StorageUnavailable
+from tests.coordinator.support.clusters import JOB, Cluster, spec
+from tests.support.memory_store import Fault, MemoryStore
+
+DEADLINE_S = 30.0
+POLL_S = 0.005
+MNIST = JobName(JOB)
+UNAVAILABLE = StorageUnavailable("no answer")
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> MemoryStore:
+    """The store of every job of these tests, whatever it is called."""
+    memory = MemoryStore()
+    monkeypatch.setattr(performing, "open_store", lambda uri: memory)
+    return memory
+
+
+def attempt_keys(checkpoint: int, attempt: int) -> list[str]:
+    """Of the manifest and the shards, in the order in which they are to be deleted."""
+    number, try_number = CheckpointNumber(checkpoint), AttemptNumber(attempt)
+    shards = [keys.shard_key(MNIST, number, try_number, rank) for rank in range(2)]
+    return [keys.manifest_key(MNIST, number, try_number), *shards]
+
+
+def checkpoint_keys(checkpoint: int, attempt: int) -> list[str]:
+    """Of the marker as well, first."""
+    return [keys.marker_key(MNIST, CheckpointNumber(checkpoint)), *attempt_keys(checkpoint, attempt)]
+
+
+def fill(store: MemoryStore, *names: str) -> None:
+    for name in names:
+        store.put(name, b"bytes")
+
+
+def listed(store: MemoryStore) -> list[str]:
+    return [info.key for info in store.list("")]
+
+
+def two_saved(store: MemoryStore) -> Cluster:
+    """A job that keeps one checkpoint and has just committed its second, with all objects in the store."""
+    cluster = Cluster()
+    cluster.joins("w1")
+    cluster.runs(spec(retention=RetentionPolicy(keep_last=1)), step=10)
+    for number in (1, 2):
+        cluster.asks_for_checkpoint()
+        cluster.acknowledges()
+        cluster.manifest_written()
+        cluster.decides()
+        cluster.marker_written(number)
+        cluster.decides()
+        fill(store, *checkpoint_keys(number, number))
+        cluster.trains(step=10 + 10 * number)
+    assert cluster.job().committed[CheckpointNumber(1)].expired
+    return cluster
+
+
+def deletions(cluster: Cluster) -> list[Effect]:
+    return [effect for effect in cluster.owes() if isinstance(effect, DeleteAttempt)]
+
+
+def performed(
+    play: Callable[[EffectRunner, list[Fact]], Awaitable[None]], *, is_owed: Callable[[Effect], bool] = lambda _: True
+) -> list[Fact]:
+    """What a leader's runner brought back while ``play`` went on. The leader is gone at its end."""
+    told: list[Fact] = []
+
+    async def tell(fact: Fact) -> None:
+        told.append(fact)
+
+    async def run() -> None:
+        runner = EffectRunner(tell, is_owed)
+        try:
+            async with asyncio.timeout(DEADLINE_S):
+                await play(runner, told)
+        finally:
+            await runner.close()
+
+    asyncio.run(run())
+    return told
+
+
+async def until(fact: Callable[[], bool]) -> None:
+    while not fact():
+        await asyncio.sleep(POLL_S)
+
+
+@pytest.mark.parametrize("crash_at", range(4), ids=["marker", "manifest", "shard 0", "shard 1"])
+@pytest.mark.parametrize("after", [False, True], ids=["before it", "after it"])
+def test_a_leader_that_dies_at_any_deletion_leaves_what_a_fresh_one_finishes(
+    store: MemoryStore, crash_at: int, after: bool
+) -> None:
+    cluster = two_saved(store)
+    order, rest = checkpoint_keys(1, 1), sorted(checkpoint_keys(2, 2))
+    store.fail_next(Fault(operation="delete", key_part=order[crash_at], error=UNAVAILABLE, after=after))
+
+    async def dies(runner: EffectRunner, told: list[Fact]) -> None:
+        runner.perform(deletions(cluster))
+        await until(lambda: store.faults_left == 0)
+
+    assert performed(dies) == [], "it says that something is gone which is not"
+    assert [key for operation, key in store.calls if operation == "delete"] == order[: crash_at + 1]
+    assert listed(store) == sorted(order[crash_at + after :]) + rest
+
+    successor = cluster.fails_over()
+
+    async def finishes(runner: EffectRunner, told: list[Fact]) -> None:
+        runner.perform(deletions(successor))
+        await until(lambda: told != [])
+
+    [fact] = performed(finishes)
+    assert fact == ObjectsDeleted(job=MNIST, attempt=AttemptNumber(1))
+    assert listed(store) == rest
+    successor.tells(fact)
+    successor.reconnect()
+    assert successor.decides() == ["CheckpointDeleted"]
+    assert deletions(successor) == []
+
+
+def test_one_leader_goes_on_by_itself_when_storage_answers_again(store: MemoryStore) -> None:
+    cluster = two_saved(store)
+    store.fail_next(*(Fault(operation="delete", error=UNAVAILABLE) for _ in range(2)))
+
+    async def goes_on(runner: EffectRunner, told: list[Fact]) -> None:
+        runner.perform(deletions(cluster))
+        runner.perform(deletions(cluster))  # as every round does
+        await until(lambda: told != [])
+
+    assert performed(goes_on) == [ObjectsDeleted(job=MNIST, attempt=AttemptNumber(1))]
+    assert store.faults_left == 0
+    assert listed(store) == sorted(checkpoint_keys(2, 2))
+
+
+def test_the_sweep_of_an_aborted_attempt_touches_nothing_of_the_checkpoint_that_came_of_the_next(
+    store: MemoryStore,
+) -> None:
+    cluster = Cluster()
+    cluster.joins("w1")
+    cluster.runs(spec(), step=10)
+    cluster.asks_for_checkpoint()
+    cluster.shard(0, ShardPhase.FAILED, reason="disk full")
+    assert cluster.decides() == ["CheckpointAborted"]
+    cluster.commits()
+    assert cluster.job().committed[CheckpointNumber(1)].attempt == 2
+    fill(store, *attempt_keys(1, 1), *checkpoint_keys(1, 2), *attempt_keys(1, 11), *attempt_keys(11, 1))
+
+    async def sweeps(runner: EffectRunner, told: list[Fact]) -> None:
+        runner.perform(deletions(cluster))
+        await until(lambda: told != [])
+
+    [fact] = performed(sweeps)
+    assert listed(store) == sorted([*checkpoint_keys(1, 2), *attempt_keys(1, 11), *attempt_keys(11, 1)])
+    deleted = [key for operation, key in store.calls if operation == "delete"]
+    assert set(deleted) == set(attempt_keys(1, 1)), "not even a try"
+    cluster.tells(fact)
+    assert cluster.decides() == ["AttemptSwept"]
+
+
+def writing(cluster: Cluster, store: MemoryStore) -> WriteManifest:
+    """The manifest that is owed once every rank has acknowledged; what they acknowledged is in the store."""
+    cluster.joins("w1")
+    cluster.runs(spec(), step=10)
+    cluster.asks_for_checkpoint()
+    cluster.acknowledges()
+    [owed] = cluster.owes()
+    assert isinstance(owed, WriteManifest)
+    for shard in owed.shards:
+        store.put(shard.key, bytes(shard.size_bytes))
+    return owed
+
+
+def test_a_manifest_that_is_being_written_when_its_attempt_is_aborted_does_not_outlive_the_sweep(
+    store: MemoryStore,
+) -> None:
+    cluster = Cluster()
+    manifest = writing(cluster, store)
+    cluster.cancels()
+    cluster.exits(0, -15)
+    cluster.exits(1, -15)
+    assert cluster.decides() == ["CheckpointAborted", "JobCancelled"]
+    [sweep] = deletions(cluster)
+    slow = threading.Event()
+    store.fail_next(Fault(operation="put", key_part=keys.MANIFEST_NAME, hold=slow))
+
+    async def both(runner: EffectRunner, told: list[Fact]) -> None:
+        runner.perform([manifest])
+        await until(lambda: store.faults_left == 0)
+        runner.perform([sweep])
+        for _ in range(20):  # every chance to overtake
+            await asyncio.sleep(POLL_S)
+        assert not any(operation == "delete" for operation, _ in store.calls)
+        slow.set()
+        await until(lambda: any(isinstance(fact, ObjectsDeleted) for fact in told))
+
+    try:
+        performed(both)
+    finally:
+        slow.set()
+    assert not any(key.endswith(keys.MANIFEST_NAME) for key in listed(store))
+
+
+def test_an_effect_that_is_not_owed_any_more_ends(store: MemoryStore) -> None:
+    manifest = writing(Cluster(), store)
+    store.fail_next(Fault(operation="head", error=UNAVAILABLE))
+
+    async def ends(runner: EffectRunner, told: list[Fact]) -> None:
+        runner.perform([manifest])
+        await until(lambda: not runner._running)
+
+    assert performed(ends, is_owed=lambda effect: False) == []
+    assert [operation for operation, _ in store.calls].count("head") == 1
