@@ -5,7 +5,7 @@ This is what a training script imports. Nothing heavy is loaded until it is used
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from dtrain.common.version import VERSION as __version__
 
 if TYPE_CHECKING:
     from dtrain.trainer.run import Run, join
