@@ -15,7 +15,8 @@ import json
 from enum import IntEnum
 
 MAILBOX_BYTES = 8192
-STAGE_SLOTS = 2  # one is staged into while the other is uploaded, or kept as the newest committed state
+PAIR_SLOTS = 2  # one is staged into while the other is uploaded, or kept as the newest committed state
+STAGE_SLOTS = 2 * PAIR_SLOTS  # a pair in shared memory, and one in files, used where memory is too small
 _MAGIC = 0x6474_7261_696E_0001  # "dtrain", layout 1
 _STEP_BITS = 40
 _STEP_MASK = (1 << _STEP_BITS) - 1
@@ -59,8 +60,9 @@ class _Word(IntEnum):
     # written by the worker
     REQUEST = 8  # packed: stage at the end of exactly this step
     RESTORE = 9  # RestoreState
-    STAGE_SLOT = 10  # 1 + the slot that REQUEST goes to; 0: the one that was not staged into last
-    SLOT_BYTES = 11  # both slots have this many bytes allocated; 0 while the worker has allocated none
+    STAGE_SLOT = 10  # 1 + the slot that REQUEST goes to; 0: the one of the first pair not staged into last
+    SLOT_BYTES = 11  # both slots of the pair have this many bytes allocated; 0 while the worker has allocated none
+    SLOT_PAIR = 12  # the pair's first slot
     # written by the trainer
     PHASE = 16
     COMPLETED_STEP = 17
@@ -74,7 +76,7 @@ class _Word(IntEnum):
     STALL_NS = 25  # time the last staging held the training loop
     STEP_NS = 26  # duration of the last step, staging not counted
     NEEDED_BYTES = 27  # what each slot should have; 0 while unknown
-    SLOT_HOLDS = 28  # and 29, one a slot: packed request whose state lies there whole; 0 while it is written
+    SLOT_HOLDS = 28  # to 31, one a slot: packed request whose state lies there whole; 0 while it is written
     METRICS_SEQ = 32
     METRICS_LEN = 33
     ERROR_SEQ = 34
@@ -126,12 +128,14 @@ class Mailbox:
         return slot - 1 if 0 < slot <= STAGE_SLOTS else None
 
     @property
-    def slot_bytes(self) -> int:
-        """How many bytes the worker has allocated for each slot; 0 for none yet."""
-        return self._words[_Word.SLOT_BYTES]
+    def slots(self) -> tuple[int, int]:
+        """(first slot, bytes) of the pair that the worker has allocated; the bytes are 0 while there is none."""
+        size_bytes = self._words[_Word.SLOT_BYTES]
+        return min(self._words[_Word.SLOT_PAIR], STAGE_SLOTS - PAIR_SLOTS), size_bytes
 
-    @slot_bytes.setter
-    def slot_bytes(self, size_bytes: int) -> None:
+    def publish_slots(self, first: int, size_bytes: int) -> None:
+        """Say that the pair of slots from ``first`` on has this many bytes each; the bytes are published last."""
+        self._words[_Word.SLOT_PAIR] = first
         self._words[_Word.SLOT_BYTES] = size_bytes
 
     @property

@@ -16,7 +16,7 @@ import errno
 import fcntl
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from dtrain.storage.keys import RESERVED_PART
@@ -31,6 +31,15 @@ _SYNC_FILE_RANGE_WRITE = 2  # start writing these pages out, do not wait
 
 def place(directory: int, name: str, data: memoryview, *, if_absent: bool) -> None:
     """Write ``data`` beside its place, flush it, and only then give it its name."""
+    _place(directory, name, len(data), lambda file: _write(file, data), if_absent=if_absent)
+
+
+def place_file(directory: int, name: str, source: int, size_bytes: int) -> None:
+    """Like :func:`place`, for the first bytes of the open file ``source``; they never leave the kernel."""
+    _place(directory, name, size_bytes, lambda file: _send(file, source, size_bytes), if_absent=False)
+
+
+def _place(directory: int, name: str, size_bytes: int, fill: Callable[[int], None], *, if_absent: bool) -> None:
     if if_absent and _exists(directory, name):  # spares the writing; link() below decides
         flush(directory)
         raise FileExistsError(errno.EEXIST, "exists", name)
@@ -39,7 +48,8 @@ def place(directory: int, name: str, data: memoryview, *, if_absent: bool) -> No
     named = False
     try:
         with closing(descriptor):
-            _write(descriptor, data)
+            _reserve(descriptor, size_bytes)
+            fill(descriptor)
             flush(descriptor)
             if if_absent:
                 try:
@@ -69,13 +79,26 @@ def _make_temporary(directory: int, name: str) -> int:
         _lock(directory, fcntl.LOCK_UN)
 
 
-def _write(descriptor: int, data: memoryview) -> None:
-    if len(data) and hasattr(os, "posix_fallocate"):
+def _reserve(descriptor: int, size_bytes: int) -> None:
+    if size_bytes and hasattr(os, "posix_fallocate"):
         try:
-            os.posix_fallocate(descriptor, 0, len(data))  # a full disk is noticed before anything is copied
+            os.posix_fallocate(descriptor, 0, size_bytes)  # a full disk is noticed before anything is copied
         except OSError as error:
             if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # a file system without it: writing will tell
                 raise
+
+
+def _send(descriptor: int, source: int, size_bytes: int) -> None:
+    position = 0
+    while position < size_bytes:
+        count = os.sendfile(descriptor, source, position, min(CHUNK_BYTES, size_bytes - position))
+        if count == 0:
+            raise OSError(errno.EIO, f"the source ends at {position} of {size_bytes} bytes")
+        _start_writeback(descriptor, position, count)
+        position += count
+
+
+def _write(descriptor: int, data: memoryview) -> None:
     position = 0
     while position < len(data):
         count = os.write(descriptor, data[position : position + CHUNK_BYTES])

@@ -23,7 +23,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from dtrain.common.errors import DtrainError, ShardDamagedError
-from dtrain.storage.durable import DIRECTORY, closing, flush, flush_path, place, sweep
+from dtrain.storage.durable import DIRECTORY, closing, flush, flush_path, place, place_file, sweep
 from dtrain.storage.keys import RESERVED_PART, validate_key, validate_prefix
 from dtrain.storage.objects import (
     AlreadyExists,
@@ -65,14 +65,12 @@ class LocalFolder:
         return self._root.as_uri()
 
     def put(self, key: str, data: bytes | memoryview, *, if_absent: bool = False) -> None:
-        *folders, name = validate_key(key).split("/")
-        with _translated(key, self._root, putting=True):
-            directory = self._open_made(folders)
-            try:
-                self._prepare("/".join(folders), directory)
-                place(directory, name, memoryview(data).cast("B"), if_absent=if_absent)
-            finally:
-                os.close(directory)
+        with self._prepared_place(key) as (directory, name):
+            place(directory, name, memoryview(data).cast("B"), if_absent=if_absent)
+
+    def put_file(self, key: str, file: int, *, size_bytes: int) -> None:
+        with self._prepared_place(key) as (directory, name):
+            place_file(directory, name, file, size_bytes)
 
     def get(self, key: str) -> bytes:
         with _translated(key, self._root), self._opened(key) as descriptor:
@@ -129,6 +127,14 @@ class LocalFolder:
                 flush(directory)
             finally:
                 os.close(directory)
+
+    @contextlib.contextmanager
+    def _prepared_place(self, key: str) -> Iterator[tuple[int, str]]:
+        """Yield (directory, name) for a put: the directory is open, durable and swept."""
+        *folders, name = validate_key(key).split("/")
+        with _translated(key, self._root, putting=True), closing(self._open_made(folders)) as directory:
+            self._prepare("/".join(folders), directory)
+            yield directory, name
 
     def _open(self, folders: Sequence[str]) -> int:
         """Return a descriptor of the directory; links below the root are refused by the kernel."""

@@ -35,7 +35,14 @@ from botocore.config import Config
 
 from dtrain.common.errors import DtrainError, ShardDamagedError
 from dtrain.storage.keys import KEY_MAX_BYTES, InvalidKey, validate_key, validate_prefix
-from dtrain.storage.objects import AlreadyExists, NotFound, ObjectInfo, StorageRefused, StorageUnavailable
+from dtrain.storage.objects import (
+    AlreadyExists,
+    NotFound,
+    ObjectInfo,
+    StorageRefused,
+    StorageUnavailable,
+    put_mapped,
+)
 from dtrain.storage.s3_errors import S3Place, translated
 
 if TYPE_CHECKING:
@@ -100,6 +107,9 @@ class S3Store:
                 self._put_parts(name, view, conditional=conditional)
         else:
             self._put_whole(key, name, view, conditional=conditional)
+
+    def put_file(self, key: str, file: int, *, size_bytes: int) -> None:
+        put_mapped(self, key, file, size_bytes=size_bytes)
 
     def get(self, key: str) -> bytes:
         name = self._name(key)

@@ -1,6 +1,7 @@
-"""The arena: the two stage slots of a rank, as this trainer sees them.
+"""The arena: the stage slots of a rank, as this trainer sees them.
 
-The slots are files in shared memory that belong to the worker and outlive this process. Writing into pages that
+The slots are files that belong to the worker and outlive this process: a pair in shared memory, or, where that is
+too small, a pair in files; the worker says which. Writing into pages that
 nobody touched before is up to twenty times slower than a copy, so nothing of that may happen while training stands
 still. Two threads share the work:
 
@@ -26,7 +27,7 @@ from pathlib import Path
 
 import torch
 
-from dtrain.common.mailbox import STAGE_SLOTS, Mailbox
+from dtrain.common.mailbox import PAIR_SLOTS, STAGE_SLOTS, Mailbox
 from dtrain.trainer.copying import Copier
 
 _log = logging.getLogger("dtrain")
@@ -53,16 +54,16 @@ class SlotMemory:
 
 
 class StageSlots:
-    """Both slots. ``reserve`` for the training thread, ``map_all`` for the preparing one."""
+    """All slots. ``reserve`` is for the training thread, ``map_pair`` for the preparing one."""
 
     def __init__(self, folder: Path) -> None:
         self._paths = [folder / f"slot{number}" for number in range(STAGE_SLOTS)]
         self._memories: list[SlotMemory | None] = [None] * STAGE_SLOTS
-        self._last_staged = STAGE_SLOTS - 1  # so that the first goes to slot 0
+        self._last_staged = PAIR_SLOTS - 1  # so that the first goes to slot 0
 
     def choose(self, asked: int | None) -> int:
         """Return the slot for the next state: the one asked for, else the one not staged into last."""
-        return asked if asked is not None else (self._last_staged + 1) % STAGE_SLOTS
+        return asked if asked is not None else (self._last_staged + 1) % PAIR_SLOTS
 
     def reserve(self, number: int, needed_bytes: int) -> SlotMemory:
         """Return the slot's memory, all of it allocated. Raises OSError if there is no room."""
@@ -76,18 +77,17 @@ class StageSlots:
         """Say that the slot holds a whole state."""
         self._last_staged = number
 
-    def map_all(self, size_bytes: int, stop: threading.Event) -> None:
+    def map_pair(self, first: int, size_bytes: int, stop: threading.Event) -> None:
         """Map what the worker has allocated, ``size_bytes`` a slot, and fill in the page tables. Raises OSError."""
-        for number, path in enumerate(self._paths):
+        for number in range(first, first + PAIR_SLOTS):
             memory = self._memories[number]
             if memory is None or len(memory.pages) < size_bytes:
-                memory = SlotMemory(pages=_map_allocated(path, size_bytes), pinned=False)
-                _populate(memory.pages, stop)
-                pinned = _pin(memory.pages)
+                pages = _map_allocated(self._paths[number], size_bytes)
+                _populate(pages, stop)
                 if stop.is_set():
                     return
                 # Only now: until then the training thread had better map a slot by itself than wait for this one.
-                self._memories[number] = SlotMemory(pages=memory.pages, pinned=pinned)
+                self._memories[number] = SlotMemory(pages=pages, pinned=_pin(pages))
 
     def let_go(self) -> None:
         """Forget the maps. The files stay: the worker may still be reading them."""
@@ -150,9 +150,10 @@ class ArenaPreparation:
         mailbox.needed_bytes = needed_bytes
         wait_s = WAIT_FIRST_S
         for _ in range(WAITS_MAX):
-            if mailbox.slot_bytes >= needed_bytes:
+            first, size_bytes = mailbox.slots
+            if size_bytes >= needed_bytes:
                 _give_way()  # not before: a thread that gave way while it held the GIL would hold training up
-                self._slots.map_all(mailbox.slot_bytes, self._stop)
+                self._slots.map_pair(first, size_bytes, self._stop)
                 return
             if self._stop.wait(wait_s):
                 return

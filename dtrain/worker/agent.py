@@ -37,6 +37,7 @@ from dtrain.etcd.client import EtcdClient
 from dtrain.etcd.registrations import RegistrationTaken, keep_registered
 from dtrain.proto import agent_pb2 as wire
 from dtrain.proto.agent_pb2_grpc import add_LogsServicer_to_server
+from dtrain.worker.arenas import Arenas
 from dtrain.worker.config import WorkerConfig
 from dtrain.worker.core.actions import Action, JournalEntry
 from dtrain.worker.core.inputs import Input, StopRequested, Tick
@@ -48,12 +49,12 @@ from dtrain.worker.keepers import Keepers, kill_strays
 from dtrain.worker.mailboxes import POLL_S, Mailboxes
 from dtrain.worker.performing import Shells, perform
 from dtrain.worker.ports import HeldPort
-from dtrain.worker.rank_dirs import RankDirs
+from dtrain.worker.rank_dirs import RankDirs, RankId
 from dtrain.worker.restores import Restores
 from dtrain.worker.rpc.client import CoordinatorClient
 from dtrain.worker.rpc.convert import Identity, to_snapshot
 from dtrain.worker.rpc.leaders import Leaders
-from dtrain.worker.rpc.logs import LogFiles
+from dtrain.worker.rpc.logs import LogFiles, log_path
 from dtrain.worker.tasks import Tasks
 from dtrain.worker.uploads import Uploads
 
@@ -137,7 +138,8 @@ class Agent:
         self._number = 0
         self._tasks = Tasks()
         dirs = RankDirs(config.shared_memory, config.data_dir.resolve(), journal.id)
-        mailboxes = Mailboxes(self._emit, progress_every_s=PROGRESS_S)
+        arenas = Arenas(dirs, self._open_slots, self._tell_rank, self._tasks.begin)
+        mailboxes = Mailboxes(self._emit, progress_every_s=PROGRESS_S, on_need=arenas.provide)
         self._shells = Shells(
             journal_id=journal.id,
             logs=config.data_dir.resolve() / "logs",
@@ -146,7 +148,8 @@ class Agent:
             dirs=dirs,
             keepers=Keepers(self._emit, mailboxes.read_last, journal.id, self._tasks.begin),
             mailboxes=mailboxes,
-            uploads=Uploads(self._emit, mailboxes.staged_word, self._tasks.begin),
+            arenas=arenas,
+            uploads=Uploads(self._emit, mailboxes.slot_holds, arenas.keep, self._tasks.begin),
             restores=Restores(self._emit, dirs, self._tasks.begin),
             port=HeldPort(),
             emit=self._emit,
@@ -155,6 +158,14 @@ class Agent:
 
     def _emit(self, fact: Input) -> None:
         self._inputs.put_nowait(fact)
+
+    def _open_slots(self, of: RankId, first: int, size_bytes: int) -> None:
+        self._shells.mailboxes.open_slots(of, first, size_bytes)
+
+    def _tell_rank(self, of: RankId, text: str) -> None:
+        """Say it where the rank's own words are read."""
+        with contextlib.suppress(OSError), log_path(self._shells.logs, of.job, of.generation, of.rank).open("a") as log:
+            log.write(f"dtrain: {text}\n")
 
     async def run(self) -> None:
         """Run until asked to leave and everything is over."""
@@ -179,6 +190,7 @@ class Agent:
                 await self._client.flush()
                 self._shells.uploads.close()
                 self._shells.restores.close()
+                self._shells.arenas.remove_all()
                 for task in background:
                     task.cancel()
             if self._taken is not None:
@@ -242,6 +254,7 @@ class Agent:
     async def _tick(self) -> None:
         while True:
             self._emit(Tick())
+            self._shells.arenas.expire(_now())
             await asyncio.sleep(TICK_S)
 
     # ---- beginning and end -------------------------------------------------------------------------------
@@ -270,6 +283,7 @@ class Agent:
             retiring = {(assignment.job, rank.generation) for rank in assignment.retiring}
             known, alive = known | retiring, alive | retiring
         self._shells.dirs.sweep(known)
+        self._take_arenas_back()
         for abandoned in self._shells.dirs.sweep_abandoned():
             logger.warning("removed %s: the data folder of the worker that made it is gone", abandoned)
         marks = {f"{self._journal.id}/{job}/{generation}" for job, generation in alive}
@@ -280,12 +294,21 @@ class Agent:
         if killed := kill_strays(is_stray):
             logger.warning("ended %d processes that belonged to generations that are over", len(killed))
 
+    def _take_arenas_back(self) -> None:
+        arenas = self._shells.arenas
+        for assignment in self._state.assignments.values():
+            job, generation = assignment.job, assignment.generation
+            arenas.take_back(tuple(RankId(job=job, generation=generation, rank=run.rank) for run in assignment.ranks))
+            if assignment.stage is GenerationStage.OVER:
+                arenas.rest(job, generation, _now())
+
     def _close(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().remove_signal_handler(number)
         shells = self._shells
         shells.uploads.close()  # again, for an agent that leaves by an error
         shells.restores.close()
+        shells.arenas.close()
         shells.keepers.close()
         shells.mailboxes.close()
         shells.port.close()

@@ -75,8 +75,15 @@ class _Watched:
 class Mailboxes:
     """All mailboxes of the agent's ranks. Used in the event loop only."""
 
-    def __init__(self, emit: Callable[[MailboxSeen], None], *, progress_every_s: float) -> None:
+    def __init__(
+        self,
+        emit: Callable[[MailboxSeen], None],
+        *,
+        progress_every_s: float,
+        on_need: Callable[[RankId, int], None],
+    ) -> None:
         self._emit = emit
+        self._on_need = on_need  # the rank wants slots of so many bytes; told until it has them
         self._progress_every_s = progress_every_s
         self._watched: dict[RankId, _Watched] = {}
 
@@ -112,6 +119,8 @@ class Mailboxes:
             watched.readable = True
             if seen is not None:
                 self._emit(seen)
+            if watched.box.needed_bytes > watched.box.slots[1]:
+                self._on_need(watched.of, watched.box.needed_bytes)
 
     def read_last(self, of: RankId) -> None:
         """Tell what the mailbox holds after its trainer is gone."""
@@ -121,14 +130,20 @@ class Mailboxes:
             except ValueError as error:
                 logger.warning("the mailbox of %s cannot be read: %s", of, error)
 
-    def ask_stage(self, of: RankId, word: int) -> None:
+    def ask_stage(self, of: RankId, word: int, choose_slot: Callable[[], int]) -> None:
+        """Ask the rank to stage; which slot is settled when it is asked for the first time."""
+        if of in self._watched and self._watched[of].box.request != word:
+            self._watched[of].box.ask(word, slot=choose_slot())
+
+    def open_slots(self, of: RankId, first: int, size_bytes: int) -> None:
+        """Tell the rank that a pair of slots is allocated."""
         if of in self._watched:
-            self._watched[of].box.request = word
+            self._watched[of].box.publish_slots(first, size_bytes)
 
     def open_restore(self, of: RankId) -> None:
         if of in self._watched:
             self._watched[of].box.restore = RestoreState.READY
 
-    def staged_word(self, of: RankId) -> int:
-        """The packed word of the newest staged state; 0 if the mailbox is gone."""
-        return self._watched[of].box.staged[0] if of in self._watched else 0
+    def slot_holds(self, of: RankId, slot: int) -> int:
+        """The packed word of the state that lies whole in the slot; 0 for none, or if the mailbox is gone."""
+        return self._watched[of].box.slot_holds(slot) if of in self._watched else 0

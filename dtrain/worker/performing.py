@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import assert_never
 
 from dtrain.common.mailbox import RestoreState
+from dtrain.worker.arenas import Arenas
 from dtrain.worker.core.actions import (
     Act,
     AskStage,
@@ -22,6 +23,7 @@ from dtrain.worker.core.actions import (
     FetchRestore,
     OpenRestore,
     PrepareFolders,
+    RemoveArena,
     RemoveRestore,
     SendSnapshot,
     SpawnTrainer,
@@ -52,6 +54,7 @@ class Shells:
     dirs: RankDirs
     keepers: Keepers
     mailboxes: Mailboxes
+    arenas: Arenas
     uploads: Uploads
     restores: Restores
     port: HeldPort
@@ -68,8 +71,9 @@ def perform(shells: Shells, act: Act) -> None:
             _spawn(shells, act)
         case EndTrainers(job=job, generation=generation, grace_s=grace_s):
             shells.keepers.end(job, generation, grace_s)
-        case AskStage(word=word):
-            shells.mailboxes.ask_stage(_rank(act), word)
+        case AskStage(word=word, committed_attempt=committed):
+            of = _rank(act)
+            shells.mailboxes.ask_stage(of, word, lambda: shells.arenas.choose(of, committed))
         case Upload():
             shells.uploads.start(act, shells.dirs.rank_dir(_rank(act)))
         case FetchRestore():
@@ -86,6 +90,9 @@ def perform(shells: Shells, act: Act) -> None:
             shells.restores.drop(job, generation)
             shells.mailboxes.forget(job, generation)
             shells.dirs.remove(job, generation)
+            shells.arenas.rest(job, generation, time.monotonic())
+        case RemoveArena(job=job):
+            shells.arenas.remove(job)
         case SendSnapshot():
             shells.send_snapshot()
         case _ as never:
@@ -99,10 +106,13 @@ def _rank(act: SpawnTrainer | AskStage | Upload | OpenRestore | RemoveRestore) -
 def _prepare(shells: Shells, act: PrepareFolders) -> None:
     spec = act.spec
     restore = RestoreState.NOTHING if spec.restore is None else RestoreState.PENDING
+    ranks = tuple(
+        RankId(job=act.job, generation=act.generation, rank=spec.first_rank + local) for local in range(spec.nproc)
+    )
     try:
-        for local in range(spec.nproc):
-            of = RankId(job=act.job, generation=act.generation, rank=spec.first_rank + local)
+        for of in ranks:
             shells.dirs.prepare(of, _plan(shells, spec, of), restore)
+        shells.arenas.claim(ranks)
     except OSError as error:
         fact = ExitFact(code=None, at_unix_s=time.time(), error=f"its folder could not be made: {error}")
         shells.emit(FoldersFailed(job=act.job, generation=act.generation, exit=fact))

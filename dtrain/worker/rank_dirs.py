@@ -1,6 +1,7 @@
 """The folders that an agent shares with its keepers and trainers, in shared memory.
 
-``<shared memory>/dtrain-<journal>/<job>.g<generation>/rank<rank>/``. The journal's identity keeps two agents of
+``<shared memory>/dtrain-<journal>/<job>.g<generation>/rank<rank>/``, and beside them the stage slots of each job, in
+``arenas/<job>/rank<rank>/``, which outlive its generations. The journal's identity keeps two agents of
 one machine apart. The folders are only ever worth something together with the journal: what a restarted agent
 finds there without a living generation in its journal is swept away.
 
@@ -27,6 +28,7 @@ from dtrain.worker.core.states import ExitFact
 JOURNAL_CHARS = 8  # of its identity: enough to keep the agents of one machine apart
 OWNER_FILE = "owner"  # at the root: the data folder of the agent that made it
 RESTORE_FILE = "restore.safetensors"
+ARENAS = "arenas"  # the stage slots of all jobs; no generation's folder is named so: those end with a number
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +76,14 @@ class RankDirs:
     def rank_dir(self, of: RankId) -> Path:
         return self.generation_dir(of.job, of.generation) / f"rank{of.rank}"
 
+    def arena(self, job: JobName) -> Path:
+        """Where the job's stage slots lie in shared memory: one folder a rank, whatever its generation."""
+        return self.root / ARENAS / job
+
+    def arena_in_files(self, job: JobName) -> Path:
+        """Where they lie if there is too little memory."""
+        return self._data_dir / ARENAS / job
+
     def prepare(self, of: RankId, plan: KeeperPlan, restore: RestoreState) -> None:
         """Make the rank's folder, mailbox and keeper file. Raises OSError."""
         folder = self.rank_dir(of)
@@ -93,10 +103,12 @@ class RankDirs:
         shutil.rmtree(self.generation_dir(job, generation), ignore_errors=True)
 
     def sweep(self, keep: Iterable[tuple[JobName, Generation]]) -> None:
-        """Remove every generation's folder but these."""
-        wanted = {self.generation_dir(job, generation) for job, generation in keep}
-        if self.root.is_dir():
-            for folder in self.root.iterdir():
+        """Remove every generation's folder but these, and the stage slots of every other job."""
+        known = list(keep)
+        wanted = {self.root / ARENAS, *(self.generation_dir(job, generation) for job, generation in known)}
+        wanted |= {path for job, _ in known for path in (self.arena(job), self.arena_in_files(job))}
+        for parent in (self.root, self.root / ARENAS, self._data_dir / ARENAS):
+            for folder in parent.iterdir() if parent.is_dir() else ():
                 if folder not in wanted and folder.is_dir():
                     shutil.rmtree(folder, ignore_errors=True)
 

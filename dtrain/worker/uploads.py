@@ -1,18 +1,19 @@
 """Sends staged shards from shared memory to storage, and says when storage has confirmed them.
 
 The trainer trains on meanwhile, so nothing here may hold it: uploads run in threads of lower priority (on Linux
-a thread has a nice value of its own), read the stage slot through a map without a copy, and are bounded in time,
-since a checkpoint that is late is better aborted than pursued.
+a thread has a nice value of its own), send the stage slot without a copy, and are bounded in time, since a checkpoint
+that is late is better aborted than pursued.
+
+A slot is shared with a trainer that may write into it again. So the mailbox must say that it holds this attempt's
+state before its digest is taken, and still say so when storage has confirmed: then nobody wrote in between.
 
 An agent killed after storage confirmed and before its journal knew it uploads again when it comes back: the same
 bytes under the same key, which changes nothing.
 """
 
 import asyncio
-import contextlib
 import logging
 import mmap
-import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -27,8 +28,10 @@ from dtrain.storage.keys import shard_key
 from dtrain.storage.objects import ObjectStore
 from dtrain.storage.retrying import GaveUp, with_retries
 from dtrain.storage.uris import open_store
+from dtrain.worker.arenas import Kept
 from dtrain.worker.core.actions import Upload
 from dtrain.worker.core.inputs import UploadDone, UploadFailed
+from dtrain.worker.low_priority import yielding_threads
 from dtrain.worker.rank_dirs import RankId
 from dtrain.worker.tasks import Begin
 
@@ -36,7 +39,6 @@ logger = logging.getLogger(__name__)
 
 DEADLINE_S = 300.0  # for one shard, all tries together: then the attempt fails and a later one is made
 THREADS = 4  # shards of one node that travel at once; more only share the same network
-NICENESS = 10  # below every trainer
 STORES_MAX = 8  # stores kept open: a node sees few, and an open one costs a connection pool
 
 
@@ -48,12 +50,7 @@ def shared_store(uri: str) -> ObjectStore:
 
 def transfer_threads(name: str) -> ThreadPoolExecutor:
     """Threads that give way to the trainers."""
-    return ThreadPoolExecutor(THREADS, thread_name_prefix=name, initializer=_give_way)
-
-
-def _give_way() -> None:
-    with contextlib.suppress(OSError):  # a sandbox may forbid even this; then uploads compete, and still work
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+    return yielding_threads(name, THREADS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +66,15 @@ class Uploads:
     def __init__(
         self,
         emit: Callable[[UploadDone | UploadFailed], None],
-        staged_word: Callable[[RankId], int],
+        slot_holds: Callable[[RankId, int], int],
+        keep: Callable[[RankId, int, Kept], None],
         begin: Begin,
     ) -> None:
+        """``slot_holds``: the word of the state in a rank's slot; ``keep``: takes note of what storage confirmed."""
         self._emit = emit
         self._begin = begin
-        self._staged_word = staged_word
+        self._slot_holds = slot_holds
+        self._keep = keep
         self._threads = transfer_threads("upload")
         self._running: dict[RankId, _Running] = {}
 
@@ -103,25 +103,38 @@ class Uploads:
 
     async def _run(self, of: RankId, upload: Upload, folder: Path, give_up: threading.Event) -> None:
         request = upload.request
+        word = pack(request.attempt, request.step)
+        answer: UploadDone | UploadFailed
         try:
-            answer: UploadDone | UploadFailed = await asyncio.get_running_loop().run_in_executor(
+            if self._slot_holds(of, upload.slot) != word:
+                raise SlotTaken
+            answer = await asyncio.get_running_loop().run_in_executor(
                 self._threads, _send, upload, folder / f"slot{upload.slot}", give_up
             )
+            if self._slot_holds(of, upload.slot) != word:
+                raise SlotTaken
         except (GaveUp, asyncio.CancelledError):
             return
         except (PermanentError, RetryableError, OSError, ValueError) as error:
             answer = _failed(upload, f"{type(error).__name__}: {error}")
         if give_up.is_set():
             return
-        # What was sent is only what was staged if no later attempt was copied over it meanwhile.
-        if isinstance(answer, UploadDone) and self._staged_word(of) != pack(request.attempt, request.step):
-            answer = _failed(upload, "a later attempt was staged before this one was stored")
         running = self._running.get(of)
         if running is not None and running.give_up is give_up:
             del self._running[of]
         if isinstance(answer, UploadFailed):
             logger.warning("shard of %s rank %d, attempt %d: %s", of.job, of.rank, request.attempt, answer.reason)
+        else:
+            kept = Kept(attempt=request.attempt, step=request.step, size_bytes=answer.size_bytes, digest=answer.digest)
+            self._keep(of, upload.slot, kept)
         self._emit(answer)
+
+
+class SlotTaken(PermanentError):
+    """The slot does not hold this attempt's state, or not any more."""
+
+    def __str__(self) -> str:
+        return "a later attempt was staged before this one was stored"
 
 
 def _send(upload: Upload, slot: Path, give_up: threading.Event) -> UploadDone:
@@ -129,13 +142,14 @@ def _send(upload: Upload, slot: Path, give_up: threading.Event) -> UploadDone:
     request = upload.request
     key = shard_key(upload.job, request.checkpoint, request.attempt, upload.rank)
     store = shared_store(request.store)
-    with slot.open("rb") as file, mmap.mmap(file.fileno(), upload.size_bytes, access=mmap.ACCESS_READ) as page:
-        view = memoryview(page)
-        try:
-            digest = blob_digest(view)
-            with_retries(lambda: store.put(key, view), deadline_s=DEADLINE_S, give_up=give_up)
-        finally:
-            view.release()
+    with slot.open("rb") as file:
+        descriptor = file.fileno()
+        digest = _digest(descriptor, upload.size_bytes)
+        with_retries(
+            lambda: store.put_file(key, descriptor, size_bytes=upload.size_bytes),
+            deadline_s=DEADLINE_S,
+            give_up=give_up,
+        )
     return UploadDone(
         job=upload.job,
         generation=upload.generation,
@@ -145,6 +159,12 @@ def _send(upload: Upload, slot: Path, give_up: threading.Event) -> UploadDone:
         size_bytes=upload.size_bytes,
         digest=digest,
     )
+
+
+def _digest(descriptor: int, size_bytes: int) -> str:
+    flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)  # all page tables at once, instead of fault by fault
+    with mmap.mmap(descriptor, size_bytes, flags=flags, prot=mmap.PROT_READ) as page, memoryview(page) as view:
+        return blob_digest(view)
 
 
 def _failed(upload: Upload, reason: str) -> UploadFailed:

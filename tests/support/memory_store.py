@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from dtrain.common.errors import ShardDamagedError
 from dtrain.storage.keys import validate_key, validate_prefix
-from dtrain.storage.objects import AlreadyExists, NotFound, ObjectInfo, StorageRefused
+from dtrain.storage.objects import AlreadyExists, NotFound, ObjectInfo, StorageRefused, put_mapped
 
 _Result = TypeVar("_Result")
 
@@ -73,6 +73,9 @@ class MemoryStore:
             self._objects[key] = bytes(data)
 
         self._call("put", validate_key(key), act)
+
+    def put_file(self, key: str, file: int, *, size_bytes: int) -> None:
+        put_mapped(self, key, file, size_bytes=size_bytes)
 
     def get(self, key: str) -> bytes:
         return self._call("get", validate_key(key), lambda: self._found(key))

@@ -93,6 +93,7 @@ class AskStage:
     generation: Generation
     rank: int
     word: int  # packed (attempt, step) for the mailbox
+    committed_attempt: int = 0  # whose staged bytes must not be written over; 0: none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,10 +145,17 @@ class DropTransfers:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CleanGeneration:
-    """Remove the generation's folders in shared memory."""
+    """Remove the generation's folders in shared memory. The job's stage slots stay for its next generation."""
 
     job: JobName
     generation: Generation
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RemoveArena:
+    """The job has left this node: give back the memory of its stage slots."""
+
+    job: JobName
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,6 +175,7 @@ Act = (
     | RemoveRestore
     | DropTransfers
     | CleanGeneration
+    | RemoveArena
     | SendSnapshot
 )
 Action = JournalEntry | Act

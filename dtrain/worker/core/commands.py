@@ -52,8 +52,8 @@ def command_received(turn: Turn, received: CommandReceived) -> None:
                 _start(turn, received, spec)
             case StageCheckpoint(request=request):
                 _stage(turn, received, request)
-            case StopTrainers(grace_s=grace_s):
-                _stop(turn, received, grace_s)
+            case StopTrainers() as stop:
+                _stop(turn, received, stop)
             case _ as never:
                 assert_never(never)
     elif known.term < received.term:
@@ -195,6 +195,7 @@ def _stage(turn: Turn, received: CommandReceived, request: CheckpointRequest) ->
                     generation=received.generation,
                     rank=run.rank,
                     word=pack(request.attempt, request.step),
+                    committed_attempt=request.committed_attempt,
                 )
             )
 
@@ -214,7 +215,7 @@ def _fresh_shard(request: CheckpointRequest, run: RankRun) -> ShardAttempt:
 # ---- stop ------------------------------------------------------------------------------------------------
 
 
-def _stop(turn: Turn, received: CommandReceived, grace_s: float) -> None:
+def _stop(turn: Turn, received: CommandReceived, stop: StopTrainers) -> None:
     assignment = turn.assignment(received.job)
     if reason := _older(assignment, received):
         _refuse(turn, received, reason)
@@ -225,9 +226,12 @@ def _stop(turn: Turn, received: CommandReceived, grace_s: float) -> None:
         )
     _accept(turn, received)
     assignment = replace(
-        assignment, stopped_through=max(assignment.stopped_through, received.generation), grace_s=grace_s
+        assignment,
+        stopped_through=max(assignment.stopped_through, received.generation),
+        grace_s=stop.grace_s,
+        keep_arena=stop.keep_arena,
     )
-    end_generation(turn, assignment, grace_s, "stopped before it was started")
+    end_generation(turn, assignment, stop.grace_s, "stopped before it was started")
 
 
 def end_generation(turn: Turn, assignment: Assignment, grace_s: float, reason: str) -> None:

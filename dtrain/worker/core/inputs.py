@@ -24,6 +24,7 @@ class StageCheckpoint:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StopTrainers:
     grace_s: float  # 0: SIGKILL at once
+    keep_arena: bool = False  # the job's next generation may start here
 
 
 CommandBody = Noop | StartTrainers | StageCheckpoint | StopTrainers

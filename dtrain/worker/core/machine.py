@@ -133,6 +133,7 @@ def _handle(turn: Turn, fact: Input) -> None:
 def _finish(turn: Turn, *, loud: bool) -> tuple[NodeState, tuple[Action, ...]]:
     trainers.spawn_what_fits(turn)
     trainers.clean_what_is_over(turn)
+    trainers.give_memory_back(turn)
     for record in turn.state.commands:
         if record.stage is CommandStage.ACCEPTED and _is_done(turn, record):
             turn.record(replace(record, stage=CommandStage.DONE))

@@ -156,6 +156,7 @@ class CheckpointRequest:
     attempt: AttemptNumber
     step: Step
     store: str
+    committed_attempt: int = 0  # of the newest checkpoint to restore from, whose bytes stay in memory; 0: none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -239,6 +240,8 @@ class Assignment:
     restore: RestoreProgress = field(default_factory=RestoreProgress)
     position: LogPosition | None = None  # highest log position of the job that reached this node
     cleaned: bool = False  # its folders in shared memory are gone
+    keep_arena: bool = False  # the newest stop said that the next generation may start here
+    arena_gone: bool = False  # the job's stage slots were given back
 
     @property
     def newest(self) -> int:

@@ -3,7 +3,8 @@
 Rules:
 - nothing of a generation is spawned while a trainer of an older one may live, or without free slots;
 - the worker reports exits and decides no restart: a rank that ended with 0 while others run is only told;
-- a generation's folders go when its last trainer is gone and no upload reads from them.
+- a generation's folders go when its last trainer is gone and no upload reads from them;
+- the stage slots belong to the job: they outlive its generations, and go when the job has left this node.
 """
 
 from dataclasses import replace
@@ -15,6 +16,7 @@ from dtrain.worker.core.actions import (
     FetchRestore,
     JournalRetired,
     OpenRestore,
+    RemoveArena,
     SendSnapshot,
     SpawnTrainer,
 )
@@ -69,8 +71,15 @@ def trainer_started(turn: Turn, started: TrainerStarted) -> None:
         turn.act(OpenRestore(job=started.job, generation=started.generation, rank=started.rank))
     request = assignment.checkpoint
     if request is not None and not all(shard.is_settled for shard in assignment.shards if shard.rank == run.rank):
-        word = pack(request.attempt, request.step)
-        turn.act(AskStage(job=started.job, generation=started.generation, rank=started.rank, word=word))
+        turn.act(
+            AskStage(
+                job=started.job,
+                generation=started.generation,
+                rank=started.rank,
+                word=pack(request.attempt, request.step),
+                committed_attempt=request.committed_attempt,
+            )
+        )
 
 
 def trainer_exited(turn: Turn, exited: TrainerExited) -> None:
@@ -152,6 +161,15 @@ def clean_what_is_over(turn: Turn) -> None:
             continue  # an upload still reads the staged bytes
         turn.put(replace(assignment, cleaned=True))
         turn.act(CleanGeneration(job=assignment.job, generation=assignment.generation))
+
+
+def give_memory_back(turn: Turn) -> None:
+    """Remove the stage slots of every job that has left this node."""
+    for assignment in tuple(turn.state.assignments.values()):
+        left = assignment.stage is GenerationStage.OVER and assignment.stopped and not assignment.retiring
+        if left and not assignment.keep_arena and not assignment.arena_gone:
+            turn.put(replace(assignment, arena_gone=True))
+            turn.act(RemoveArena(job=assignment.job))
 
 
 def fence(turn: Turn) -> None:

@@ -209,10 +209,12 @@ def _body(command: wire.Command) -> CommandBody:
                     attempt=AttemptNumber(stage.attempt),
                     step=Step(stage.step),
                     store=stage.store,
+                    committed_attempt=stage.committed_attempt,
                 )
             )
         case "stop_trainers":
-            return StopTrainers(grace_s=command.stop_trainers.grace_s)
+            stop = command.stop_trainers
+            return StopTrainers(grace_s=stop.grace_s, keep_arena=stop.keep_arena)
         case unknown:
             raise BadCommandError(f"command {command.id} is of a kind this worker does not know: {unknown}")
 

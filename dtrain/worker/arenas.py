@@ -1,0 +1,270 @@
+"""The arenas: the stage slots of every rank on this node, which belong to the agent and outlive its trainers.
+
+``<root>/arenas/<job>/rank<rank>/slot{0,1}`` in shared memory, or ``<data folder>/arenas/<job>/rank<rank>/slot{2,3}``,
+found by a trainer through links in its rank folder. Always a pair, so that one can be staged into while the other is
+uploaded; and beside each a record of what it holds once storage has confirmed it, so that a later generation can
+start from memory.
+
+Rules:
+- the slot that holds the newest committed state is never given to a trainer to write into;
+- a record is removed before its slot is given away, and written before the shard is acknowledged: what a record says
+  is true, and a committed checkpoint that was staged here has one;
+- memory is allocated by one thread of low priority, after a look at how much there is. Too little makes files in the
+  data folder of it, and says so: slower, but no process is killed for want of memory;
+- an arena goes when its job leaves the node; one whose job is between two generations waits KEEP_S for the next.
+
+A thread that has lost its agent's interest stops at the next part; the memory is freed by a thread too, because
+giving back a large file in shared memory takes time.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from dtrain.common.mailbox import PAIR_SLOTS, STAGE_SLOTS
+from dtrain.common.names import Generation, JobName
+from dtrain.worker.free_memory import Free, free_for
+from dtrain.worker.low_priority import yielding_threads
+from dtrain.worker.rank_dirs import ARENAS, RankDirs, RankId, write_whole
+from dtrain.worker.tasks import Begin
+
+logger = logging.getLogger(__name__)
+
+KEEP_S = 600.0  # for a job between two generations: longer than it takes to bring a node back, not for ever
+BLOCK_BYTES = 512  # the unit of st_blocks, whatever the file system
+PART_BYTES = 256 * 1024 * 1024  # allocated at a time: how long the thread can be deaf
+
+
+class Kept(msgspec.Struct, frozen=True, kw_only=True):
+    """``slot<n>.json``: what lies whole in the slot, and in storage."""
+
+    attempt: int
+    step: int
+    size_bytes: int
+    digest: str
+
+
+@dataclass(slots=True)
+class _Job:
+    """What the agent's shell knows of one job's arena."""
+
+    generation: Generation  # the newest that claimed it
+    ranks: tuple[RankId, ...]  # of that generation, on this node
+    in_files: bool = False  # the slots are files in the data folder, for want of memory
+    idle_since: float | None = None  # when the last generation ended; None while one may live
+
+
+class Arenas:
+    """All arenas of the agent. Used in the event loop only; its thread touches nothing but the files."""
+
+    def __init__(
+        self,
+        dirs: RankDirs,
+        provided: Callable[[RankId, int, int], None],
+        tell: Callable[[RankId, str], None],
+        begin: Begin,
+        free: Callable[[Path], Free] = free_for,
+    ) -> None:
+        self._dirs = dirs
+        self._provided = provided
+        self._tell = tell
+        self._begin = begin
+        self._free = free
+        self._jobs: dict[JobName, _Job] = {}
+        self._asked: dict[tuple[JobName, int], int] = {}  # the slot that each rank was asked to stage into last
+        self._providing: set[RankId] = set()
+        self._refused: dict[RankId, int] = {}  # how many bytes could not be had: asked again only for others
+        self._stop = threading.Event()
+        self._threads = yielding_threads("arena", 1)  # one: the second rank's look at memory sees the first's share
+
+    def claim(self, ranks: tuple[RankId, ...]) -> None:
+        """Make the arenas that a generation's ranks on this node stage into, and link them. Raises OSError."""
+        self.take_back(ranks)
+        for of in ranks:
+            (self._dirs.arena(of.job) / f"rank{of.rank}").mkdir(mode=0o700, parents=True, exist_ok=True)
+            for slot in range(STAGE_SLOTS):
+                with contextlib.suppress(FileExistsError):
+                    (self._dirs.rank_dir(of) / f"slot{slot}").symlink_to(self._path(of, slot))
+
+    def take_back(self, ranks: tuple[RankId, ...]) -> None:
+        """Know what a generation's ranks claimed, also before the agent's restart."""
+        if ranks:
+            in_files = self._dirs.arena_in_files(ranks[0].job).is_dir()
+            self._jobs[ranks[0].job] = _Job(generation=ranks[0].generation, ranks=ranks, in_files=in_files)
+
+    def provide(self, of: RankId, needed_bytes: int) -> None:
+        """Allocate a pair of slots, in a thread; ``provided`` is called when they are there."""
+        if of in self._providing or of.job not in self._jobs or self._refused.get(of) == needed_bytes:
+            return
+        self._providing.add(of)
+        self._begin(self._provide(of, needed_bytes))
+
+    def choose(self, of: RankId, committed_attempt: int) -> int:
+        """Return the slot for the next state, and forget what it held."""
+        known = self._jobs.get(of.job)
+        first = PAIR_SLOTS if known is not None and known.in_files else 0
+        pair = range(first, first + PAIR_SLOTS)
+        holding = [slot for slot in pair if self._attempt_in(of, slot) == committed_attempt != 0]
+        last = holding[0] if holding else self._asked.get((of.job, of.rank), pair[-1])
+        slot = first + (last - first + 1) % PAIR_SLOTS
+        self._asked[(of.job, of.rank)] = slot
+        self._record(of, slot).unlink(missing_ok=True)
+        return slot
+
+    def keep(self, of: RankId, slot: int, kept: Kept) -> None:
+        """Record what storage has confirmed of the slot."""
+        with contextlib.suppress(FileNotFoundError):  # the job left meanwhile
+            write_whole(self._record(of, slot), msgspec.json.encode(kept))
+
+    def rest(self, job: JobName, generation: Generation, now: float) -> None:
+        """The generation is over: its arena waits for the next, unless that has come already."""
+        known = self._jobs.get(job)
+        if known is not None and known.generation <= generation:
+            known.idle_since = now
+
+    def expire(self, now: float) -> None:
+        """Remove what has waited long enough."""
+        for job, known in list(self._jobs.items()):
+            if known.idle_since is not None and now - known.idle_since > KEEP_S:
+                logger.info("gave the staged bytes of %s back: no generation came within %.0f s", job, KEEP_S)
+                self.remove(job)
+
+    def remove(self, job: JobName) -> None:
+        """The job has left this node."""
+        self._jobs.pop(job, None)
+        for key in [key for key in self._asked if key[0] == job]:
+            del self._asked[key]
+        held: list[int] = []
+        for folder in (self._dirs.arena(job), self._dirs.arena_in_files(job)):
+            _remove(folder, held)
+        if held:  # the names are gone; closing the last descriptor gives the memory back, which takes its time
+            self._threads.submit(_close_all, held)
+
+    def remove_all(self) -> None:
+        for job in list(self._jobs):
+            self.remove(job)
+
+    def close(self) -> None:
+        self._stop.set()
+        self._threads.shutdown()
+
+    # ---- allocating --------------------------------------------------------------------------------------
+
+    async def _provide(self, of: RankId, needed_bytes: int) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            known = self._jobs.get(of.job)
+            if known is None or known.generation != of.generation:
+                return
+            self._forget_other_ranks(known)
+            if not known.in_files:
+                missing_bytes = sum(self._missing_bytes(rank, 0, needed_bytes) for rank in known.ranks)
+                free = await loop.run_in_executor(self._threads, self._free, self._dirs.root)
+                if missing_bytes > free.size_bytes and not known.in_files:
+                    known.in_files = True
+                    self._say_too_little(known, needed_bytes, missing_bytes, free)
+            first = PAIR_SLOTS if known.in_files else 0
+            paths = [self._path(of, slot) for slot in range(first, first + PAIR_SLOTS)]
+            done = await loop.run_in_executor(self._threads, _allocate, paths, needed_bytes, self._stop)
+            if done and self._jobs.get(of.job) is known:
+                self._provided(of, first, needed_bytes)
+        except (OSError, OverflowError) as error:  # OverflowError: a size that no file can have
+            self._refused[of] = needed_bytes
+            text = f"the stage slots of rank {of.rank} could not be allocated ({needed_bytes} bytes each): {error}"
+            logger.warning("%s: %s", of.job, text)
+            self._tell(of, text)
+        finally:
+            self._providing.discard(of)
+
+    def _say_too_little(self, known: _Job, needed_bytes: int, missing_bytes: int, free: Free) -> None:
+        text = (
+            f"not enough shared memory for checkpoints: {PAIR_SLOTS} slots of {_mib(needed_bytes)} for each of "
+            f"{len(known.ranks)} ranks on this node need {_mib(missing_bytes)} more, and {free.where} has "
+            f"{_mib(free.size_bytes)}. Files in {self._dirs.arena_in_files(known.ranks[0].job)} are used instead, "
+            "which holds training up for longer at each checkpoint. "
+            "Give the node (or its container) more memory or a larger /dev/shm, or run fewer ranks on it."
+        )
+        logger.warning("%s: %s", known.ranks[0].job, text)
+        for of in known.ranks:
+            self._tell(of, text)
+
+    def _forget_other_ranks(self, known: _Job) -> None:
+        """Give back the arenas of ranks that are elsewhere now. What they held was restored from by now."""
+        here = {f"rank{of.rank}" for of in known.ranks}
+        held: list[int] = []
+        for base in (self._dirs.arena(known.ranks[0].job), self._dirs.arena_in_files(known.ranks[0].job)):
+            for folder in base.iterdir() if base.is_dir() else ():
+                if folder.name not in here:
+                    _remove(folder, held)
+        if held:
+            self._threads.submit(_close_all, held)
+
+    # ---- files -------------------------------------------------------------------------------------------
+
+    def _path(self, of: RankId, slot: int) -> Path:
+        base = self._dirs.arena(of.job) if slot < PAIR_SLOTS else self._dirs.arena_in_files(of.job)
+        return base / f"rank{of.rank}" / f"slot{slot}"
+
+    def _record(self, of: RankId, slot: int) -> Path:
+        return self._path(of, slot).with_suffix(".json")
+
+    def _attempt_in(self, of: RankId, slot: int) -> int:
+        """The attempt that the slot holds whole and storage has; 0 for none."""
+        try:
+            return msgspec.json.decode(self._record(of, slot).read_bytes(), type=Kept).attempt
+        except (FileNotFoundError, msgspec.DecodeError):
+            return 0
+
+    def _missing_bytes(self, of: RankId, first: int, needed_bytes: int) -> int:
+        """What a pair of slots takes beyond what it has."""
+        missing_bytes = 0
+        for slot in range(first, first + PAIR_SLOTS):
+            try:
+                has_bytes = self._path(of, slot).stat().st_blocks * BLOCK_BYTES
+            except FileNotFoundError:
+                has_bytes = 0
+            missing_bytes += max(0, needed_bytes - has_bytes)
+        return missing_bytes
+
+
+def _allocate(paths: list[Path], needed_bytes: int, stop: threading.Event) -> bool:
+    """In a thread: give the files their space. Return False if it was told to stop."""
+    for path in paths:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            for start in range(0, needed_bytes, PART_BYTES):
+                if stop.is_set():
+                    return False
+                os.posix_fallocate(file, start, min(PART_BYTES, needed_bytes - start))
+        finally:
+            os.close(file)
+    return True
+
+
+def _remove(folder: Path, held: list[int]) -> None:
+    """Remove the folder, and its parent if nothing is left there. Descriptors of its slots are added to ``held``."""
+    for path in folder.rglob("slot?"):
+        with contextlib.suppress(OSError):
+            held.append(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC))
+    shutil.rmtree(folder, ignore_errors=True)
+    if folder.parent.name == ARENAS:
+        with contextlib.suppress(OSError):
+            folder.parent.rmdir()
+
+
+def _close_all(held: list[int]) -> None:
+    for file in held:
+        os.close(file)
+
+
+def _mib(size_bytes: int) -> str:
+    return f"{size_bytes / (1 << 20):.0f} MiB"
