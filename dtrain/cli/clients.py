@@ -143,6 +143,14 @@ class Coordinator:
         asked = wire.CheckpointRequest(job=job, request=request)
         return await self._ask("Checkpoint", asked, wire.CheckpointReply, PATIENCE_S)
 
+    async def pin(self, job: str, checkpoint: int, *, pinned: bool) -> None:
+        asked = wire.PinRequest(job=job, checkpoint=checkpoint, pinned=pinned)
+        await self._ask("Pin", asked, wire.PinReply, PATIENCE_S)
+
+    async def quarantine(self, job: str, checkpoint: int, *, key: str, reason: str) -> None:
+        asked = wire.QuarantineRequest(job=job, checkpoint=checkpoint, key=key, reason=reason)
+        await self._ask("Quarantine", asked, wire.QuarantineReply, PATIENCE_S)
+
     async def status(self, job: str = "", *, patience_s: float = PATIENCE_S) -> wire.StatusReply:
         return await self._ask("Status", wire.StatusRequest(job=job), wire.StatusReply, patience_s)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dtrain.common.errors import UserError
 from dtrain.common.names import JobName, job_name
-from dtrain.common.specs import CheckpointPolicy, JobSpec
+from dtrain.common.specs import CheckpointPolicy, JobSpec, RetentionPolicy
 
 DEFAULT_EVERY_S = 60.0  # a crash costs a minute of work at most, and a minute hides any upload
 DEFAULT_MAX_RESTARTS = 10
@@ -29,6 +29,9 @@ class Asked:
     store: str | None
     every_steps: int | None
     every_seconds: float | None
+    keep_last: int
+    keep_every_steps: int
+    keep_every_seconds: float
     env: tuple[str, ...]
     python: str
 
@@ -53,6 +56,11 @@ def build_spec(asked: Asked, *, default_store: str) -> JobSpec:
         max_restarts=asked.max_restarts,
         store=store,
         checkpoints=_policy(asked, store),
+        retention=RetentionPolicy(
+            keep_last=asked.keep_last,
+            keep_every_steps=asked.keep_every_steps,
+            keep_every_seconds=asked.keep_every_seconds,
+        ),
     )
 
 

@@ -26,6 +26,32 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 # Everything behind the script belongs to the script, options included.
 _SETTINGS: dict[str, Any] = {**EITHER_DASH, "allow_interspersed_args": False}
 
+KEEP_MAX = 999_999  # checkpoints of a job have six digits
+STEP_MAX = 2**40 - 1  # what a request to a trainer has room for
+_KEEP_OPTIONS = (
+    click.option(
+        "--keep-last",
+        type=click.IntRange(0, KEEP_MAX),
+        default=0,
+        metavar="N",
+        help="Keep only the N newest checkpoints, pinned ones, and what else is to be kept. Default: keep all.",
+    ),
+    click.option(
+        "--keep-every-steps",
+        type=click.IntRange(0, STEP_MAX),
+        default=0,
+        metavar="N",
+        help="With --keep-last: keep those of every multiple of N steps too.",
+    ),
+    click.option(
+        "--keep-every-seconds",
+        type=float,
+        default=0.0,
+        metavar="S",
+        help="With --keep-last: keep the first of every S seconds too.",
+    ),
+)
+
 
 def job_options(command: Command) -> Command:
     """The options that describe a job, the same for ``run`` and ``submit``."""
@@ -62,6 +88,7 @@ def job_options(command: Command) -> Command:
                 metavar="S",
                 help=f"A checkpoint every S seconds. Default: {DEFAULT_EVERY_S:g}, where there is a store.",
             ),
+            *_KEEP_OPTIONS,
             click.option(
                 "--env", multiple=True, metavar="K=V", help="Set a variable for the script; K alone hands it on."
             ),
@@ -156,6 +183,9 @@ def submission(spec: "JobSpec", *, takes_over: bool) -> "wire.SubmitRequest":
             store=spec.store,
             every_steps=spec.checkpoints.every_steps,
             every_seconds=spec.checkpoints.every_seconds,
+            keep_last=spec.retention.keep_last,
+            keep_every_steps=spec.retention.keep_every_steps,
+            keep_every_seconds=spec.retention.keep_every_seconds,
         ),
         request=secrets.token_hex(8),
         takes_over=takes_over,

@@ -1,0 +1,40 @@
+"""Is everything of a checkpoint there, at its recorded size? Reads the manifest, and of the shards nothing.
+
+This finds what was deleted or cut short, at the cost of one question a shard; a flipped bit it does not find.
+For that see :mod:`dtrain.storage.verify`, which reads every byte.
+"""
+
+from dtrain.common.errors import ShardDamagedError
+from dtrain.storage.objects import ObjectStore
+from dtrain.storage.verify import read_manifest, read_marker
+
+
+def missing_parts(store: ObjectStore, manifest_key: str, manifest_digest: str) -> list[ShardDamagedError]:
+    """Return what is not there as recorded; the digest of the manifest is the log's.
+
+    Errors of the store itself (unreachable, refused) are raised: they say nothing about the checkpoint.
+    """
+    try:
+        manifest = read_manifest(store, manifest_key, manifest_digest)
+    except ShardDamagedError as finding:
+        return [finding]
+    found = []
+    for entry in manifest.shards:
+        info = store.head(entry.key)
+        if info is None:
+            found.append(ShardDamagedError(entry.key, "is missing"))
+        elif info.size_bytes != entry.size_bytes:
+            why = f"has {info.size_bytes} bytes, but {entry.size_bytes} are recorded"
+            found.append(ShardDamagedError(entry.key, why))
+    return found
+
+
+def damaged_marker(store: ObjectStore, marker_key: str, manifest_digest: str) -> ShardDamagedError | None:
+    """Return what is wrong with a commit marker, None if it is sound. Nothing is restored by it: it is a notice."""
+    try:
+        marker = read_marker(store, marker_key)
+    except ShardDamagedError as finding:
+        return finding
+    if marker.manifest_digest != manifest_digest:
+        return ShardDamagedError(marker_key, f"names a manifest of digest {marker.manifest_digest}, not the log's")
+    return None
