@@ -19,11 +19,12 @@ giving back a large file in shared memory takes time.
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -166,7 +167,8 @@ class Arenas:
                 return
             self._forget_other_ranks(known)
             if not known.in_files:
-                missing_bytes = sum(self._missing_bytes(rank, 0, needed_bytes) for rank in known.ranks)
+                slots = [self._path(rank, slot) for rank in known.ranks for slot in range(PAIR_SLOTS)]
+                missing_bytes = _missing_bytes(slots, needed_bytes)
                 free = await loop.run_in_executor(self._threads, self._free, self._dirs.root)
                 if missing_bytes > free.size_bytes and not known.in_files:
                     known.in_files = True
@@ -176,7 +178,7 @@ class Arenas:
             done = await loop.run_in_executor(self._threads, _allocate, paths, needed_bytes, self._stop)
             if done and self._jobs.get(of.job) is known:
                 self._provided(of, first, needed_bytes)
-        except (OSError, OverflowError) as error:  # OverflowError: a size that no file can have
+        except OSError as error:
             self._refused[of] = needed_bytes
             text = f"the stage slots of rank {of.rank} could not be allocated ({needed_bytes} bytes each): {error}"
             logger.warning("%s: %s", of.job, text)
@@ -223,22 +225,30 @@ class Arenas:
         except (FileNotFoundError, msgspec.DecodeError):
             return 0
 
-    def _missing_bytes(self, of: RankId, first: int, needed_bytes: int) -> int:
-        """What a pair of slots takes beyond what it has."""
-        missing_bytes = 0
-        for slot in range(first, first + PAIR_SLOTS):
-            try:
-                has_bytes = self._path(of, slot).stat().st_blocks * BLOCK_BYTES
-            except FileNotFoundError:
-                has_bytes = 0
-            missing_bytes += max(0, needed_bytes - has_bytes)
-        return missing_bytes
+
+def _missing_bytes(paths: Iterable[Path], needed_bytes: int) -> int:
+    """What these files take beyond what they have, if each is to have ``needed_bytes``."""
+    missing_bytes = 0
+    for path in paths:
+        try:
+            has_bytes = path.stat().st_blocks * BLOCK_BYTES
+        except FileNotFoundError:
+            has_bytes = 0
+        missing_bytes += max(0, needed_bytes - has_bytes)
+    return missing_bytes
 
 
 def _allocate(paths: list[Path], needed_bytes: int, stop: threading.Event) -> bool:
-    """In a thread: give the files their space. Return False if it was told to stop."""
+    """In a thread: give the files their space. Return False if it was told to stop.
+
+    Raises OSError, before anything is taken, if the file system has too little: filling a disk harms all its users.
+    """
+    folder = paths[0].parent
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    stats = os.statvfs(folder)
+    if _missing_bytes(paths, needed_bytes) > stats.f_bavail * stats.f_frsize:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
     for path in paths:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             for start in range(0, needed_bytes, PART_BYTES):
