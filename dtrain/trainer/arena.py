@@ -69,7 +69,8 @@ class StageSlots:
         """Return the slot's memory, all of it allocated. Raises OSError if there is no room."""
         memory = self._memories[number]
         if memory is None or len(memory.pages) < needed_bytes:
-            memory = SlotMemory(pages=_map_allocated(self._paths[number], with_spare(needed_bytes)), pinned=False)
+            pages = _map_allocated(self._paths[number], needed_bytes, with_spare(needed_bytes))
+            memory = SlotMemory(pages=pages, pinned=False)
             self._memories[number] = memory
         return memory
 
@@ -165,10 +166,14 @@ def with_spare(size_bytes: int) -> int:
     return size_bytes + size_bytes // SPARE_DIVISOR + SPARE_BYTES
 
 
-def _map_allocated(path: Path, size_bytes: int) -> mmap.mmap:
+def _map_allocated(path: Path, needed_bytes: int, grown_bytes: int = 0) -> mmap.mmap:
+    """Map the whole file if it is large enough; else make it so, with ``grown_bytes`` if those are more."""
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        os.posix_fallocate(file, 0, size_bytes)
+        size_bytes = os.fstat(file).st_size
+        if size_bytes < needed_bytes:  # a file of this size has no holes: only allocations make it larger
+            size_bytes = max(needed_bytes, grown_bytes)
+            os.posix_fallocate(file, 0, size_bytes)
         return mmap.mmap(file, size_bytes)
     finally:
         os.close(file)

@@ -143,6 +143,7 @@ class Arenas:
         self._jobs.pop(job, None)
         for key in [key for key in self._asked if key[0] == job]:
             del self._asked[key]
+        self._refused = {of: size for of, size in self._refused.items() if of.job != job}
         held: list[int] = []
         for folder in (self._dirs.arena(job), self._dirs.arena_in_files(job)):
             _remove(folder, held)

@@ -1,0 +1,192 @@
+"""The stage slots seen by a trainer: prepared off its path, usable before, and never half-written for others."""
+
+import mmap
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load
+
+from dtrain.common.mailbox import PAIR_SLOTS, STAGE_SLOTS, TrainerPhase, pack
+from dtrain.common.names import Step
+from dtrain.trainer.arena import StageSlots, with_spare
+from dtrain.trainer.data_position import DataPosition
+from dtrain.trainer.supervised import WorkerStation
+from dtrain.trainer.tracking import TrackedState
+from tests.trainer.playing_worker import RankFolder, wait_for
+
+STATE_BYTES = 8 * 1024 * 1024
+
+
+class Trainer:
+    """A trainer's side in this process, with a model and an optimizer of some MiB."""
+
+    def __init__(self, folder: RankFolder) -> None:
+        self.model = torch.nn.Linear(STATE_BYTES // 4 // 1024, 1024, bias=False)
+        self.tracked = TrackedState()
+        self.tracked.add("model", self.model)
+        self.position = DataPosition([torch.zeros(1)])
+        self.position.next_batch()
+        self.station = WorkerStation(folder.path, rank=0, world_size=1)
+        self.station.track()
+        self.station.begin(
+            step=Step(0),
+            until=Step(10_000_000),
+            capture=lambda step: self.tracked.capture(step, self.position),
+            estimate_bytes=self.tracked.estimate_bytes,
+        )
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[RankFolder]:
+    with RankFolder(tmp_path / "g1", rank=0, world_size=1) as it:
+        yield it
+
+
+@pytest.fixture
+def trainer(folder: RankFolder) -> Iterator[Trainer]:
+    it = Trainer(folder)
+    yield it
+    it.station.close()
+
+
+def allocate(folder: RankFolder, first: int) -> int:
+    """Play the worker: give a pair of slots what the trainer wants; return how much that is."""
+    size_bytes = folder.mailbox.needed_bytes
+    for slot in range(first, first + PAIR_SLOTS):
+        with (folder.path / f"slot{slot}").open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, size_bytes)
+    folder.mailbox.publish_slots(first, size_bytes)
+    return size_bytes
+
+
+def mapped(path: Path) -> bool:
+    return str(path) in Path("/proc/self/maps").read_text()
+
+
+@pytest.mark.parametrize("first", [0, PAIR_SLOTS])
+def test_after_the_first_step_the_slots_are_asked_for_and_mapped_before_any_checkpoint(
+    folder: RankFolder, trainer: Trainer, first: int
+) -> None:
+    assert folder.mailbox.needed_bytes == 0
+    trainer.station.boundary(Step(1))
+    wait_for(lambda: folder.mailbox.needed_bytes > 0, "the trainer says what it needs")
+    size_bytes = allocate(folder, first)
+    assert STATE_BYTES < size_bytes < 1.5 * STATE_BYTES
+    pair = [folder.path / f"slot{slot}" for slot in range(first, first + PAIR_SLOTS)]
+    wait_for(lambda: all(mapped(path) for path in pair), "both are mapped")
+    before = [path.stat().st_ino for path in pair]
+    for step in (2, 3):
+        folder.mailbox.ask(pack(step, step), slot=first + step % PAIR_SLOTS)
+        trainer.station.boundary(Step(step))
+        assert folder.mailbox.staged[:2] == (pack(step, step), first + step % PAIR_SLOTS)
+    assert [path.stat().st_ino for path in pair] == before
+    assert all(path.stat().st_size == size_bytes for path in pair), "nothing had to grow"
+
+
+def test_a_checkpoint_asked_for_before_there_is_any_slot_is_staged_all_the_same(
+    folder: RankFolder, trainer: Trainer
+) -> None:
+    folder.mailbox.ask(pack(1, 1), slot=1)
+    trainer.station.boundary(Step(1))
+    word, slot, size_bytes = folder.mailbox.staged
+    assert (word, slot) == (pack(1, 1), 1)
+    staged = load((folder.path / "slot1").read_bytes()[:size_bytes])
+    assert torch.equal(staged["model.weight"], trainer.model.weight)
+
+
+def test_a_worker_that_never_answers_keeps_no_trainer_from_leaving(folder: RankFolder) -> None:
+    trainer = Trainer(folder)
+    trainer.station.boundary(Step(1))
+    wait_for(lambda: folder.mailbox.needed_bytes > 0, "the trainer says what it needs")
+    trainer.station.finish()
+    trainer.station.close()
+    assert folder.mailbox.phase is TrainerPhase.FINISHED
+
+
+def test_a_state_that_outgrew_its_slots_asks_for_larger_ones(folder: RankFolder, trainer: Trainer) -> None:
+    trainer.station.boundary(Step(1))
+    wait_for(lambda: folder.mailbox.needed_bytes > 0, "the trainer says what it needs")
+    first_bytes = allocate(folder, 0)
+    trainer.tracked.add("more", torch.nn.Linear(STATE_BYTES // 4 // 512, 512, bias=False))
+    folder.mailbox.ask(pack(2, 2), slot=0)
+    trainer.station.boundary(Step(2))
+    assert folder.mailbox.staged[0] == pack(2, 2)
+    wait_for(lambda: folder.mailbox.needed_bytes > first_bytes, "the trainer wants more")
+    assert folder.mailbox.needed_bytes >= folder.mailbox.staged[2]
+
+
+def test_a_slot_says_whose_state_it_holds_only_while_it_does(folder: RankFolder, trainer: Trainer) -> None:
+    mailbox = folder.mailbox
+    assert [mailbox.slot_holds(slot) for slot in range(STAGE_SLOTS)] == [0] * STAGE_SLOTS
+    for attempt, slot in ((1, 0), (2, 1)):
+        mailbox.ask(pack(attempt, attempt), slot=slot)
+        trainer.station.boundary(Step(attempt))
+    assert [mailbox.slot_holds(slot) for slot in (0, 1)] == [pack(1, 1), pack(2, 2)]
+    seen: list[int] = []
+    capture = trainer.tracked.capture
+
+    def watching(step: Step, position: DataPosition[torch.Tensor]) -> object:
+        seen.append(mailbox.slot_holds(0))
+        return capture(step, position)
+
+    trainer.tracked.capture = watching  # type: ignore[assignment, method-assign]
+    mailbox.ask(pack(3, 3), slot=0)
+    trainer.station.boundary(Step(3))
+    assert seen == [pack(1, 1)], "what is there is good until the first byte is written"
+    assert mailbox.slot_holds(0) == pack(3, 3)
+
+
+KILLED = """
+import ctypes, os, signal, sys, torch, dtrain
+from dtrain.trainer import copying
+
+class Dying:
+    c_char, addressof = ctypes.c_char, staticmethod(ctypes.addressof)
+    def memmove(self, target, source, length):
+        ctypes.memmove(target, source, length // 2)
+        if run.step == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+        ctypes.memmove(target, source, length)
+
+copying.ctypes = Dying()
+model = torch.nn.Linear(64, 64)
+with dtrain.join() as run:
+    run.track(model=model)
+    for _ in run.steps([0], until=1000):
+        torch.nn.init.constant_(model.weight, run.step + 1)
+        while run.step == 3 and not os.path.exists(sys.argv[1]):
+            pass
+"""
+
+
+def test_a_trainer_killed_while_it_stages_leaves_nothing_that_looks_like_a_state(tmp_path: Path) -> None:
+    script, go_on = tmp_path / "killed.py", tmp_path / "go on"
+    script.write_text(KILLED)
+    with RankFolder(tmp_path / "g1", rank=0, world_size=1) as folder:
+        mailbox = folder.mailbox
+        mailbox.restore = type(mailbox.restore).NOTHING
+        mailbox.ask(pack(1, 3), slot=0)
+        folder.start(script, str(go_on))
+        folder.wait_until(lambda box: box.staged[0] == pack(1, 3), "the first state is staged")
+        whole = (folder.path / "slot0").read_bytes()
+        mailbox.ask(pack(2, 4), slot=1)
+        go_on.touch()
+        assert folder.wait_exit() == -signal.SIGKILL
+        assert (folder.path / "slot1").exists(), "it was writing"
+        assert [mailbox.slot_holds(slot) for slot in (0, 1)] == [pack(1, 3), 0]
+        assert mailbox.staged[:2] == (pack(1, 3), 0)
+        assert (folder.path / "slot0").read_bytes() == whole
+
+
+def test_memory_stays_with_whoever_uses_it_when_its_slot_grows(tmp_path: Path) -> None:
+    slots = StageSlots(tmp_path)
+    first = slots.reserve(0, 1000)
+    view = memoryview(first.pages)
+    view[:5] = b"hello"
+    second = slots.reserve(0, with_spare(1000) + mmap.PAGESIZE)
+    assert second is not first and len(second.pages) > len(first.pages)
+    assert bytes(second.pages[:5]) == bytes(view[:5]) == b"hello", "the same file, mapped twice"

@@ -1,0 +1,84 @@
+"""Tensors copied to where they belong: every kind, every size, with any number of threads, bit for bit."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from dtrain.trainer.copying import PIECE_BYTES, THREAD_MIN_BYTES, Copier, copy_tensors
+from dtrain.trainer.tensor_codes import size_bytes
+
+GUARD = 0xA5
+
+
+@pytest.fixture(params=[1, 2, 5])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def copier() -> Iterator[Copier]:
+    it = Copier()
+    yield it
+    it.close()
+
+
+def copied(copier: Copier, tensors: dict[str, torch.Tensor]) -> dict[str, bytes]:
+    """Copy ``tensors`` side by side into guarded memory; return the bytes of each."""
+    starts: dict[str, int] = {}
+    position = 64
+    for name, tensor in tensors.items():
+        starts[name] = position
+        position += size_bytes(tensor) + -size_bytes(tensor) % 8
+    memory = bytearray([GUARD]) * (position + 64)
+    copy_tensors(copier, tensors, starts, memoryview(memory), pinned=False)
+    assert set(memory[:64]) == set(memory[position:]) == {GUARD}, "written beyond its place"
+    return {name: bytes(memory[at : at + size_bytes(tensors[name])]) for name, at in starts.items()}
+
+
+def raw(tensor: torch.Tensor) -> bytes:
+    plain = tensor.resolve_conj().resolve_neg().contiguous()
+    return bytes(plain.flatten().view(torch.uint8).numpy().tobytes()) if plain.numel() else b""
+
+
+def test_many_small_and_a_few_large_tensors_arrive_with_their_bits(threads: int, copier: Copier) -> None:
+    generator = torch.Generator().manual_seed(threads)
+    tensors = {f"small{n}": torch.rand(n % 97, generator=generator) for n in range(500)}
+    tensors["large"] = torch.rand(3 * PIECE_BYTES // 4 + 7, generator=generator)
+    tensors["larger"] = torch.rand(THREAD_MIN_BYTES * 3 + 1, generator=generator)
+    for _ in range(2):  # the second time with the threads of the first
+        assert copied(copier, tensors) == {name: raw(tensor) for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, torch.float16, torch.float64, torch.int8, torch.bool, torch.complex64, torch.int64]
+)
+def test_every_type_arrives_with_its_bits(dtype: torch.dtype, copier: Copier) -> None:
+    tensor = (torch.arange(1000) % 3).to(dtype)
+    assert copied(copier, {"a": tensor, "scalar": tensor[5]}) == {"a": raw(tensor), "scalar": raw(tensor[5])}
+
+
+def test_what_is_not_dense_arrives_dense(copier: Copier) -> None:
+    whole = torch.arange(24.0).reshape(4, 6)
+    tensors = {
+        "transposed": whole.t(),
+        "strided": whole[:, ::2],
+        "broadcast": torch.ones(1).expand(5),
+        "offset": whole[2:],
+        "channels last": torch.arange(120.0).reshape(1, 2, 3, 20).to(memory_format=torch.channels_last),
+        "conjugate": torch.complex(whole, whole + 1).conj(),
+        "negative": torch.complex(whole, whole + 1).conj().imag,
+        "empty": torch.empty(0, 3),
+    }
+    assert copied(copier, tensors) == {name: raw(tensor) for name, tensor in tensors.items()}
+
+
+def test_a_parameter_that_needs_a_gradient_is_copied_without_one(copier: Copier) -> None:
+    parameter = torch.nn.Parameter(torch.arange(6.0).reshape(2, 3))
+    assert copied(copier, {"p": parameter, "t": parameter.t()}) == {
+        "p": raw(parameter.detach()),
+        "t": raw(parameter.detach().t()),
+    }
