@@ -53,14 +53,22 @@ def rng(request: pytest.FixtureRequest) -> random.Random:
     return random.Random(f"{seed}/{request.node.name}")
 
 
-def begin(it: Cluster, rng: random.Random, *, steps: int = STEPS, store: str = "", job: str = "attacked") -> Attack:
-    """Submit the job to the cluster."""
+def begin(
+    it: Cluster,
+    rng: random.Random,
+    *,
+    steps: int = STEPS,
+    store: str = "",
+    job: str = "attacked",
+    more: tuple[str, ...] = (),
+) -> Attack:
+    """Submit the job to the cluster, with ``more`` options."""
     records = it.folder / f"{job}-records"
     records.mkdir()
     final = it.folder / f"{job}.safetensors"
     store = store or f"file://{it.folder}/store"
-    options = ("--name", job, "--nproc-per-node", "2", "--every-steps", str(EVERY), "--store", store)
-    options += ("--max-restarts", "20")
+    options: tuple[str, ...] = ("--name", job, "--nproc-per-node", "2", "--every-steps", str(EVERY), "--store", store)
+    options += ("--max-restarts", "20", *more)
     args = ("--steps", str(steps), "--records", str(records), "--final", str(final))
     it.submit(SCRIPT, *args, options=options)
     return Attack(it, job, records, final, store, rng)
