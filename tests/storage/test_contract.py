@@ -4,6 +4,7 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -26,6 +27,18 @@ def test_takes_a_view_of_writable_memory(store: ObjectStore) -> None:
     data = bytearray(os.urandom(3_000_000))
     store.put("blob", memoryview(data)[5:-5])
     assert store.get("blob") == data[5:-5]
+
+
+@pytest.mark.parametrize("size_bytes", [0, 1, 3_000_000])
+def test_takes_the_beginning_of_an_open_file(store: ObjectStore, tmp_path: Path, size_bytes: int) -> None:
+    data = os.urandom(3_000_100)
+    (tmp_path / "file").write_bytes(data)
+    with (tmp_path / "file").open("rb") as file:
+        file.seek(77)  # where the descriptor stands plays no part
+        for _ in range(2):  # again, as after a lost answer
+            store.put_file("blob", file.fileno(), size_bytes=size_bytes)
+        assert file.tell() == 77
+    assert store.get("blob") == data[:size_bytes]
 
 
 def test_keeps_an_empty_object(store: ObjectStore) -> None:

@@ -15,7 +15,7 @@ import pytest
 from dtrain.storage import durable
 from dtrain.storage.durable import TEMPORARY
 from dtrain.storage.local import LocalFolder
-from dtrain.storage.objects import NotFound, StorageRefused
+from dtrain.storage.objects import NotFound, StorageRefused, StorageUnavailable
 
 # Stops for ever at a chosen call within a put, after saying so; the test kills it there.
 HALTING_WRITER = """
@@ -238,3 +238,12 @@ def test_a_named_pipe_in_an_objects_place_does_not_hang_a_reader(tmp_path: Path)
     store = LocalFolder(tmp_path)
     assert store.head("pipe") is None
     assert list(store.list("")) == []
+
+
+def test_a_file_that_ends_too_early_leaves_no_object(tmp_path: Path) -> None:
+    store = LocalFolder(tmp_path / "store")
+    (tmp_path / "file").write_bytes(b"short")
+    with (tmp_path / "file").open("rb") as file, pytest.raises(StorageUnavailable):
+        store.put_file("a/blob", file.fileno(), size_bytes=6)
+    assert store.head("a/blob") is None
+    assert not list((tmp_path / "store").rglob(f"{TEMPORARY}*"))

@@ -84,8 +84,8 @@ def start(*, id: str = "start", nproc: int = 2, restore: bool = False, **where: 
     return command(StartTrainers(spec=spec(nproc=nproc, restore=restore)), id=id, **where)
 
 
-def stop(*, id: str = "stop", grace_s: float = 5.0, **where: Any) -> CommandReceived:
-    return command(StopTrainers(grace_s=grace_s), id=id, **where)
+def stop(*, id: str = "stop", grace_s: float = 5.0, keep: bool = False, **where: Any) -> CommandReceived:
+    return command(StopTrainers(grace_s=grace_s, keep_arena=keep), id=id, **where)
 
 
 def stage(attempt: int = 1, at_step: int = 10, *, id: str = "", **where: Any) -> CommandReceived:

@@ -64,6 +64,20 @@ def test_a_rank_is_told_who_it_is(name: str, value: str) -> None:
     assert _environment()[name] == value
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (None, "glibc.cpu.x86_non_temporal_threshold=0x80000"),
+        ("glibc.malloc.perturb=1", "glibc.malloc.perturb=1:glibc.cpu.x86_non_temporal_threshold=0x80000"),
+        ("glibc.cpu.x86_non_temporal_threshold=0x100000", "glibc.cpu.x86_non_temporal_threshold=0x100000"),
+    ],
+)
+def test_large_copies_go_past_the_cache_unless_the_user_said_otherwise(given: str | None, expected: str) -> None:
+    settings = {} if given is None else {"GLIBC_TUNABLES": given}
+    assert _environment(settings)["GLIBC_TUNABLES"] == expected
+    assert _environment(env=settings)["GLIBC_TUNABLES"] == expected
+
+
 def test_ranks_on_several_nodes_meet_at_rank_0() -> None:
     env = _environment(nnodes=2, node_rank=1, first_rank=1, nproc=1, master_address="node-a")
     assert env["DTRAIN_RENDEZVOUS"] == "tcp://node-a:4000"

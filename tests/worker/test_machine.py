@@ -1,5 +1,6 @@
 """What the agent decides, as a table of stories: no process, no clock, no disk."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from dtrain.worker.core.actions import (
     JournalTerm,
     OpenRestore,
     PrepareFolders,
+    RemoveArena,
     SendSnapshot,
     SpawnTrainer,
     Upload,
@@ -378,3 +380,33 @@ def test_a_step_does_not_change_the_state_that_it_was_given() -> None:
     copy = dict(before.assignments)
     step(before, stop(), 0.0)
     assert before.assignments == copy
+
+
+def test_stage_slots_are_given_back_when_the_job_leaves_and_not_between_generations() -> None:
+    state, actions = run(training(), stop(id="wait", grace_s=0.0, keep=True), exited(0), exited(1))
+    assert _of(actions, CleanGeneration) and not _of(actions, RemoveArena)
+    state, actions = run(state, stop(id="leave", grace_s=0.0))
+    assert _of(actions, RemoveArena) == [RemoveArena(job=JOB)]
+    _, actions = run(state, stop(id="again", grace_s=0.0), Tick())
+    assert _of(actions, RemoveArena) == [], "once"
+
+
+def test_stage_slots_stay_while_a_trainer_may_write_into_them() -> None:
+    state, actions = run(training(), stop(grace_s=0.0), exited(0))
+    assert not _of(actions, RemoveArena)
+    state, actions = run(state, exited(1))
+    assert _of(actions, RemoveArena) == [RemoveArena(job=JOB)]
+
+
+def test_a_restarted_agent_gives_back_what_its_predecessor_meant_to() -> None:
+    state, _ = run(training(), stop(grace_s=0.0), exited(0), exited(1))
+    (assignment,) = state.assignments.values()
+    loaded = replace(state, assignments={JOB: replace(assignment, arena_gone=False)})  # no journal holds it
+    _, actions = recover(loaded, 0.0)
+    assert _of(actions, RemoveArena) == [RemoveArena(job=JOB)]
+
+
+def test_the_committed_attempt_comes_with_the_request_to_stage() -> None:
+    committed = replace(stage(2).body, request=replace(stage(2).body.request, committed_attempt=1))
+    _, actions = run(training(), replace(stage(2), body=committed))
+    assert [ask.committed_attempt for ask in _of(actions, AskStage)] == [1, 1]

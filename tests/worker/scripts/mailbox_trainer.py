@@ -28,7 +28,7 @@ def main() -> None:
     if box.restore is RestoreState.READY:
         print("restored", (folder / "restore.safetensors").read_bytes()[:30], flush=True)
     box.tracking, box.until_step, box.phase = True, 1_000_000, TrainerPhase.TRAINING
-    slot, answered, step = 0, 0, 0
+    answered, step = 0, 0
     while not end.exists():
         time.sleep(step_s)
         step += 1
@@ -39,10 +39,11 @@ def main() -> None:
             if wanted < step:
                 box.missed = box.request
                 continue
+            slot = box.stage_slot or 0
+            box.begin_staging(slot)
             data = staged_bytes(rank, step)
             (folder / f"slot{slot}").write_bytes(data)
             box.publish_staged(box.request, slot=slot, size_bytes=len(data))
-            slot = 1 - slot
     print(f"rank {rank} ended after step {step}", flush=True)
 
 

@@ -1,0 +1,128 @@
+"""What is sent from a stage slot, and that nothing is acknowledged which a trainer may have written over."""
+
+import asyncio
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from dtrain.common.digests import blob_digest
+from dtrain.common.mailbox import pack
+from dtrain.common.names import AttemptNumber, CheckpointNumber, Generation, Step
+from dtrain.storage.local import LocalFolder
+from dtrain.worker.arenas import Kept
+from dtrain.worker.core.actions import Upload
+from dtrain.worker.core.inputs import UploadDone, UploadFailed
+from dtrain.worker.core.states import CheckpointRequest
+from dtrain.worker.rank_dirs import RankId
+from dtrain.worker.tasks import Tasks
+from dtrain.worker.uploads import Uploads
+from tests.worker.facts_of_trainers import JOB
+from tests.worker.shards import shard_bytes
+
+WORD = pack(4, 10)
+
+
+class Rank:
+    """A rank's folder with a staged slot, what its mailbox says, and what the uploads answer."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.data = shard_bytes(rank=1, step=10)
+        (folder / "slot1").write_bytes(self.data + b"what an earlier, longer state left")
+        self.holds = {1: WORD}
+        self.kept: list[tuple[int, Kept]] = []
+        self.answers: list[UploadDone | UploadFailed] = []
+        self.looks = 0
+        self.after_look = lambda: None
+
+    def slot_holds(self, _: RankId, slot: int) -> int:
+        self.looks += 1
+        word = self.holds.get(slot, 0)
+        self.after_look()
+        return word
+
+    def upload(self) -> UploadDone | UploadFailed:
+        """Upload slot 1 as attempt 4 of step 10; return the answer."""
+        request = CheckpointRequest(
+            checkpoint=CheckpointNumber(2),
+            attempt=AttemptNumber(4),
+            step=Step(10),
+            store=(self.folder / "store").as_uri(),
+        )
+
+        async def turn() -> None:
+            tasks = Tasks()
+            uploads = Uploads(
+                self.answers.append, self.slot_holds, lambda _, *kept: self.kept.append(kept), tasks.begin
+            )
+            async with asyncio.TaskGroup() as group:
+                tasks.group = group
+                act = Upload(
+                    job=JOB, generation=Generation(1), rank=1, request=request, slot=1, size_bytes=len(self.data)
+                )
+                uploads.start(act, self.folder)
+            uploads.close()
+
+        asyncio.run(turn())
+        (answer,) = self.answers
+        return answer
+
+
+@pytest.fixture
+def rank(tmp_path: Path) -> Rank:
+    return Rank(tmp_path)
+
+
+def test_the_slots_bytes_are_stored_up_to_their_size_and_recorded(rank: Rank) -> None:
+    answer = rank.upload()
+    assert isinstance(answer, UploadDone)
+    assert LocalFolder(rank.folder / "store").get(answer.key) == rank.data
+    assert answer.digest == blob_digest(rank.data)
+    assert rank.kept == [(1, Kept(attempt=4, step=10, size_bytes=len(rank.data), digest=answer.digest))]
+
+
+def test_a_slot_that_holds_another_state_is_not_sent(rank: Rank) -> None:
+    rank.holds[1] = pack(5, 11)
+    answer = rank.upload()
+    assert isinstance(answer, UploadFailed) and "a later attempt was staged" in answer.reason
+    assert not (rank.folder / "store").exists() and not rank.kept
+
+
+@pytest.mark.parametrize("word", [0, pack(5, 11)], ids=["being written", "written again"])
+def test_a_slot_that_was_written_while_it_was_sent_is_not_acknowledged(rank: Rank, word: int) -> None:
+    rank.after_look = lambda: rank.holds.update({1: word})
+    answer = rank.upload()
+    assert isinstance(answer, UploadFailed) and "a later attempt was staged" in answer.reason
+    assert rank.looks == 2 and not rank.kept
+
+
+@contextmanager
+def busy_threads() -> Iterator[None]:
+    """Only so that a niceness of this process's own threads would be seen."""
+    done = threading.Event()
+    thread = threading.Thread(target=done.wait)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def test_only_the_sending_threads_give_way(rank: Rank, monkeypatch: pytest.MonkeyPatch) -> None:
+    nice: list[int] = []
+    put_file = LocalFolder.put_file
+
+    def watched(self: LocalFolder, key: str, file: int, *, size_bytes: int) -> None:
+        nice.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+        put_file(self, key, file, size_bytes=size_bytes)
+
+    monkeypatch.setattr(LocalFolder, "put_file", watched)
+    before = os.getpriority(os.PRIO_PROCESS, 0)
+    with busy_threads():
+        assert isinstance(rank.upload(), UploadDone)
+    assert nice and min(nice) > before == os.getpriority(os.PRIO_PROCESS, 0)
