@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 @click.command("history")
 @click.argument("job")
-@click.option("-f", "--follow", is_flag=True, help="Go on with events as they happen.")
+@click.option(
+    "-f", "--follow", is_flag=True, help="Go on with events as they happen, until Ctrl-C or the end of a local run."
+)
 @cluster_options
 @output_option
 def history_command(job: str, follow: bool, etcd: str | None, prefix: str, data_dir: str, output: str) -> None:
@@ -32,7 +34,9 @@ def history_command(job: str, follow: bool, etcd: str | None, prefix: str, data_
     show = _print_json if output == "json" else _print_words
 
     async def read(client: "EtcdClient", prefix: str) -> None:
+        from dtrain.cli.attending import while_active
         from dtrain.coordinator.history import follow_history, read_history
+        from dtrain.standalone.data_folder import DataFolder
 
         if not follow:
             events = await read_history(client, prefix, name)
@@ -40,8 +44,12 @@ def history_command(job: str, follow: bool, etcd: str | None, prefix: str, data_
             for event in events:
                 show(event)
             return
-        async for event in follow_history(client, prefix, name):
-            show(event)
+
+        async def follow_on() -> None:
+            async for event in follow_history(client, prefix, name):
+                show(event)
+
+        await while_active(None if etcd else DataFolder.at(data_dir), follow_on())
 
     asyncio.run(read_log(etcd, prefix, data_dir, read))
 

@@ -24,6 +24,7 @@ def logs_command(
     job: str, rank: int | None, follow: bool, etcd: str | None, prefix: str, data_dir: str, output: str
 ) -> None:
     """Show what the ranks of a job printed. With -o json, one object with rank and line, per line."""
+    from dtrain.cli.attending import while_active
     from dtrain.cli.clients import active_cluster, connect_etcd
     from dtrain.cli.history import require_job
     from dtrain.cli.log_streams import LogStream
@@ -45,7 +46,10 @@ def logs_command(
         async with connect_etcd(address) as client:
             require_job(await read_history(client, address.prefix, name), name)
             stream = LogStream(client, address.prefix, name, show=show, rank=rank)
-            await (stream.follow() if follow else stream.drain(everything=True))
+            if follow:
+                await while_active(None if etcd else DataFolder.at(data_dir), stream.follow())
+            else:
+                await stream.drain(everything=True)
 
     asyncio.run(read())
 

@@ -5,9 +5,11 @@ that ``dtrain list`` and ``dtrain history`` answer after a run as they do during
 not know to have ended, in a folder where nothing runs, was interrupted: that is what is shown.
 """
 
+import asyncio
+import time
 from collections.abc import Awaitable, Callable
 
-from dtrain.cli.clients import Address, Coordinator, active_cluster, connect_etcd, job_of
+from dtrain.cli.clients import RETRY_S, Address, Coordinator, active_cluster, connect_etcd, job_of
 from dtrain.common.errors import UserError
 from dtrain.common.names import JobName
 from dtrain.coordinator.core.evolve import evolve
@@ -15,40 +17,46 @@ from dtrain.coordinator.core.states import JobPhase, JobState
 from dtrain.coordinator.history import read_all
 from dtrain.etcd.client import EtcdClient
 from dtrain.proto import agent_pb2 as wire
-from dtrain.standalone.data_folder import DataFolder
+from dtrain.standalone.data_folder import DataFolder, FolderInUseError
+
+COMING_OR_GOING_S = 20.0  # a run that is just being started, or taken down, holds its folder and cannot be asked
 
 Read = Callable[[EtcdClient, str], Awaitable[None]]
 
 
 async def read_log(etcd: str | None, prefix: str, data_dir: str, read: Read) -> None:
     """Call ``read`` with a client of the log's etcd and the prefix of its keys."""
-    address = active_cluster(etcd, prefix, data_dir)
-    if address is not None:
-        async with connect_etcd(address) as client:
-            await read(client, address.prefix)
-        return
-    await _read_asleep(prefix, data_dir, read)
+    while True:
+        address = active_cluster(etcd, prefix, data_dir)
+        if address is not None:
+            async with connect_etcd(address) as client:
+                await read(client, address.prefix)
+            return
+        if await _read_asleep(prefix, data_dir, read):
+            return
 
 
 async def read_statuses(etcd: str | None, prefix: str, data_dir: str, *, job: str) -> list[wire.JobStatus]:
     """Status of one job, or of all with an empty name."""
-    address = active_cluster(etcd, prefix, data_dir)
-    if address is not None:
-        async with connect_etcd(address) as client, Coordinator(client, address.prefix) as coordinator:
-            if etcd or await client.get(f"{address.prefix}/leader") is not None:
-                reply = await coordinator.status(job)
-                return [job_of(reply, job)] if job else list(reply.jobs)
-            return await _statuses_of_log(client, address, job)  # `dtrain etcd`: nobody leads here
     found: list[wire.JobStatus] = []
 
     async def read(client: EtcdClient, prefix: str) -> None:
-        found.extend(await _statuses_of_log(client, Address(etcd=client.endpoints, prefix=prefix), job))
+        address = Address(etcd=client.endpoints, prefix=prefix)
+        # Its etcd was started for this read (a killed leader's key may still be there), or only to be looked into.
+        asleep = not etcd and DataFolder.at(data_dir).active() is None
+        if asleep or (not etcd and await client.get(f"{prefix}/leader") is None):
+            found.extend(await _statuses_of_log(client, address, job))
+            return
+        async with Coordinator(client, prefix) as coordinator:
+            reply = await coordinator.status(job)
+        found.extend([job_of(reply, job)] if job else reply.jobs)
 
-    await _read_asleep(prefix, data_dir, read)
+    await read_log(etcd, prefix, data_dir, read)
     return found
 
 
-async def _read_asleep(prefix: str, data_dir: str, read: Read) -> None:
+async def _read_asleep(prefix: str, data_dir: str, read: Read) -> bool:
+    """Read from a folder where nothing runs. False: somebody does run there, who may be found in a moment."""
     from dtrain.standalone.cluster import with_etcd_of
 
     folder = DataFolder.at(data_dir)
@@ -62,7 +70,17 @@ async def _read_asleep(prefix: str, data_dir: str, read: Read) -> None:
         async with EtcdClient([endpoint]) as client:
             await read(client, prefix)
 
-    await with_etcd_of(folder, use)
+    give_up = time.monotonic() + COMING_OR_GOING_S
+    while True:
+        try:
+            await with_etcd_of(folder, use)
+            return True
+        except FolderInUseError:
+            if folder.active() is not None:
+                return False
+            if time.monotonic() > give_up:
+                raise
+        await asyncio.sleep(RETRY_S)
 
 
 async def _statuses_of_log(client: EtcdClient, address: Address, job: str) -> list[wire.JobStatus]:

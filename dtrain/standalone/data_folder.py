@@ -29,6 +29,10 @@ STRAGGLERS_S = 20.0  # longer than a worker's grace for its trainers plus its ow
 _STRAGGLERS_POLL_S = 0.05
 
 
+class FolderInUseError(UserError):
+    """Another process has the folder now."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Endpoints:
     """Where the active run of a data folder can be reached."""
@@ -146,7 +150,7 @@ def lock_folder(folder: DataFolder, *, stragglers_s: float = STRAGGLERS_S) -> Fo
             owner = _owner(fd)
             if owner is not None and _is_alive(owner):
                 os.close(fd)
-                raise UserError(
+                raise FolderInUseError(
                     f"data folder {folder.root} is in use by process {owner}: "
                     "wait for it, end it, or give another folder with --data-dir."
                 ) from None

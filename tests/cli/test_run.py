@@ -6,13 +6,14 @@ The scripts are small and train for real where that matters; nothing is simulate
 import json
 import os
 import signal
+import subprocess
 from pathlib import Path
 
 import psutil
 import pytest
 
 from dtrain.standalone.children import leftovers
-from tests.cli.commands import Running, assert_nothing_is_left, dtrain, running
+from tests.cli.commands import DEADLINE_S, DTRAIN, Running, assert_nothing_is_left, dtrain, environment, running
 
 TRAINING = """
 import sys, time
@@ -126,9 +127,17 @@ def test_the_other_verbs_see_a_run_and_remember_it(folder: Path) -> None:
         assert taken["checkpoint"] in numbers
         run.wait_for_line("working")
         assert "[rank0]: working" in dtrain("logs", "job", cwd=folder).stdout
+        followers = [
+            subprocess.Popen([*DTRAIN, verb, "job", "-f"], cwd=folder, stdout=subprocess.PIPE, env=environment())
+            for verb in ("history", "logs")
+        ]
+        for follower in followers:
+            assert follower.stdout is not None and follower.stdout.readline()
         cancelled = dtrain("cancel", "job", cwd=folder)
         assert cancelled.stdout == "job job is cancelled\n"
         assert run.end() == 1
+        assert all(follower.communicate(timeout=DEADLINE_S)[0] is not None for follower in followers)
+        assert [follower.returncode for follower in followers] == [0, 0], "following ends with the run"
     assert_nothing_is_left(folder)
     assert json.loads(dtrain("list", "-o", "json", cwd=folder).stdout)[0]["phase"] == "cancelled"
     assert dtrain("logs", "job", "--rank", "0", cwd=folder).code == 0
