@@ -1,20 +1,25 @@
 """The leader's loop without etcd: persist first, then act; and nobody waits for an answer that cannot come."""
 
 import asyncio
+import dataclasses
 from collections.abc import Awaitable, Callable, Sequence
 from typing import cast
 
 import pytest
 
-from dtrain.common.errors import UserError
-from dtrain.common.names import JobName, Term, WorkerId
+from dtrain.common.errors import LogDamagedError, UserError
+from dtrain.common.names import CheckpointNumber, Generation, JobName, Term, WorkerId
 from dtrain.coordinator.codec import Entry
 from dtrain.coordinator.core.commands import Command
 from dtrain.coordinator.core.effects import Effect
 from dtrain.coordinator.core.facts import (
+    AssignmentReport,
     CancelAsked,
     MarkersRead,
+    QuarantineAsked,
     Registration,
+    RestorePhase,
+    RestoreReport,
     SnapshotReceived,
     SubmitAsked,
     WorkerRegistered,
@@ -41,6 +46,10 @@ class Journal:
         self.durable = asyncio.Event()  # an append ends only when this is set
         self.durable.set()
         self.appending = asyncio.Event()
+        self.newest_revision = 100  # of the etcd
+
+    async def revision(self) -> int:
+        return self.newest_revision
 
     async def append(self, entries: Sequence[Entry]) -> None:
         self.appending.set()
@@ -153,5 +162,68 @@ def test_the_markers_of_a_job_are_read_before_it_starts() -> None:
         while loop.jobs[JobName("mnist")].phase is JobPhase.PENDING:
             await asyncio.sleep(0)
         assert "send mnist/g1/start" in journal.happened
+
+    in_a_loop(body)
+
+
+def test_a_store_whose_markers_were_not_read_is_read_before_the_next_run_starts() -> None:
+    async def body(loop: LeaderLoop, journal: Journal, running: "asyncio.Task[None]") -> None:
+        await with_worker(loop)
+        await loop.ask(SubmitAsked(spec=spec(), request="r1", takes_over=False))
+        await loop.tell(MarkersRead(job=JobName("mnist"), store="file:///store", position_seq=1, key="m"))
+        elsewhere = spec(store="file:///other")
+        job = await loop.ask(SubmitAsked(spec=elsewhere, request="r2", takes_over=True))
+        assert (job.run, job.phase) == (2, JobPhase.PENDING), "nobody has looked into the other store yet"
+        assert journal.happened[-1] == "perform audit"
+        await loop.tell(MarkersRead(job=JobName("mnist"), store="file:///other", position_seq=1, key="m"))
+        while loop.jobs[JobName("mnist")].phase is JobPhase.PENDING:
+            await asyncio.sleep(0)
+
+    in_a_loop(body)
+
+
+def seen_by_worker(seq: int, digest: str) -> SnapshotReceived:
+    """A snapshot of a worker that was told of the job's log up to here."""
+    held = AssignmentReport(
+        job=JobName("mnist"), generation=Generation(1), phase="training", ranks=(), shards=(),
+        restore=RestoreReport(phase=RestorePhase.NONE), position_seq=seq, position_digest=digest,
+    )  # fmt: skip
+    snapshot = dataclasses.replace(W1.snapshot(Term(7)), number=2, assignments=(held,))
+    return SnapshotReceived(snapshot=snapshot, stream=1)
+
+
+def test_a_worker_that_has_seen_another_event_at_the_logs_end_shows_that_the_log_was_rewritten() -> None:
+    async def body(loop: LeaderLoop, journal: Journal, running: "asyncio.Task[None]") -> None:
+        await with_worker(loop)
+        job = await loop.ask(submission())
+        await loop.tell(seen_by_worker(job.position.seq, job.position.digest))
+        await loop.tell(seen_by_worker(job.position.seq - 1, "of an event that is not the last"))
+        await loop.ask(submission())  # the same again: it decides nothing, and comes behind the facts above
+        assert not running.done()
+        await loop.tell(seen_by_worker(job.position.seq, "0" * 64))
+        with pytest.raises(LogDamagedError, match="another event than the one worker w1 has seen") as damage:
+            await running
+        assert damage.value.key.endswith(f"{job.position.seq:012d}")
+
+    in_a_loop(body)
+
+
+def test_a_term_is_known_to_be_of_another_etcd_only_beyond_its_newest_revision() -> None:
+    async def body(loop: LeaderLoop, journal: Journal, running: "asyncio.Task[None]") -> None:
+        journal.newest_revision = 12
+        assert [await loop.never_was(term) for term in (0, 7, 8, 12, 13)] == [False, False, False, False, True]
+
+    in_a_loop(body)
+
+
+def test_a_checkpoint_that_is_not_there_cannot_be_quarantined() -> None:
+    async def body(loop: LeaderLoop, journal: Journal, running: "asyncio.Task[None]") -> None:
+        asked = QuarantineAsked(job=JobName("nobody"), checkpoint=CheckpointNumber(1), key="k", reason="bit")
+        with pytest.raises(UserError, match="nobody"):
+            await loop.ask(asked)
+        await with_worker(loop)
+        await loop.ask(submission())
+        with pytest.raises(UserError, match="no checkpoint 1"):
+            await loop.ask(dataclasses.replace(asked, job=JobName("mnist")))
 
     in_a_loop(body)

@@ -1,5 +1,6 @@
 """What people and workers may say without bringing the coordinator down."""
 
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,9 @@ import grpc
 import grpc.aio
 import pytest
 
+from dtrain.coordinator.election import read_leader
+from dtrain.proto import agent_pb2 as wire
+from dtrain.proto import agent_pb2_grpc
 from dtrain.storage.keys import marker_key
 from tests.coordinator.support.clusters import PREFIX
 from tests.coordinator.support.stages import MNIST, ONE, STEPS, Stage, on_a_stage, submit, submitted
@@ -89,5 +93,28 @@ def test_words_of_a_trainer_without_end_do_not_bring_the_coordinator_down(etcd: 
         stage.worker.ends(1)
         await stage.until_decided("GenerationFailed")
         assert stage.coordinator.alive()
+
+    on_a_stage(etcd, tmp_path, play)
+
+
+def test_a_worker_of_another_etcd_is_refused_in_words_and_harms_nobody(etcd: EtcdServer, tmp_path: Path) -> None:
+    async def play(stage: Stage) -> None:
+        await submit(stage)
+        await submitted(stage)
+        stranger = wire.Snapshot(worker="stranger", journal="j", incarnation="1", number=1, term=10**12, slots=2)
+        found = await read_leader(stage.client, PREFIX)
+        assert found is not None
+
+        async def snapshots() -> AsyncIterator[wire.Snapshot]:
+            yield stranger
+
+        async with grpc.aio.insecure_channel(found[0].address) as channel:
+            with pytest.raises(grpc.aio.AioRpcError) as refusal:
+                async for _ in agent_pb2_grpc.AgentsStub(channel).Attend(snapshots()):
+                    raise AssertionError("it was welcomed")
+        assert refusal.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+        assert "stranger has seen term 1000000000000, which this etcd never gave" in str(refusal.value.details())
+        assert await read_leader(stage.client, PREFIX) == found, "the leader was not deposed by it"
+        assert (await stage.submits()).run == 1
 
     on_a_stage(etcd, tmp_path, play)

@@ -4,6 +4,7 @@ import os
 import random
 import signal
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 
 from dtrain.common.names import JobName
@@ -33,7 +34,8 @@ def objects_of(state: JobState) -> set[str]:
     expected = set()
     for number, checkpoint in state.committed.items():
         expected |= {marker_key(state.name, number), manifest_key(state.name, number, checkpoint.attempt)}
-        expected |= {shard.key for shard in checkpoint.shards}
+        for shard in checkpoint.shards:  # each of its fields that names an object
+            expected |= {getattr(shard, field.name) for field in fields(shard) if field.name.endswith("key")} - {""}
     return expected
 
 
