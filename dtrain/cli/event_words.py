@@ -43,14 +43,6 @@ def describe(event: Event) -> str:
             return _checkpoint_made(event)
         case CheckpointQuarantined() | CheckpointPinned() | CheckpointExpired() | CheckpointDeleted() | AttemptSwept():
             return _checkpoint_kept(event)
-        case CheckpointPinned(checkpoint=checkpoint, pinned=pinned):
-            return f"checkpoint {checkpoint} {'pinned' if pinned else 'not pinned any more'}"
-        case CheckpointExpired(checkpoint=checkpoint, reason=reason):
-            return f"checkpoint {checkpoint} expired: {reason}"
-        case CheckpointDeleted(checkpoint=checkpoint):
-            return f"checkpoint {checkpoint} deleted from storage"
-        case AttemptSwept(checkpoint=checkpoint, attempt=attempt):
-            return f"leftovers of checkpoint {checkpoint}, attempt {attempt}, deleted from storage"
         case JobSucceeded():
             return "job succeeded"
         case JobFailed(reason=reason, exit_code=exit_code):

@@ -1,6 +1,6 @@
-"""Verbs that read a job's event log straight from etcd: they work with no coordinator, and with no cluster.
+"""The verb that shows a job's event log straight from etcd: it works with no coordinator, and with no cluster.
 
-With ``-o json``, ``history`` prints one event a line, as they come; ``checkpoints`` prints one array.
+With ``-o json`` it prints one event a line, as they come.
 """
 
 import asyncio
@@ -14,7 +14,6 @@ from dtrain.cli.options import cluster_options, output_option
 if TYPE_CHECKING:
     from dtrain.cli.output import Json
     from dtrain.coordinator.core.events import RecordedEvent
-    from dtrain.coordinator.core.states import CommittedCheckpoint
     from dtrain.etcd.client import EtcdClient
 
 
@@ -54,32 +53,6 @@ def history_command(job: str, follow: bool, etcd: str | None, prefix: str, data_
     asyncio.run(read_log(etcd, prefix, data_dir, read))
 
 
-@click.command("checkpoints")
-@click.argument("job")
-@cluster_options
-@output_option
-def checkpoints_command(job: str, etcd: str | None, prefix: str, data_dir: str, output: str) -> None:
-    """Show the committed checkpoints of a job."""
-    from dtrain.cli.statuses import read_log
-    from dtrain.common.names import job_name
-
-    name = job_name(job)
-
-    async def read(client: "EtcdClient", prefix: str) -> None:
-        from dtrain.coordinator.core.evolve import evolve
-        from dtrain.coordinator.history import read_history
-
-        events = await read_history(client, prefix, name)
-        require_job(events, name)
-        state = None
-        for event in events:
-            state = evolve(state, event)
-        assert state is not None
-        _print_checkpoints(list(state.committed.values()), output)
-
-    asyncio.run(read_log(etcd, prefix, data_dir, read))
-
-
 def require_job(events: "list[RecordedEvent]", job: str) -> None:
     from dtrain.common.errors import UserError
 
@@ -112,48 +85,3 @@ def event_view(event: "RecordedEvent") -> "dict[str, Json]":
         "cause": msgspec.to_builtins(event.cause),
         "key": event.key,
     }
-
-
-def checkpoint_view(checkpoint: "CommittedCheckpoint") -> "dict[str, Json]":
-    """One committed checkpoint."""
-    return {
-        "checkpoint": checkpoint.number,
-        "step": checkpoint.step,
-        "generation": checkpoint.generation,
-        "attempt": checkpoint.attempt,
-        "world_size": checkpoint.world_size,
-        "size_bytes": checkpoint.size_bytes,
-        "time": checkpoint.time,
-        "marked": checkpoint.marked,
-        "quarantined": checkpoint.quarantined or None,
-        "manifest": checkpoint.manifest_key,
-        "shards": [
-            {"rank": shard.rank, "key": shard.key, "size_bytes": shard.size_bytes, "digest": shard.digest}
-            for shard in checkpoint.shards
-        ],
-    }
-
-
-def _print_checkpoints(checkpoints: "list[CommittedCheckpoint]", output: str) -> None:
-    from dtrain.cli.output import print_json, print_table, words_of_bytes, words_of_time
-
-    checkpoints = sorted(checkpoints, key=lambda checkpoint: checkpoint.number)
-    if output == "json":
-        print_json([checkpoint_view(checkpoint) for checkpoint in checkpoints])
-        return
-    print_table(
-        ("CHECKPOINT", "STEP", "GENERATION", "RANKS", "SIZE", "COMMITTED", "NOTE"),
-        (
-            (
-                str(checkpoint.number),
-                str(checkpoint.step),
-                str(checkpoint.generation),
-                str(checkpoint.world_size),
-                words_of_bytes(checkpoint.size_bytes),
-                words_of_time(checkpoint.time),
-                f"not used again: {checkpoint.quarantined}" if checkpoint.quarantined else "",
-            )
-            for checkpoint in checkpoints
-        ),
-        empty="no committed checkpoints yet",
-    )
