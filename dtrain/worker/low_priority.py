@@ -8,7 +8,7 @@ import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
-NICENESS = 15  # below every trainer: about a thirtieth of a core that a trainer wants too
+NICENESS = 10  # below every trainer: about a tenth of a core that a trainer wants too
 
 
 def yielding_threads(name: str, count: int) -> ThreadPoolExecutor:
