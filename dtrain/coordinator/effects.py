@@ -22,8 +22,10 @@ from dtrain.coordinator.core.facts import (
     ObjectsDeleted,
 )
 from dtrain.storage import keys, manifests
+from dtrain.storage.catalogs import catalog_of
 from dtrain.storage.objects import AlreadyExists, NotFound, ObjectStore
 from dtrain.storage.uris import open_store
+from dtrain.storage.verify import read_index
 
 logger = logging.getLogger(__name__)
 
@@ -133,7 +135,14 @@ def _write_manifest(store: ObjectStore, effect: WriteManifest) -> ManifestWritte
         step=inflight.step,
         world_size=effect.world_size,
         shards=tuple(
-            manifests.ShardEntry(rank=s.rank, key=s.key, size_bytes=s.size_bytes, digest=s.digest)
+            manifests.ShardEntry(
+                rank=s.rank,
+                key=s.key,
+                size_bytes=s.size_bytes,
+                digest=s.digest,
+                index_key=s.index_key,
+                index_digest=s.index_digest,
+            )
             for s in effect.shards
         ),
     )
@@ -141,6 +150,7 @@ def _write_manifest(store: ObjectStore, effect: WriteManifest) -> ManifestWritte
         data = manifests.encode(manifest)
     except ValueError as error:  # a worker acknowledged what no shard can be: trying again cannot help
         raise PermanentError(f"the acknowledged shards make no manifest: {error}") from error
+    catalog_of([read_index(store, entry)[0] for entry in manifest.shards])  # refuses what is not whole
     key = keys.manifest_key(effect.job, inflight.number, inflight.attempt)
     _put_once(store, key, data)
     return ManifestWritten(

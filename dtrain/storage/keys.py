@@ -5,6 +5,7 @@ that far. Job names are checked where all names are; numbers by range, so that t
 the order of keys stays the order of numbers. Every store checks every key again.
 
     jobs/<job>/checkpoints/<checkpoint>/attempt-<attempt>/rank-<rank>.safetensors
+    jobs/<job>/checkpoints/<checkpoint>/attempt-<attempt>/rank-<rank>.index.json
     jobs/<job>/checkpoints/<checkpoint>/attempt-<attempt>/manifest.json
     jobs/<job>/checkpoints/<checkpoint>/COMMITTED
 """
@@ -45,6 +46,11 @@ def attempt_prefix(job: JobName, checkpoint: CheckpointNumber, attempt: AttemptN
 def shard_key(job: JobName, checkpoint: CheckpointNumber, attempt: AttemptNumber, rank: int) -> str:
     """Return the key of one rank's shard."""
     return f"{attempt_prefix(job, checkpoint, attempt)}rank-{_number('rank', rank, 0, RANK_MAX):05d}.safetensors"
+
+
+def index_key(job: JobName, checkpoint: CheckpointNumber, attempt: AttemptNumber, rank: int) -> str:
+    """Return the key of the index of one rank's shard."""
+    return f"{attempt_prefix(job, checkpoint, attempt)}rank-{_number('rank', rank, 0, RANK_MAX):05d}.index.json"
 
 
 def manifest_key(job: JobName, checkpoint: CheckpointNumber, attempt: AttemptNumber) -> str:

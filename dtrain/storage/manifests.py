@@ -17,7 +17,7 @@ from dtrain.common.errors import DtrainError, ShardDamagedError
 from dtrain.common.names import AttemptNumber, CheckpointNumber, Generation, JobName, Step
 from dtrain.storage.keys import job_prefix, manifest_key, shard_key, validate_key
 
-MANIFEST_VERSION = 1
+MANIFEST_VERSION = 2  # 1 knew no indexes
 MARKER_VERSION = 1
 _DIGEST = re.compile(re.escape(BLOB_ALGORITHM) + ":[0-9a-f]{32}")
 
@@ -30,6 +30,8 @@ class ShardEntry:
     key: str
     size_bytes: int  # > 0: a shard has at least its header
     digest: str  # "xxh3-128:<hex>" of the whole blob
+    index_key: str
+    index_digest: str  # "xxh3-128:<hex>" of the index's bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,7 +126,8 @@ def _check_manifest(manifest: Manifest) -> None:
     folder = job_prefix(manifest.job)
     for entry in manifest.shards:
         shard_key(manifest.job, manifest.checkpoint, manifest.attempt, entry.rank)  # checks the rank's range
-        if not validate_key(entry.key).startswith(folder):
-            raise ValueError(f"shard key {entry.key!r} is not under {folder}")
-        if entry.size_bytes < 1 or not _DIGEST.fullmatch(entry.digest):
-            raise ValueError(f"size or digest of {entry.key} is not valid")
+        for key, digest in ((entry.key, entry.digest), (entry.index_key, entry.index_digest)):
+            if not validate_key(key).startswith(folder):
+                raise ValueError(f"key {key!r} is not under {folder}")
+            if entry.size_bytes < 1 or not _DIGEST.fullmatch(digest):
+                raise ValueError(f"size or digest of {key} is not valid")

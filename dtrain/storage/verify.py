@@ -9,9 +9,11 @@ import xxhash
 
 from dtrain.common.digests import BLOB_ALGORITHM, blob_digest
 from dtrain.common.errors import ShardDamagedError
+from dtrain.storage.indexes import IndexedShard, open_index, piece_is_sound
 from dtrain.storage.keys import MARKER_NAME
 from dtrain.storage.manifests import CommitMarker, Manifest, ShardEntry, decode_manifest, decode_marker
 from dtrain.storage.objects import NotFound, ObjectStore
+from dtrain.storage.ranges import read_header, read_range
 
 CHUNK_BYTES = 32 * 1024 * 1024  # read at a time, and the memory used; large enough for one request to S3 to pay
 
@@ -34,6 +36,7 @@ def verify_checkpoint(
     for entry in manifest.shards:
         try:
             _verify_shard(store, entry, buffer)
+            read_index(store, entry)
         except ShardDamagedError as finding:
             found.append(finding)
     return found
@@ -50,6 +53,17 @@ def read_manifest(store: ObjectStore, key: str, expected_digest: str | None = No
     if expected_digest is not None and (digest := blob_digest(data)) != expected_digest:
         raise ShardDamagedError(key, f"has digest {digest}, but {expected_digest} is recorded")
     return decode_manifest(data, key=key)
+
+
+def read_index(store: ObjectStore, entry: ShardEntry) -> tuple[IndexedShard, bytes]:
+    """Return a shard's index and its bytes; raise ShardDamagedError if missing, unreadable or not of this digest."""
+    data = _get(store, entry.index_key)
+    if (digest := blob_digest(data)) != entry.index_digest:
+        raise ShardDamagedError(entry.index_key, f"has digest {digest}, but {entry.index_digest} is recorded")
+    shard = open_index(data, key=entry.index_key, shard_key=entry.key)
+    if shard.header.total_bytes != entry.size_bytes:
+        raise ShardDamagedError(entry.index_key, f"is of a shard of other size than the {entry.size_bytes} recorded")
+    return shard, data
 
 
 def _read_from(store: ObjectStore, key: str, expected_manifest_digest: str | None) -> Manifest:
@@ -90,4 +104,25 @@ def _verify_shard(store: ObjectStore, entry: ShardEntry, buffer: memoryview) -> 
         hasher.update(part)
     digest = f"{BLOB_ALGORITHM}:{hasher.hexdigest()}"
     if digest != entry.digest:
-        raise ShardDamagedError(entry.key, f"has digest {digest}, but {entry.digest} is recorded")
+        where = _damaged_parts(store, entry)
+        raise ShardDamagedError(entry.key, f"has digest {digest}, but {entry.digest} is recorded; damaged: {where}")
+
+
+def _damaged_parts(store: ObjectStore, entry: ShardEntry) -> str:
+    """Name the tensors of a shard that do not match their own digests. Reads it once more."""
+    try:
+        shard, _ = read_index(store, entry)
+    except ShardDamagedError as error:
+        return f"unknown, for its index is damaged too ({error.why})"
+    found: dict[str, None] = {}
+    try:
+        read_header(store, shard, memoryview(bytearray(shard.header.data_start)))
+    except ShardDamagedError:
+        found["its header"] = None
+    for name, span in shard.header.tensors.items():
+        for piece in shard.pieces(name, 0, span.end - span.begin):
+            part = memoryview(bytearray(piece.end - piece.begin))
+            read_range(store, entry.key, part, offset=piece.begin)
+            if not piece_is_sound(piece, part):
+                found[f"tensor {name!r}"] = None
+    return ", ".join(found) or "nothing that it holds"

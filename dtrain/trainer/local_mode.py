@@ -14,7 +14,7 @@ All ranks call load() and boundary() at the same steps: both talk to the peers.
 import logging
 import mmap
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch.distributed as dist
@@ -22,15 +22,19 @@ import torch.distributed as dist
 from dtrain.common.digests import blob_digest, chain_digest
 from dtrain.common.errors import DtrainError, PermanentError, ShardDamagedError, UserError
 from dtrain.common.names import AttemptNumber, CheckpointNumber, Step
-from dtrain.storage.keys import MARKER_NAME, job_prefix, manifest_key, marker_key, shard_key
+from dtrain.storage.catalogs import IncompleteCheckpoint, catalog_of
+from dtrain.storage.indexes import index_shard
+from dtrain.storage.keys import MARKER_NAME, index_key, job_prefix, manifest_key, marker_key, shard_key
 from dtrain.storage.manifests import CommitMarker, Manifest, ShardEntry, encode
-from dtrain.storage.objects import NotFound, ObjectStore
+from dtrain.storage.objects import ObjectStore
+from dtrain.storage.ranges import read_needed
 from dtrain.storage.retrying import with_retries
 from dtrain.storage.uris import open_store, probe
-from dtrain.storage.verify import read_manifest, read_marker
+from dtrain.storage.verify import read_index, read_manifest, read_marker
 from dtrain.trainer.copying import Copier
 from dtrain.trainer.failures import one_line
-from dtrain.trainer.restoring import read_shard
+from dtrain.trainer.resharding import copy_all, meetings
+from dtrain.trainer.restoring import Plan, saved_state
 from dtrain.trainer.staging import ShardLayouts
 from dtrain.trainer.surroundings import Surroundings
 from dtrain.trainer.tracking import CapturedState, SavedState
@@ -73,8 +77,8 @@ class LocalStation:
         """Say that there is something to keep."""
         self._tracking = True
 
-    def load(self) -> SavedState | None:
-        """Return this rank's state of the newest checkpoint that is whole; None for none."""
+    def load(self, plan: Plan) -> SavedState | None:
+        """Read the newest checkpoint that is whole into what ``plan`` names, and return it; None for none."""
         if self._store is None or not self._tracking:
             return None
         found = self._from_rank_0(lambda store: _look(store, self._surroundings), self._store)
@@ -82,7 +86,7 @@ class LocalStation:
             raise UserError(found.error)
         self._checkpoint, self._attempt = found.checkpoint, found.attempt
         for key in found.markers:
-            saved, damage, obstacle = self._try_load(self._store, key)
+            saved, damage, obstacle = self._try_load(self._store, key, plan)
             answers = self._from_all((damage, obstacle))
             if obstacles := [text for _, text in answers if text]:  # going further back would lose work for nothing
                 raise UserError(f"cannot restore from {key} in {self._store.uri}: {obstacles[0]}")
@@ -165,10 +169,21 @@ class LocalStation:
         data = memoryview(self._memory)[:needed_bytes]
         key = shard_key(here.job, CheckpointNumber(self._checkpoint), AttemptNumber(self._attempt), here.rank)
         with_retries(lambda: store.put(key, data), deadline_s=STORE_DEADLINE_S)
-        return ShardEntry(rank=here.rank, key=key, size_bytes=needed_bytes, digest=blob_digest(data))
+        index, digest = index_shard(data, key=key)
+        beside = index_key(here.job, CheckpointNumber(self._checkpoint), AttemptNumber(self._attempt), here.rank)
+        with_retries(lambda: store.put(beside, index), deadline_s=STORE_DEADLINE_S)
+        return ShardEntry(
+            rank=here.rank,
+            key=key,
+            size_bytes=needed_bytes,
+            digest=digest,
+            index_key=beside,
+            index_digest=blob_digest(index),
+        )
 
     def _commit(self, store: ObjectStore, step: Step, entries: tuple[ShardEntry, ...]) -> None:
         here = self._surroundings
+        catalog_of([read_index(store, entry)[0] for entry in entries])  # refuses what is not whole
         checkpoint, attempt = CheckpointNumber(self._checkpoint), AttemptNumber(self._attempt)
         manifest = encode(
             Manifest(
@@ -197,27 +212,24 @@ class LocalStation:
         with_retries(lambda: store.put(key, manifest), deadline_s=STORE_DEADLINE_S)
         with_retries(lambda: store.put(marker_key(here.job, checkpoint), marker), deadline_s=STORE_DEADLINE_S)
 
-    def _try_load(self, store: ObjectStore, key: str) -> tuple[SavedState | None, str, str]:
+    def _try_load(self, store: ObjectStore, key: str, plan: Plan) -> tuple[SavedState | None, str, str]:
         """Return (state, what is damaged, what else stands in the way); one of the three."""
         try:
-            return with_retries(lambda: self._load_shard(store, key), deadline_s=STORE_DEADLINE_S), "", ""
-        except ShardDamagedError as error:
+            return with_retries(lambda: self._read(store, key, plan), deadline_s=STORE_DEADLINE_S), "", ""
+        except (ShardDamagedError, IncompleteCheckpoint) as error:
             return None, str(error), ""
         except DtrainError as error:
             return None, "", str(error)
 
-    def _load_shard(self, store: ObjectStore, key: str) -> SavedState:
+    def _read(self, store: ObjectStore, key: str, plan: Plan) -> SavedState:
         marker = read_marker(store, key)
         manifest = read_manifest(store, marker.manifest_key, marker.manifest_digest)
-        entry = manifest.shards[self._surroundings.rank % manifest.world_size]
-        data = memoryview(mmap.mmap(-1, entry.size_bytes))
-        try:
-            store.read_into(entry.key, data)
-        except NotFound as error:
-            raise ShardDamagedError(entry.key, "is missing") from error
-        if (digest := blob_digest(data)) != entry.digest:
-            raise ShardDamagedError(entry.key, f"has digest {digest}, but {entry.digest} is recorded")
-        return read_shard(data, key=entry.key)
+        catalog = catalog_of([read_index(store, entry)[0] for entry in manifest.shards])
+        saved = saved_state(catalog, self._surroundings.rank)
+        targets = plan(saved)
+        found = meetings(targets, saved.wholes)
+        copy_all(found, read_needed(store, catalog.shards, {meeting.needed for meeting in found}))
+        return replace(saved, tensors=targets)
 
     def _from_all(self, answer: _T) -> list[_T]:
         """Return every rank's ``answer``, in the order of ranks."""

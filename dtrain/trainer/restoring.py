@@ -1,92 +1,126 @@
-"""Restoring: from a shard's bytes to a saved state.
+"""Restoring under a worker: the trainer says which bytes it needs, the worker brings and verifies them.
 
-A worker has checked size and digest before it hands a shard over; a shard is still read as if it came from a
-stranger, because a wrong tensor would not crash but train on nonsense. Nothing in it is ever executed.
+What a rank needs depends on how its model is wrapped and sharded now, which only the script knows; bringing it is
+the worker's. They meet in files, so that neither waits in the other's code and a restarted worker reads on:
 
-Every tensor handed out is a copy: the file lies in memory that the worker may take back.
+1. the worker puts the manifest and the indexes, verified, into the generation's folder ``restore``; the manifest last;
+2. each trainer reads them, works out what it needs, and writes ``needs.json`` into its own folder;
+3. the worker puts those bytes, verified, at their places into ``restore/rank-00000.safetensors`` (files with holes,
+   shared by the ranks of the node), and sets the mailbox's restore word to READY;
+4. each trainer copies them to where they belong. Every tensor it holds is its own: the files lie in memory that the
+   worker takes back.
 """
 
-import json
 import mmap
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from threading import Event
 
 import torch
 
-from dtrain.common.errors import ShardDamagedError
+from dtrain.common.errors import PermanentError, ShardDamagedError
 from dtrain.common.mailbox import Mailbox, RestoreState
 from dtrain.common.names import Step
 from dtrain.storage import shards
-from dtrain.storage.shards import ShardHeader
-from dtrain.trainer.tensor_codes import DTYPE_OF_CODE, view_bytes
+from dtrain.storage.catalogs import Catalog, catalog_of
+from dtrain.storage.indexes import IndexedShard, open_index
+from dtrain.storage.manifests import decode_manifest
+from dtrain.storage.ranges import NeededRange
+from dtrain.storage.restore_files import (
+    INDEX_FILE,
+    MANIFEST_FILE,
+    NEEDS_FILE,
+    RESTORE_FOLDER,
+    SHARD_FILE,
+    encode_needs,
+)
+from dtrain.trainer.resharding import copy_all, meetings
 from dtrain.trainer.tracking import SavedState
 
-RESTORE_FILE = "restore.safetensors"
-POLL_FIRST_S = 0.0005  # a shard that is already there costs nothing
-POLL_MAX_S = 0.02  # what one look at the mailbox may cost a restart in delay
+POLL_FIRST_S = 0.0005  # what is already there costs nothing
+POLL_MAX_S = 0.02  # what one look may cost a restart in delay
+
+Plan = Callable[[SavedState], dict[str, torch.Tensor]]  # what of a checkpoint is to be read, and where to
 
 
-def wait_for_worker(mailbox: Mailbox) -> bool:
-    """Wait until the worker has said what this rank starts from. Return True if a shard is there.
+def restore_from_worker(rank_dir: Path, mailbox: Mailbox, *, rank: int, plan: Plan) -> SavedState | None:
+    """Return this rank's state of the checkpoint that the worker names, read; None to start from nothing.
 
-    There is no bound: storage may be away for hours and the worker goes on trying. A worker that is gone for good
-    is noticed by this trainer's keeper, which ends the trainer. Signals interrupt the wait.
+    There is no bound on the wait: storage may be away for hours and the worker goes on trying. A worker that is gone
+    for good is noticed by this trainer's keeper, which ends the trainer. Signals interrupt the wait.
     """
+    folder = rank_dir.parent / RESTORE_FOLDER
+    wait_until(lambda: mailbox.restore is RestoreState.NOTHING or (folder / MANIFEST_FILE).exists())
+    if mailbox.restore is RestoreState.NOTHING:
+        return None
+    saved = saved_state(catalog_of(_read_indexes(folder)), rank)
+    targets = plan(saved)
+    found = meetings(targets, saved.wholes)
+    needed = {meeting.needed for meeting in found}
+    _write_whole(rank_dir / NEEDS_FILE, encode_needs(needed))
+    wait_until(lambda: mailbox.restore is RestoreState.READY)
+    copy_all(found, _map_shards(folder, needed))
+    return replace(saved, tensors=targets)
+
+
+def wait_until(fact: Callable[[], bool]) -> None:
+    """Return once ``fact()`` holds."""
     pause, wait_s = Event(), POLL_FIRST_S  # an Event that nobody sets: a sleep that handlers can break
-    while (state := mailbox.restore) is RestoreState.PENDING:
+    while not fact():
         pause.wait(wait_s)
         wait_s = min(wait_s * 2, POLL_MAX_S)
-    return state is RestoreState.READY
 
 
-def read_shard_file(path: Path) -> SavedState:
-    """Return the state in the shard at ``path``; it is mapped, not read. Raises :class:`ShardDamagedError`."""
-    with path.open("rb") as file:
-        if not path.stat().st_size:
-            raise ShardDamagedError(str(path), "is empty")
-        # A private mapping: torch wants memory that could be written, the file stays as it is.
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    return read_shard(memoryview(mapped), key=str(path))
+def saved_state(catalog: Catalog, rank: int) -> SavedState:
+    """Return the checkpoint as ``rank`` starts from it, its tensors not read yet.
 
-
-def read_shard(data: memoryview, *, key: str) -> SavedState:
-    """Return the state in a shard's bytes (writable memory). Raises :class:`ShardDamagedError` naming ``key``."""
-    header = shards.parse_header(data, key=key, total_bytes=len(data))
-    for name, part in shards.layout_of(header, key=key).items():
-        if part.global_shape != header.tensors[name].shape:
-            raise ShardDamagedError(key, f"tensor {name!r} is a part of a larger one, which this version cannot join")
+    What is a rank's own (random states, data position) comes from the saved rank of its number; ranks that there were
+    not before share those there were.
+    """
+    saved_rank = rank % len(catalog.shards)
+    shard = catalog.shards[saved_rank]
+    metadata = shard.header.metadata
     try:
-        tree = json.loads(header.metadata[shards.TREE_ENTRY])
-        step, rank, world_size = (
-            int(header.metadata[entry]) for entry in (shards.STEP_ENTRY, shards.RANK_ENTRY, shards.WORLD_SIZE_ENTRY)
+        step, of_rank, world_size = (
+            int(metadata[entry]) for entry in (shards.STEP_ENTRY, shards.RANK_ENTRY, shards.WORLD_SIZE_ENTRY)
         )
     except (KeyError, ValueError) as error:
-        raise ShardDamagedError(key, f"its metadata cannot be read: {error!r}") from error
-    if not isinstance(tree, dict) or step < 0 or not 0 <= rank < world_size:
-        raise ShardDamagedError(key, f"its metadata is not valid: step {step}, rank {rank} of {world_size}")
+        raise ShardDamagedError(shard.key, f"its metadata cannot be read: {error!r}") from error
+    if step < 0 or (of_rank, world_size) != (saved_rank, len(catalog.shards)):
+        raise ShardDamagedError(shard.key, f"its metadata is not valid: step {step}, rank {of_rank} of {world_size}")
     return SavedState(
         step=Step(step),
-        rank=rank,
+        rank=saved_rank,
         world_size=world_size,
-        tree=tree,
-        load=_ShardTensors(data=data, header=header, key=key),
+        tree=catalog.trees[saved_rank],
+        wholes=catalog.tensors,
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _ShardTensors:
-    """The tensors of a shard, by name."""
+def _read_indexes(folder: Path) -> Sequence[IndexedShard]:
+    """Return the indexes that the worker verified."""
+    manifest = decode_manifest((folder / MANIFEST_FILE).read_bytes(), key=MANIFEST_FILE)
+    return [
+        open_index((folder / INDEX_FILE.format(entry.rank)).read_bytes(), key=entry.index_key, shard_key=entry.key)
+        for entry in manifest.shards
+    ]
 
-    data: memoryview
-    header: ShardHeader
-    key: str
 
-    def __call__(self, name: str) -> torch.Tensor:
-        span = self.header.tensors.get(name)
-        if span is None:
-            raise ShardDamagedError(self.key, f"its tree names tensor {name!r}, which it does not hold")
-        if span.dtype not in DTYPE_OF_CODE:
-            raise ShardDamagedError(self.key, f"tensor {name!r} is of {span.dtype}, which this torch does not know")
-        view = view_bytes(self.data, span.dtype, span.shape, self.header.data_start + span.begin)
-        return view.clone()
+def _map_shards(folder: Path, needed: Iterable[NeededRange]) -> Mapping[int, memoryview]:
+    """Map the files of those shards of which something is needed."""
+    images: dict[int, memoryview] = {}
+    for shard in {part.shard for part in needed}:
+        try:
+            with (folder / SHARD_FILE.format(shard)).open("rb") as file:
+                # A private mapping: torch wants memory that could be written, the file stays as it is.
+                images[shard] = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
+        except (OSError, ValueError) as error:
+            raise PermanentError(f"the bytes that the worker brought cannot be read: {error}") from error
+    return images
+
+
+def _write_whole(path: Path, data: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.new")
+    temporary.write_bytes(data)
+    temporary.replace(path)

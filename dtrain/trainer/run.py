@@ -26,6 +26,7 @@ from dtrain.trainer import surroundings as surroundings_module
 from dtrain.trainer.data_position import DataPosition
 from dtrain.trainer.failures import is_failure, leave_at_once_if_uncaught, one_line, write_error_file
 from dtrain.trainer.process_group import JOIN_TIMEOUT_S, choose_device, join_group, leave_group
+from dtrain.trainer.restoring import Plan
 from dtrain.trainer.supervised import WorkerStation
 from dtrain.trainer.surroundings import Surroundings
 from dtrain.trainer.tracking import CapturedState, SavedState, TrackedState
@@ -44,7 +45,7 @@ class Station(Protocol):
 
     def track(self) -> None: ...
 
-    def load(self) -> SavedState | None: ...
+    def load(self, plan: Plan) -> SavedState | None: ...
 
     def begin(
         self,
@@ -102,7 +103,7 @@ class Run:
         self._device = device
         self._station = station
         self._owns_group = owns_group  # whether join() made the process group
-        self._tracked = TrackedState()
+        self._tracked = TrackedState(rank=surroundings.rank, world_size=surroundings.world_size)
         self._metrics: dict[str, float | str] = {}  # the newest value of each
         self._metrics_refused = False  # whether it was said that they do not fit
         self._step = Step(0)  # completed steps
@@ -152,12 +153,25 @@ class Run:
     def track(self, **objects: object) -> None:
         """Make ``objects`` part of every checkpoint, each under its name. Before the steps begin, each once.
 
-        An object has ``state_dict()`` and ``load_state_dict()``, or is the data loader given to :meth:`steps`.
+        An object has ``state_dict()`` and ``load_state_dict()``, or is the data loader given to :meth:`steps`. Its
+        tensors are taken to be the same on every rank (as DDP keeps them), or sharded over the ranks (DTensor); what
+        differs from rank to rank belongs into :meth:`track_local`.
         """
+        self._track(objects, self._tracked.add)
+
+    def track_local(self, **objects: object) -> None:
+        """Make ``objects``, whose state is this rank's own, part of every checkpoint.
+
+        Rank 3 gets back what rank 3 saved. On another world size ranks that there were not before share the states
+        that there were, and those that are no more are not read.
+        """
+        self._track(objects, self._tracked.add_local)
+
+    def _track(self, objects: dict[str, object], add: Callable[[str, object], None]) -> None:
         if self._stepping:
             raise UserError("run.track() was called after run.steps(): track everything before the steps begin.")
         for name, item in objects.items():
-            self._tracked.add(name, item)
+            add(name, item)
         if self._tracked:
             self._station.track()
 
@@ -225,7 +239,10 @@ class Run:
             position.close()
 
     def _restore(self, position: DataPosition[Batch], until: Step) -> None:
-        saved = self._station.load()
+        def plan(saved: SavedState) -> dict[str, torch.Tensor]:
+            return self._tracked.targets(saved, self._device, seek=saved.step < until)
+
+        saved = self._station.load(plan)
         if saved is None:
             return
         self._tracked.restore_objects(saved, self._device)

@@ -15,6 +15,7 @@ import torch
 from dtrain.storage import shards
 from dtrain.storage.shards import ShardLayout, ShardPlan, TensorEntry
 from dtrain.trainer.copying import Copier, copy_tensors
+from dtrain.trainer.parts import TensorPart
 from dtrain.trainer.tensor_codes import CODE_OF_DTYPE, size_bytes
 from dtrain.trainer.tracking import CapturedState
 
@@ -48,7 +49,7 @@ class ShardLayouts:
     def __init__(self, *, rank: int, world_size: int) -> None:
         self._rank = rank
         self._world_size = world_size
-        self._shapes: list[tuple[str, torch.dtype, torch.Size]] = []  # of the tensors that _layout is of
+        self._shapes: list[tuple[str, torch.dtype, torch.Size, TensorPart | None]] = []  # of what _layout is of
         self._layout: ShardLayout | None = None
         self._header_bytes = 0  # what headers are padded to
 
@@ -60,7 +61,7 @@ class ShardLayouts:
             shards.WORLD_SIZE_ENTRY: str(self._world_size),
             shards.TREE_ENTRY: json.dumps(state.tree, separators=(",", ":")),
         }
-        layout = self._layout_of(state.tensors)
+        layout = self._layout_of(state)
         plan = layout.plan(metadata, header_min_bytes=self._header_bytes)
         if plan.data_start > self._header_bytes:
             roomy = plan.data_start + plan.data_start // HEADER_SPARE_DIVISOR
@@ -68,21 +69,24 @@ class ShardLayouts:
             plan = layout.plan(metadata, header_min_bytes=self._header_bytes)
         return ShardImage(plan=plan, tensors=state.tensors)
 
-    def _layout_of(self, tensors: dict[str, torch.Tensor]) -> ShardLayout:
-        shapes = [(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()]
+    def _layout_of(self, state: CapturedState) -> ShardLayout:
+        parts = state.parts
+        shapes = [(name, tensor.dtype, tensor.shape, parts.get(name)) for name, tensor in state.tensors.items()]
         if self._layout is None or shapes != self._shapes:
-            self._layout = shards.lay_out(_entry(name, tensor) for name, tensor in tensors.items())
+            self._layout = shards.lay_out(
+                _entry(name, tensor, parts.get(name)) for name, tensor in state.tensors.items()
+            )
             self._shapes, self._header_bytes = shapes, 0
         return self._layout
 
 
-def _entry(name: str, tensor: torch.Tensor) -> TensorEntry:
+def _entry(name: str, tensor: torch.Tensor, part: TensorPart | None) -> TensorEntry:
     shape = tuple(tensor.shape)
     return TensorEntry(
         name=name,
         dtype=CODE_OF_DTYPE[tensor.dtype],
         shape=shape,
-        offsets_in_whole=(0,) * len(shape),
-        global_shape=shape,
+        offsets_in_whole=(0,) * len(shape) if part is None else part.offsets,
+        global_shape=shape if part is None else part.global_shape,
         size_bytes=size_bytes(tensor),
     )

@@ -8,7 +8,7 @@ it, instead of being stored as something like it.
     {"float": "0x1.8p+1"}                     exact, by float.hex(); NaNs with their bits
     {"tuple": [...]} {"set": [...]} ...       containers by their exact type
     {"dict": [[key, value], ...]}             in order; keys may be text, numbers, bools, None, tuples of these
-    {"tensor": "model.weight"}                by its name in the shard
+    {"tensor": "model.weight"}                by its name in the checkpoint
 
 Two names for one tensor (tied weights) are stored twice, once under each name. Whoever loads gets tensors and arrays
 of its own.
@@ -20,15 +20,15 @@ import math
 import struct
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
 
 from dtrain.common.errors import PermanentError
-from dtrain.trainer.tensor_codes import as_stored, why_not_storable
-
-Json: TypeAlias = bool | int | str | list["Json"] | dict[str, "Json"] | None
+from dtrain.storage.catalogs import Json
+from dtrain.trainer.parts import TensorPart
+from dtrain.trainer.tensor_codes import as_stored, is_sharded, why_not_storable
 
 DEPTH_MAX = 64  # nesting deeper than this is a cycle, or will not be read back by common JSON parsers
 BYTES_INLINE_MAX = 1024  # longer byte strings are stored like tensors: base64 in a header is slow and large
@@ -49,14 +49,21 @@ _FACTORIES: dict[str, Callable[[], Any]] = {
 class Encoder:
     """Turns values into JSON and collects their tensors. One encoder per shard, so that names stay unique."""
 
-    def __init__(self) -> None:
-        # name in the shard -> the tensor whose bytes are stored under it. These are views: copy them before the
-        # next step changes what they show.
+    def __init__(self, own_prefix: str = "") -> None:
+        """``own_prefix`` goes before the names of what belongs to this rank alone."""
+        # name -> the tensor whose bytes are stored under it. These are views: copy them before the next step
+        # changes what they show.
         self.tensors: dict[str, torch.Tensor] = {}
+        self.sharded: dict[str, TensorPart] = {}  # of those: what is a part of a DTensor
+        self.own_prefix = own_prefix
 
     def encode(self, value: object, path: str) -> Json:
         """Return ``value`` as JSON. Raises TypeError naming the path of what cannot be stored."""
         return self._encode(value, path, 0)
+
+    def encode_own(self, value: object, path: str) -> Json:
+        """Return ``value`` as JSON; its tensors get names that no other rank's have."""
+        return self._encode(value, self.own_prefix + path, 0)
 
     def _encode(self, value: Any, path: str, depth: int) -> Json:
         if depth > DEPTH_MAX:
@@ -90,7 +97,7 @@ class Encoder:
         if kind is bytes:
             if len(value) > BYTES_INLINE_MAX:
                 stored = torch.frombuffer(bytearray(value), dtype=torch.uint8)
-                return {"bytes": {"tensor": self._name(stored, path)}}
+                return {"bytes": {"tensor": self._name(stored, self._own(path))}}
             return {"bytes": base64.b64encode(value).decode()}
         if kind is torch.dtype:
             return {"dtype": str(value).removeprefix("torch.")}
@@ -130,6 +137,8 @@ class Encoder:
         )
 
     def _tensor(self, tensor: torch.Tensor, path: str) -> Json:
+        if is_sharded(tensor):
+            return self._sharded_tensor(tensor, path)
         if why := why_not_storable(tensor):
             raise TypeError(f"{path} {why}.")
         node: dict[str, Json] = {"tensor": self._name(as_stored(tensor), path)}
@@ -137,6 +146,23 @@ class Encoder:
             node["pairs"] = True
         if tensor.device.type != "cpu":
             node["device"] = tensor.device.type
+        return node
+
+    def _sharded_tensor(self, tensor: torch.Tensor, path: str) -> Json:
+        from dtrain.trainer.dtensors import local_part  # imports DTensor, which is there already
+
+        if self.own_prefix and path.startswith(self.own_prefix):
+            raise TypeError(f"{path} is sharded over ranks, and so no rank's own: give it to run.track().")
+        local, part = local_part(tensor, path)
+        if why := why_not_storable(local):
+            raise TypeError(f"{path} {why}.")
+        name = self._name(as_stored(local), path)
+        self.sharded[name] = part.with_pairs() if local.dtype is torch.complex128 else part
+        node: dict[str, Json] = {"tensor": name, "sharded": True}
+        if local.dtype is torch.complex128:
+            node["pairs"] = True
+        if local.device.type != "cpu":
+            node["device"] = local.device.type
         return node
 
     def _array(self, array: np.ndarray[Any, Any], path: str) -> Json:
@@ -147,7 +173,14 @@ class Encoder:
             raise TypeError(
                 f"{path} is a numpy array of {array.dtype}, which a checkpoint cannot hold. {_HOW}"
             ) from error
-        return {"array": self._tensor(stored, path), "dtype": array.dtype.str}
+        return {"array": self._tensor(stored, self._own(path)), "dtype": array.dtype.str}
+
+    def _own(self, path: str) -> str:
+        """Name arrays and byte strings for this rank alone: unlike tensors nothing says that all ranks have the same.
+
+        Random states of samplers are such.
+        """
+        return path if path.startswith(self.own_prefix) else self.own_prefix + path
 
     def _name(self, stored: torch.Tensor, path: str) -> str:
         name, copies = path, 1

@@ -35,7 +35,7 @@ from dtrain.common.names import Step
 from dtrain.trainer.arena import ArenaPreparation, StageSlots
 from dtrain.trainer.copying import Copier
 from dtrain.trainer.failures import one_line
-from dtrain.trainer.restoring import RESTORE_FILE, read_shard_file, wait_for_worker
+from dtrain.trainer.restoring import Plan, restore_from_worker
 from dtrain.trainer.staging import ShardLayouts
 from dtrain.trainer.tracking import CapturedState, SavedState
 
@@ -47,6 +47,7 @@ class WorkerStation:
 
     def __init__(self, rank_dir: Path, *, rank: int, world_size: int) -> None:
         self._rank_dir = rank_dir
+        self._rank = rank
         self._map, self._mailbox = _open_mailbox(rank_dir / "mailbox")
         self._layouts = ShardLayouts(rank=rank, world_size=world_size)
         self._slots = StageSlots(rank_dir)
@@ -63,10 +64,10 @@ class WorkerStation:
         """Say that this trainer can be checkpointed."""
         self._mailbox.tracking = True
 
-    def load(self) -> SavedState | None:
-        """Wait for the worker's word and return what this rank starts from; None for nothing."""
+    def load(self, plan: Plan) -> SavedState | None:
+        """Read what this rank starts from into what ``plan`` names, and return it; None for nothing."""
         self._mailbox.phase = TrainerPhase.RESTORING
-        return read_shard_file(self._rank_dir / RESTORE_FILE) if wait_for_worker(self._mailbox) else None
+        return restore_from_worker(self._rank_dir, self._mailbox, rank=self._rank, plan=plan)
 
     def begin(
         self,

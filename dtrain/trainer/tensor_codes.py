@@ -34,17 +34,14 @@ DTYPE_OF_CODE = MappingProxyType({code: getattr(torch, name) for code, name in _
 CODE_OF_DTYPE = MappingProxyType({dtype: code for code, dtype in DTYPE_OF_CODE.items()})
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer) if hasattr(torch.nn, "Buffer") else (torch.Tensor,)
-_SHARDED = frozenset({"DTensor", "ShardedTensor"})
+SHARDED = "DTensor"  # by name: to import the type would cost every restart a quarter of a second
 
 
 def why_not_storable(tensor: torch.Tensor) -> str:
     """Return why ``tensor`` cannot be stored and the mend, as the end of a sentence; empty if it can."""
     kind = type(tensor)
-    if any(base.__name__ in _SHARDED for base in kind.__mro__):
-        return (
-            f"is a sharded tensor ({kind.__name__}); this version stores replicated state only: "
-            "use DDP, or give state_dict/load_state_dict that gather full tensors"
-        )
+    if kind.__name__ == "ShardedTensor":
+        return "is a ShardedTensor, which torch has given up: shard with fully_shard, or use DTensor"
     if kind not in _PLAIN and kind is not torch.nn.Parameter:
         return f"is a {kind.__module__}.{kind.__qualname__}, a subclass of Tensor: give a plain tensor (as_subclass)"
     if tensor.layout is not torch.strided:
@@ -54,6 +51,11 @@ def why_not_storable(tensor: torch.Tensor) -> str:
     if tensor.dtype is not torch.complex128 and tensor.dtype not in CODE_OF_DTYPE:
         return f"is a tensor of {tensor.dtype}, which safetensors cannot hold: give tensor.view(torch.uint8)"
     return ""
+
+
+def is_sharded(tensor: torch.Tensor) -> bool:
+    """Return whether ``tensor`` is a DTensor."""
+    return any(base.__name__ == SHARDED for base in type(tensor).__mro__)
 
 
 def as_stored(tensor: torch.Tensor) -> torch.Tensor:

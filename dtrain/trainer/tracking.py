@@ -2,23 +2,33 @@
 
 All of it is of the same step. Putting back has an order that matters: first the objects, then the data position
 (whose replay draws random numbers), the random states last.
+
+Names are the same however a model is wrapped: of DDP and of torch.compile the model inside is kept. So a checkpoint
+of a DDP run can be read into a model sharded by FSDP2, and the other way round.
 """
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 
 from dtrain.common.errors import PermanentError, UserError
 from dtrain.common.names import Step
+from dtrain.storage.catalogs import Json, WholeTensor
 from dtrain.trainer import random_states
 from dtrain.trainer.data_position import DataPosition
+from dtrain.trainer.partition import Partition
+from dtrain.trainer.parts import TensorPart
 from dtrain.trainer.random_states import RandomStates
-from dtrain.trainer.state_tree import Encoder, Json, decode
-from dtrain.trainer.tensor_codes import size_bytes
+from dtrain.trainer.state_tree import Encoder, decode
+from dtrain.trainer.targets import Targets
+from dtrain.trainer.tensor_codes import is_sharded, size_bytes
 
 _log = logging.getLogger("dtrain")
+
+OWN_PREFIX = "_rank"  # what a rank's own tensors are named after; no tracked name starts with an underscore
 
 
 @runtime_checkable
@@ -30,63 +40,73 @@ class Stateful(Protocol):
     def load_state_dict(self, state_dict: Any, /) -> Any: ...
 
 
-class TensorSource(Protocol):
-    """Where the tensors of a saved state are read from."""
-
-    def __call__(self, name: str) -> torch.Tensor:
-        """Return the tensor of this name, on the CPU, owned by the caller."""
-        ...
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CapturedState:
-    """A rank's state at the end of one step, before its bytes are copied."""
+    """A rank's share of the state at the end of one step, before its bytes are copied."""
 
     step: Step
-    tree: dict[str, Json]  # "objects": {name: tree}, "position": tree, "random": tree
-    tensors: dict[str, torch.Tensor]  # views of the live state
+    tree: dict[str, Json]  # "objects": {name: tree}, "local": {name: tree}, "position": tree, "random": tree
+    tensors: dict[str, torch.Tensor]  # views of the live state: what this rank stores
+    parts: dict[str, TensorPart] = field(default_factory=dict)  # of those that are not whole
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SavedState:
-    """A rank's state read from a shard. Its tensors are read when they are asked for."""
+    """A checkpoint, as one rank starts from it."""
 
     step: Step
-    rank: int  # whose shard this is; not always the rank that restores it
+    rank: int  # whose tree this is; not always the rank that restores it
     world_size: int  # of the run that saved it
-    tree: dict[str, Any]
-    load: TensorSource
+    tree: Mapping[str, Any]
+    wholes: Mapping[str, WholeTensor]  # every tensor of the checkpoint
+    tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)  # once read: those that were asked for
+
+    def load(self, name: str) -> torch.Tensor:
+        """Return a tensor that was read."""
+        return self.tensors[name]
 
 
 class TrackedState:
     """The objects that the script asked to keep, by name."""
 
-    def __init__(self) -> None:
-        self._objects: dict[str, Stateful] = {}
+    def __init__(self, *, rank: int = 0, world_size: int = 1) -> None:
+        self._objects: dict[str, Stateful] = {}  # the same on every rank, or sharded over the ranks
+        self._local: dict[str, Stateful] = {}  # different on each rank
         self._sources: dict[str, object] = {}  # tracked data loaders without a state of their own
+        self._rank = rank
+        self._world_size = world_size
+        self._partition = Partition(rank=rank, world_size=world_size)
 
     def __bool__(self) -> bool:
-        return bool(self._objects or self._sources)
+        return bool(self._objects or self._local or self._sources)
 
     def add(self, name: str, item: object) -> None:
         """Track ``item``. Raises :class:`UserError` if the name is taken or the item cannot be tracked."""
-        if name in self._objects or name in self._sources:
-            raise UserError(f"run.track({name}=...) was called twice: give each object its own name, once.")
-        if name.startswith("_"):
-            raise UserError(f"run.track({name}=...): a name must not start with an underscore.")
+        self._check_name(name)
         if isinstance(item, Stateful):
             self._objects[name] = item
         elif hasattr(item, "__iter__"):
             self._sources[name] = item
         else:
-            raise UserError(
-                f"run.track({name}=...) cannot keep a {type(item).__module__}.{type(item).__qualname__}: "
-                "give it state_dict() and load_state_dict(), or track something that has them."
-            )
+            raise UserError(_cannot_keep("track", name, item))
+
+    def add_local(self, name: str, item: object) -> None:
+        """Track ``item``, which is this rank's own. Raises :class:`UserError` as :meth:`add` does."""
+        self._check_name(name)
+        if not isinstance(item, Stateful):
+            raise UserError(_cannot_keep("track_local", name, item))
+        self._local[name] = item
+
+    def _check_name(self, name: str) -> None:
+        if name in self._objects or name in self._local or name in self._sources:
+            raise UserError(f"run.track({name}=...) was called twice: give each object its own name, once.")
+        if name.startswith("_"):
+            raise UserError(f"run.track({name}=...): a name must not start with an underscore.")
 
     def bind_loader(self, loader: object) -> None:
         """Say which loader the steps take their batches from: its state is the data position."""
         self._objects = {name: item for name, item in self._objects.items() if item is not loader}
+        self._local = {name: item for name, item in self._local.items() if item is not loader}
         for name, item in self._sources.items():
             if item is not loader:
                 raise UserError(
@@ -94,55 +114,80 @@ class TrackedState:
                     "given to run.steps(): only that one's position can be followed."
                 )
 
+    # ---- taking ------------------------------------------------------------------------------------------
+
     def capture(self, step: Step, position: DataPosition[Any]) -> CapturedState:
-        """Return the state at the end of ``step``. Raises TypeError naming what cannot be stored."""
-        encoder = Encoder()
-        objects: Json = {name: encoder.encode(item.state_dict(), name) for name, item in self._objects.items()}
+        """Return this rank's share of the state at the end of ``step``. Raises TypeError naming what cannot be stored.
+
+        Talks to no other rank.
+        """
+        encoder = Encoder(f"{OWN_PREFIX}.{self._rank}.")
+        spread: set[str] = set()
+        objects: dict[str, Json] = {}
+        for name, item in self._objects.items():
+            before = len(encoder.tensors)
+            objects[name] = encoder.encode(unwrapped(item).state_dict(), name)
+            spread.update(_equal_on_every_rank(name, item, list(encoder.tensors)[before:]))
         tree: dict[str, Json] = {
             "objects": objects,
-            "position": encoder.encode(position.capture(), "dtrain.position"),
-            "random": encoder.encode(random_states.capture().to_state(), "dtrain.random"),
+            "local": {name: encoder.encode_own(item.state_dict(), name) for name, item in self._local.items()},
+            "position": encoder.encode_own(position.capture(), "dtrain.position"),
+            "random": encoder.encode_own(random_states.capture().to_state(), "dtrain.random"),
         }
-        return CapturedState(step=step, tree=tree, tensors=encoder.tensors)
+        own = [name for name in encoder.tensors if name.startswith(encoder.own_prefix)]
+        share = self._partition.share(encoder.tensors, spread=spread, own=own, sharded=encoder.sharded)
+        return CapturedState(step=step, tree=tree, tensors=share.tensors, parts=share.parts)
 
     def estimate_bytes(self) -> int:
-        """Return about how many bytes the tensors of a capture take.
+        """Return about how many bytes the tensors of this rank's share take.
 
         Safe in any thread at any time, for it calls no code of the script: an object's state_dict() may run
         collectives, or change what it shows. So what is in neither modules nor optimizers is not counted.
         Raises RuntimeError if an object is changed meanwhile.
         """
-        total_bytes = 0
+        shared_bytes = own_bytes = 0
         for item in self._objects.values():
-            if isinstance(item, torch.nn.Module):
-                for module in item.modules():  # a tensor of two names is stored twice, but seldom: counted once
-                    held = [*module._parameters.values(), *module._buffers.values()]
-                    total_bytes += sum(size_bytes(tensor) for tensor in held if tensor is not None)
-            elif isinstance(item, torch.optim.Optimizer):
-                for state in list(item.state.values()):
-                    values = list(state.values()) if isinstance(state, dict) else []
-                    total_bytes += sum(size_bytes(value) for value in values if isinstance(value, torch.Tensor))
-        return total_bytes
+            for tensor in _tensors_of(item):
+                if is_sharded(tensor):
+                    from dtrain.trainer.dtensors import local_of
+
+                    own_bytes += size_bytes(local_of(tensor))
+                else:
+                    shared_bytes += size_bytes(tensor)
+        own_bytes += sum(size_bytes(tensor) for item in self._local.values() for tensor in _tensors_of(item))
+        return own_bytes + shared_bytes // self._world_size
+
+    # ---- putting back ------------------------------------------------------------------------------------
+
+    def targets(self, saved: SavedState, device: torch.device, *, seek: bool = True) -> dict[str, torch.Tensor]:
+        """Return what is to be read of ``saved``: tensors to be filled, by name, empty or the live ones themselves.
+
+        Raises :class:`UserError` if an object is not in the checkpoint.
+        """
+        targets = Targets(saved.wholes, device)
+        for name, item in self._objects.items():
+            targets.want_object(_tree_of(saved, "objects", name, self._objects), name, unwrapped(item))
+        for name in self._local:
+            targets.want(_tree_of(saved, "local", name, self._local))
+        if seek:
+            targets.want(_section(saved, "position"))
+        targets.want(_section(saved, "random"))
+        return targets.tensors
 
     def restore_objects(self, saved: SavedState, device: torch.device) -> None:
         """Load every tracked object. Raises :class:`UserError` naming the object that does not fit."""
-        trees = _section(saved, "objects")
-        if missing := sorted(self._objects.keys() - trees.keys()):
-            raise UserError(
-                f"the checkpoint of step {saved.step} holds no {', '.join(missing)} (it holds {', '.join(trees)}): "
-                "track the objects under the names they were saved with, or submit under another job name."
-            )
-        for name in trees.keys() - self._objects.keys():
-            _log.warning("the checkpoint of step %d holds %r, which is not tracked now: left out", saved.step, name)
-        for name, item in self._objects.items():
-            value = decode(trees[name], saved.load, device)
-            try:
-                item.load_state_dict(value)
-            except (AttributeError, KeyError, IndexError, RuntimeError, TypeError, ValueError) as error:
-                raise UserError(
-                    f"{name} ({type(item).__name__}) does not accept its state of step {saved.step}: {error}. "
-                    "Build it as it was when it was saved, or submit under another job name."
-                ) from error
+        for section, items in (("objects", self._objects), ("local", self._local)):
+            for name in _section(saved, section).keys() - items.keys():
+                _log.warning("the checkpoint of step %d holds %r, which is not tracked now: left out", saved.step, name)
+            for name, item in items.items():
+                value = decode(_tree_of(saved, section, name, items), saved.load, device)
+                try:
+                    unwrapped(item).load_state_dict(value)
+                except (AttributeError, KeyError, IndexError, RuntimeError, TypeError, ValueError) as error:
+                    raise UserError(
+                        f"{name} ({type(item).__name__}) does not accept its state of step {saved.step}: {error}. "
+                        "Build it as it was when it was saved, or submit under another job name."
+                    ) from error
 
     def restore_position(
         self, saved: SavedState, position: DataPosition[Any], *, rank: int, world_size: int, seek: bool
@@ -164,7 +209,58 @@ class TrackedState:
         random_states.reseed(states, step=saved.step, rank=rank, world_size=world_size)
 
 
+def unwrapped(item: Any) -> Any:
+    """Return the model inside of DDP's and torch.compile's wrappers; anything else as it is."""
+    while isinstance(item, torch.nn.Module):
+        if isinstance(item, torch.nn.parallel.DistributedDataParallel):
+            item = item.module
+        elif type(item).__name__ == "OptimizedModule" and hasattr(item, "_orig_mod"):
+            item = item._orig_mod
+        else:
+            break
+    return item
+
+
+def _equal_on_every_rank(name: str, item: object, tensors: list[str]) -> Iterator[str]:
+    """Yield those of an object's tensors that training keeps equal: parameters, and the state of optimizers."""
+    if isinstance(item, torch.optim.Optimizer):
+        yield from tensors
+    elif isinstance(item, torch.nn.Module):
+        wanted = {f"{name}.{key}" for key, _ in unwrapped(item).named_parameters(remove_duplicate=False)}
+        yield from (tensor for tensor in tensors if tensor in wanted)
+
+
+def _tensors_of(item: object) -> Iterator[torch.Tensor]:
+    """Yield the tensors of a module or an optimizer; a tensor of two names is stored twice, but seldom: given once."""
+    if isinstance(item, torch.nn.Module):
+        for module in item.modules():
+            held = [*module._parameters.values(), *module._buffers.values()]
+            yield from (tensor for tensor in held if tensor is not None)
+    elif isinstance(item, torch.optim.Optimizer):
+        for state in list(item.state.values()):
+            values = list(state.values()) if isinstance(state, dict) else []
+            yield from (value for value in values if isinstance(value, torch.Tensor))
+
+
+def _cannot_keep(verb: str, name: str, item: object) -> str:
+    return (
+        f"run.{verb}({name}=...) cannot keep a {type(item).__module__}.{type(item).__qualname__}: "
+        "give it state_dict() and load_state_dict(), or track something that has them."
+    )
+
+
 def _section(saved: SavedState, name: str) -> Any:
     if name not in saved.tree:
         raise PermanentError(f"the checkpoint of step {saved.step} has no {name!r} in its tree")
     return saved.tree[name]
+
+
+def _tree_of(saved: SavedState, section: str, name: str, tracked: Mapping[str, object]) -> Any:
+    """Return the tree of one tracked object. Raises :class:`UserError` naming every one that is missing."""
+    trees = _section(saved, section)
+    if missing := sorted(tracked.keys() - trees.keys()):
+        raise UserError(
+            f"the checkpoint of step {saved.step} holds no {', '.join(missing)} (it holds {', '.join(trees)}): "
+            "track the objects under the names they were saved with, or submit under another job name."
+        )
+    return trees[name]

@@ -35,8 +35,8 @@ from dtrain.worker.environment import ERROR_FILE, trainer_environment
 from dtrain.worker.keepers import Keepers
 from dtrain.worker.mailboxes import Mailboxes
 from dtrain.worker.ports import HeldPort
-from dtrain.worker.rank_dirs import RESTORE_FILE, KeeperPlan, RankDirs, RankId
-from dtrain.worker.restores import Restores
+from dtrain.worker.rank_dirs import KeeperPlan, RankDirs, RankId
+from dtrain.worker.restores import Restores, forget_needs
 from dtrain.worker.rpc.logs import log_path
 from dtrain.worker.uploads import Uploads
 
@@ -81,7 +81,7 @@ def perform(shells: Shells, act: Act) -> None:
         case OpenRestore():
             shells.mailboxes.open_restore(_rank(act))
         case RemoveRestore():
-            (shells.dirs.rank_dir(_rank(act)) / RESTORE_FILE).unlink(missing_ok=True)
+            forget_needs(shells.dirs.rank_dir(_rank(act)))
         case DropTransfers(job=job, generation=generation):
             shells.uploads.drop(job, generation)
             shells.restores.drop(job, generation)

@@ -27,7 +27,6 @@ from dtrain.worker.core.states import ExitFact
 
 JOURNAL_CHARS = 8  # of its identity: enough to keep the agents of one machine apart
 OWNER_FILE = "owner"  # at the root: the data folder of the agent that made it
-RESTORE_FILE = "restore.safetensors"
 ARENAS = "arenas"  # the stage slots of all jobs; no generation's folder is named so: those end with a number
 
 

@@ -1,29 +1,44 @@
-"""Brings the shards that a generation starts from, and hands over only what was verified.
+"""Brings the bytes that a generation starts from, and hands over only what was verified.
 
-The trainers start meanwhile and wait for the word in their mailboxes. Two failures must never be confused: a
-blob that is missing or has other bytes than the manifest says is **damaged** (the coordinator then chooses an
-older checkpoint), while a storage that does not answer, or refuses us, says nothing about the blob: it is asked
-again until it answers or the generation is over.
+The trainers start meanwhile; each reads the manifest and the indexes that are put into the generation's folder,
+writes down what it needs, and waits for the word in its mailbox (trainer/restoring.py tells the order). While they
+start, what they will most probably ask for is fetched already.
+
+Two failures must never be confused: a blob that is missing or has other bytes than the manifest says is **damaged**
+(the coordinator then chooses an older checkpoint), while a storage that does not answer, or refuses us, says nothing
+about the blob: it is asked again until it answers or the generation is over.
 """
 
 import asyncio
 import logging
-import mmap
-import os
+import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine, Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any
 
-from dtrain.common.digests import blob_digest
-from dtrain.common.errors import DtrainError, ShardDamagedError
-from dtrain.storage.manifests import Manifest, ShardEntry, decode_manifest
-from dtrain.storage.objects import NotFound, ObjectStore
+from dtrain.common.errors import DtrainError, PermanentError, ShardDamagedError
+from dtrain.storage.catalogs import Catalog, IncompleteCheckpoint, catalog_of
+from dtrain.storage.indexes import IndexedShard
+from dtrain.storage.manifests import Manifest, ShardEntry, encode
+from dtrain.storage.objects import ObjectStore
+from dtrain.storage.ranges import NeededRange, pieces_of, runs_of
+from dtrain.storage.restore_files import (
+    INDEX_FILE,
+    MANIFEST_FILE,
+    NEEDS_FILE,
+    RESTORE_FOLDER,
+    SHARD_FILE,
+    decode_needs,
+)
 from dtrain.storage.retrying import GaveUp, with_retries
+from dtrain.storage.verify import read_index, read_manifest
 from dtrain.worker.core.actions import FetchRestore
 from dtrain.worker.core.inputs import RestoreDamaged, RestoreReady
 from dtrain.worker.core.states import RestoreSource
-from dtrain.worker.rank_dirs import RESTORE_FILE, RankDirs, RankId
+from dtrain.worker.rank_dirs import RankDirs, write_whole
+from dtrain.worker.shard_images import ShardImage, probable_needs
 from dtrain.worker.tasks import Begin
 from dtrain.worker.uploads import shared_store, transfer_threads
 
@@ -31,19 +46,13 @@ logger = logging.getLogger(__name__)
 
 ROUND_S = 60.0  # one round of tries; after it the reason is logged, and the next round begins
 PAUSE_S = 2.0  # between rounds, so that a storage which refuses at once is not asked in a loop
+LOOK_S = 0.01  # between two looks for what a trainer needs: it is short against the seconds of its start
 
 
-_T = TypeVar("_T", covariant=True)
-
-
-class _Part(Protocol[_T]):
-    """One blob to be brought and verified."""
-
-    store_uri: str
+@dataclass(frozen=True, slots=True)
+class _Running:
+    task: asyncio.Task[None]
     give_up: threading.Event
-    key: str
-
-    def __call__(self, store: ObjectStore) -> _T: ...
 
 
 class Restores:
@@ -54,7 +63,7 @@ class Restores:
         self._begin = begin
         self._dirs = dirs
         self._threads = transfer_threads("restore")
-        self._running: dict[tuple[str, int], tuple[asyncio.Task[None], threading.Event]] = {}
+        self._running: dict[tuple[str, int], _Running] = {}
 
     def start(self, fetch: FetchRestore) -> None:
         """Fetch what the local ranks start from. The answer comes through ``emit``, or not if it was dropped."""
@@ -63,35 +72,27 @@ class Restores:
             return
         give_up = threading.Event()
         task = self._begin(self._run(fetch, fetch.spec.restore, give_up))
-        self._running[name] = (task, give_up)
+        self._running[name] = _Running(task, give_up)
 
     def drop(self, job: str, generation: int) -> None:
         running = self._running.pop((job, generation), None)
         if running is not None:
-            running[1].set()
+            running.give_up.set()
 
     def close(self) -> None:
-        for task, give_up in self._running.values():
-            give_up.set()
-            task.cancel()
+        for running in self._running.values():
+            running.give_up.set()
+            running.task.cancel()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def _run(self, fetch: FetchRestore, source: RestoreSource, give_up: threading.Event) -> None:
-        loop = asyncio.get_running_loop()
+        work = _Restore(self._dirs, fetch, source, _Patience(source.store, give_up), self._in_thread)
         try:
-            manifest = await loop.run_in_executor(self._threads, _patiently, _Manifest(source, give_up))
-            first, count = fetch.spec.first_rank, fetch.spec.nproc
-            ranks = [RankId(job=fetch.job, generation=fetch.generation, rank=first + local) for local in range(count)]
-            entries = [manifest.shards[of.rank % manifest.world_size] for of in ranks]
-            parts = [
-                _Shard(source, entry, self._dirs.rank_dir(of), give_up)
-                for of, entry in zip(ranks, entries, strict=True)
-            ]
-            await asyncio.gather(*(loop.run_in_executor(self._threads, _patiently, part) for part in parts))
+            await work.run()
         except (GaveUp, asyncio.CancelledError):
             return
         except ShardDamagedError as error:
-            give_up.set()  # for the other ranks' shards
+            give_up.set()  # for what else is under way
             self._running.pop((fetch.job, fetch.generation), None)
             self._emit(RestoreDamaged(job=fetch.job, generation=fetch.generation, key=error.key, reason=error.why))
             return
@@ -99,68 +100,124 @@ class Restores:
         if not give_up.is_set():
             self._emit(RestoreReady(job=fetch.job, generation=fetch.generation))
 
+    async def _in_thread(self, work: Callable[[], None]) -> None:
+        await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
-class _Manifest:
-    """Reads and verifies the manifest."""
 
-    def __init__(self, source: RestoreSource, give_up: threading.Event) -> None:
-        self.store_uri = source.store
+class _Patience:
+    """Tries a part until it is done or known to be impossible. In a thread."""
+
+    def __init__(self, store_uri: str, give_up: threading.Event) -> None:
+        self._store_uri = store_uri
         self.give_up = give_up
-        self.key = source.manifest_key
-        self._digest = source.manifest_digest
 
-    def __call__(self, store: ObjectStore) -> Manifest:
-        data = store.get(self.key)
-        if blob_digest(data) != self._digest:
-            raise ShardDamagedError(self.key, "does not match the digest that the log recorded")
-        return decode_manifest(data, key=self.key)
-
-
-class _Shard:
-    """Downloads and verifies one rank's shard into its folder."""
-
-    def __init__(self, source: RestoreSource, entry: ShardEntry, folder: Path, give_up: threading.Event) -> None:
-        self.store_uri = source.store
-        self.give_up = give_up
-        self.key = entry.key
-        self._entry = entry
-        self._folder = folder
-
-    def __call__(self, store: ObjectStore) -> None:
-        entry = self._entry
-        info = store.head(entry.key)
-        if info is None:
-            raise ShardDamagedError(entry.key, "is missing")
-        if info.size_bytes != entry.size_bytes:
-            raise ShardDamagedError(entry.key, f"has {info.size_bytes} bytes, the manifest says {entry.size_bytes}")
-        temporary = self._folder / f".{RESTORE_FILE}.new"
-        with temporary.open("w+b") as file:
-            os.posix_fallocate(file.fileno(), 0, entry.size_bytes)  # a full disk is an error here, not a SIGBUS below
-            with mmap.mmap(file.fileno(), entry.size_bytes) as page:
-                view = memoryview(page)
-                try:
-                    store.read_into(entry.key, view)
-                    if blob_digest(view) != entry.digest:
-                        raise ShardDamagedError(entry.key, "does not match its digest in the manifest")
-                finally:
-                    view.release()
-        temporary.rename(self._folder / RESTORE_FILE)
+    def try_out(self, part: Callable[[ObjectStore], None]) -> None:
+        while True:
+            try:
+                with_retries(lambda: part(shared_store(self._store_uri)), deadline_s=ROUND_S, give_up=self.give_up)
+                return
+            except (GaveUp, ShardDamagedError):
+                raise
+            except (DtrainError, OSError) as error:
+                logger.warning("the restore waits for storage: %s", error)
+            if self.give_up.wait(PAUSE_S):
+                raise GaveUp("no longer wanted")
 
 
-def _patiently(part: _Part[_T]) -> _T:
-    """In a thread: do the part until it is done or known to be impossible."""
-    while True:
+class _Restore:
+    """One restore, from the manifest to the last byte."""
+
+    def __init__(
+        self,
+        dirs: RankDirs,
+        fetch: FetchRestore,
+        source: RestoreSource,
+        patience: _Patience,
+        in_thread: Callable[[Callable[[], None]], Coroutine[Any, Any, None]],
+    ) -> None:
+        self._source = source
+        self._patience = patience
+        self._in_thread = in_thread
+        self._generation_dir = dirs.generation_dir(fetch.job, fetch.generation)
+        self._folder = self._generation_dir / RESTORE_FOLDER
+        self._arenas = (dirs.arena(fetch.job), dirs.arena_in_files(fetch.job))
+        self._ranks = range(fetch.spec.first_rank, fetch.spec.first_rank + fetch.spec.nproc)
+        self._world_size = fetch.spec.world_size
+        self._images: dict[int, ShardImage] = {}
+
+    async def run(self) -> None:
+        """Return when all local ranks have said what they need, and it is there. Raises ShardDamagedError, GaveUp."""
+        catalog = await self._read_catalog()
+        await self._fetch(catalog, probable_needs(catalog, self._ranks, self._world_size))
+        for rank in self._ranks:
+            await self._fetch(catalog, await self._needs_of(catalog, rank))
+
+    async def _read_catalog(self) -> Catalog:
+        found: list[Manifest] = []
+        indexes: dict[int, IndexedShard] = {}
+
+        def manifest(store: ObjectStore) -> None:
+            found.append(read_manifest(store, self._source.manifest_key, self._source.manifest_digest))
+
+        def index(entry: ShardEntry) -> Callable[[ObjectStore], None]:
+            def read(store: ObjectStore) -> None:
+                indexes[entry.rank], data = read_index(store, entry)
+                write_whole(self._folder / INDEX_FILE.format(entry.rank), data)
+
+            return read
+
+        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        await self._patiently(manifest)
+        await asyncio.gather(*(self._patiently(index(entry)) for entry in found[0].shards))
         try:
-            return with_retries(
-                lambda: part(shared_store(part.store_uri)),
-                deadline_s=ROUND_S,
-                give_up=part.give_up,
+            catalog = catalog_of([indexes[rank] for rank in range(found[0].world_size)])
+        except IncompleteCheckpoint as error:
+            raise ShardDamagedError(self._source.manifest_key, str(error)) from error
+        write_whole(self._folder / MANIFEST_FILE, encode(found[0]))  # from now on the trainers read them
+        return catalog
+
+    async def _needs_of(self, catalog: Catalog, rank: int) -> list[NeededRange]:
+        """Wait until the trainer has said what it needs."""
+        path = self._generation_dir / f"rank{rank}" / NEEDS_FILE
+        told = False
+        while not self._patience.give_up.is_set():
+            try:
+                return decode_needs(path.read_bytes(), catalog.shards)
+            except FileNotFoundError:
+                pass  # not yet
+            except PermanentError as error:  # a script scribbled into the folder; its rank waits for ever
+                if not told:
+                    logger.warning("rank %d asks for what there is not: %s", rank, error)
+                told = True
+            await asyncio.sleep(LOOK_S)
+        raise GaveUp("no longer wanted")
+
+    async def _fetch(self, catalog: Catalog, needed: Iterable[NeededRange]) -> None:
+        """Bring what is needed and not there yet."""
+        wanted = pieces_of(catalog.shards, needed)
+        for number in wanted.keys() - self._images.keys():
+            self._images[number] = ShardImage(
+                self._folder / SHARD_FILE.format(number),
+                catalog.shards[number],
+                slots=[arena / f"rank{number}" for arena in self._arenas],
+                attempt=self._source.attempt,
             )
-        except (GaveUp, ShardDamagedError):
-            raise
-        except NotFound as error:
-            raise ShardDamagedError(part.key, "is missing") from error
-        except (DtrainError, OSError) as error:
-            logger.warning("the restore waits for storage: %s: %s", part.key, error)
-        if part.give_up.wait(PAUSE_S):
-            raise GaveUp("no longer wanted")
+        await asyncio.gather(*(self._patiently(self._images[number].begin) for number in wanted))
+        await asyncio.gather(
+            *(
+                self._patiently(self._images[number].reader(run))
+                for number, pieces in wanted.items()
+                for run in runs_of(number, pieces - self._images[number].there)
+            )
+        )
+
+    async def _patiently(self, part: Callable[[ObjectStore], None]) -> None:
+        await self._in_thread(lambda: self._patience.try_out(part))
+
+
+def forget_needs(rank_dir: Path) -> None:
+    """The rank has what it needs. When all of its node have, the memory is given back."""
+    (rank_dir / NEEDS_FILE).unlink(missing_ok=True)
+    generation_dir = rank_dir.parent
+    if not any(generation_dir.glob(f"rank*/{NEEDS_FILE}")):
+        shutil.rmtree(generation_dir / RESTORE_FOLDER, ignore_errors=True)

@@ -24,7 +24,8 @@ from pathlib import Path
 from dtrain.common.digests import blob_digest
 from dtrain.common.errors import PermanentError, RetryableError
 from dtrain.common.mailbox import pack
-from dtrain.storage.keys import shard_key
+from dtrain.storage.indexes import index_shard
+from dtrain.storage.keys import index_key, shard_key
 from dtrain.storage.objects import ObjectStore
 from dtrain.storage.retrying import GaveUp, with_retries
 from dtrain.storage.uris import open_store
@@ -144,12 +145,14 @@ def _send(upload: Upload, slot: Path, give_up: threading.Event) -> UploadDone:
     store = shared_store(request.store)
     with slot.open("rb") as file:
         descriptor = file.fileno()
-        digest = _digest(descriptor, upload.size_bytes)
+        index, digest = _index(descriptor, upload.size_bytes, key)
         with_retries(
             lambda: store.put_file(key, descriptor, size_bytes=upload.size_bytes),
             deadline_s=DEADLINE_S,
             give_up=give_up,
         )
+    beside = index_key(upload.job, request.checkpoint, request.attempt, upload.rank)
+    with_retries(lambda: store.put(beside, index), deadline_s=DEADLINE_S, give_up=give_up)
     return UploadDone(
         job=upload.job,
         generation=upload.generation,
@@ -158,13 +161,15 @@ def _send(upload: Upload, slot: Path, give_up: threading.Event) -> UploadDone:
         key=key,
         size_bytes=upload.size_bytes,
         digest=digest,
+        index_key=beside,
+        index_digest=blob_digest(index),
     )
 
 
-def _digest(descriptor: int, size_bytes: int) -> str:
+def _index(descriptor: int, size_bytes: int, key: str) -> tuple[bytes, str]:
     flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)  # all page tables at once, instead of fault by fault
     with mmap.mmap(descriptor, size_bytes, flags=flags, prot=mmap.PROT_READ) as page, memoryview(page) as view:
-        return blob_digest(view)
+        return index_shard(view, key=key)
 
 
 def _failed(upload: Upload, reason: str) -> UploadFailed:

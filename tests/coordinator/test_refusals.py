@@ -8,12 +8,14 @@ import grpc
 import grpc.aio
 import pytest
 
+from dtrain.coordinator.core.events import CheckpointAborted
 from dtrain.coordinator.election import read_leader
+from dtrain.coordinator.history import read_history
 from dtrain.proto import agent_pb2 as wire
 from dtrain.proto import agent_pb2_grpc
 from dtrain.storage.keys import marker_key
 from tests.coordinator.support.clusters import PREFIX
-from tests.coordinator.support.stages import MNIST, ONE, STEPS, Stage, on_a_stage, submit, submitted
+from tests.coordinator.support.stages import MNIST, ONE, STEPS, Stage, on_a_stage, shard_of_rank, submit, submitted
 from tests.support.etcd_server import EtcdServer
 
 
@@ -57,7 +59,7 @@ def test_a_store_that_holds_a_job_of_this_name_that_the_log_does_not_know_is_ref
     on_a_stage(etcd, tmp_path, play)
 
 
-@pytest.mark.parametrize("lie", ["no such blob", "another size", "no digest"])
+@pytest.mark.parametrize("lie", ["no such blob", "another size", "no digest", "no index", "two shards of rank 0"])
 def test_an_acknowledgement_that_is_not_true_aborts_the_attempt_and_training_goes_on(
     etcd: EtcdServer, tmp_path: Path, lie: str
 ) -> None:
@@ -67,18 +69,27 @@ def test_an_acknowledgement_that_is_not_true_aborts_the_attempt_and_training_goe
             await outcome(stage)
         real = stage.worker.report
         stage.worker.report = lambda: None  # type: ignore[method-assign]
-        stage.worker.stores(stage.store, lambda rank: b"shard")
+        stage.worker.stores(stage.store, shard_of_rank if "rank 0" not in lie else lambda rank: shard_of_rank(0))
         shard = stage.worker.assignment.shards[1]
         match lie:
             case "no such blob":
                 stage.store.delete(shard.key)
             case "another size":
                 shard.size_bytes += 1
-            case _:
+            case "no index":
+                stage.store.delete(shard.index_key)
+            case "no digest":
                 shard.digest = "sha1:abc"
         stage.worker.report = real  # type: ignore[method-assign]
         stage.worker.report()
         await stage.until_decided("CheckpointAborted")
+        if lie == "two shards of rank 0":
+            (aborted,) = [
+                event.event
+                for event in await read_history(stage.client, PREFIX, MNIST)
+                if isinstance(event.event, CheckpointAborted)
+            ]
+            assert aborted.reason == "tensor 'payload.0' of shape (15,): the parts of ranks 0 and 1 overlap"
         assert "GenerationFailed" not in await stage.history()
 
     on_a_stage(etcd, tmp_path, play)

@@ -7,7 +7,7 @@ import pytest
 
 from dtrain.common.errors import ShardDamagedError
 from dtrain.common.names import AttemptNumber, CheckpointNumber, Generation, JobName, Step
-from dtrain.storage.keys import manifest_key, shard_key
+from dtrain.storage.keys import index_key, manifest_key, shard_key
 from dtrain.storage.manifests import CommitMarker, Manifest, ShardEntry, decode_manifest, decode_marker, encode
 
 JOB, CHECKPOINT, ATTEMPT = JobName("mnist"), CheckpointNumber(2), AttemptNumber(3)
@@ -21,7 +21,14 @@ MANIFEST = Manifest(
     step=Step(100),
     world_size=2,
     shards=tuple(
-        ShardEntry(rank=rank, key=shard_key(JOB, CHECKPOINT, ATTEMPT, rank), size_bytes=4096, digest=DIGEST)
+        ShardEntry(
+            rank=rank,
+            key=shard_key(JOB, CHECKPOINT, ATTEMPT, rank),
+            size_bytes=4096,
+            digest=DIGEST,
+            index_key=index_key(JOB, CHECKPOINT, ATTEMPT, rank),
+            index_digest=DIGEST,
+        )
         for rank in range(2)
     ),
 )
@@ -51,7 +58,7 @@ def test_encoding_is_json_with_sorted_keys_and_no_white_space() -> None:
     assert set(json.loads(data)) == {
         "version", "job", "checkpoint", "attempt", "generation", "step", "world_size", "shards"
     }  # fmt: skip
-    assert set(json.loads(data)["shards"][0]) == {"rank", "key", "size_bytes", "digest"}
+    assert set(json.loads(data)["shards"][0]) == {"rank", "key", "size_bytes", "digest", "index_key", "index_digest"}
 
 
 def changed(change: dict[str, object]) -> bytes:
@@ -69,7 +76,7 @@ def changed(change: dict[str, object]) -> bytes:
         (encode(MANIFEST) + b"\n", "not in canonical form"),
         (encode(MANIFEST).replace(b'"step":', b'"step": '), "not in canonical form"),
         (changed({"extra": 1}), "not in canonical form"),
-        (changed({"version": 2}), "has version 2; this dtrain reads version 1"),
+        (changed({"version": 1}), "has version 1; this dtrain reads version 2"),
         (changed({"version": "1"}), "cannot be read"),
         (changed({"step": -1}), "negative"),
         (changed({"step": 1.5}), "cannot be read"),

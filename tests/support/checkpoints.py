@@ -1,17 +1,66 @@
 """Makes a committed checkpoint in a store, as a job would have left it, for tests of whatever reads one."""
 
+import json
 from collections.abc import Sequence
 
 from dtrain.common.digests import blob_digest
 from dtrain.common.names import AttemptNumber, CheckpointNumber, Generation, JobName, Step
-from dtrain.storage.keys import manifest_key, marker_key, shard_key
+from dtrain.storage.indexes import index_shard
+from dtrain.storage.keys import index_key, manifest_key, marker_key, shard_key
 from dtrain.storage.manifests import CommitMarker, Manifest, ShardEntry, encode
 from dtrain.storage.objects import ObjectStore
+from dtrain.storage.shards import (
+    RANK_ENTRY,
+    STEP_ENTRY,
+    TREE_ENTRY,
+    WORLD_SIZE_ENTRY,
+    TensorEntry,
+    plan,
+)
+
+
+def shard_of(payload: bytes, *, rank: int, world_size: int, step: int) -> bytes:
+    """Return a shard whose one tensor, named after its rank, is the payload."""
+    name = f"payload.{rank}"
+    tensor = TensorEntry(
+        name=name,
+        dtype="U8",
+        shape=(len(payload),),
+        offsets_in_whole=(0,),
+        global_shape=(len(payload),),
+        size_bytes=len(payload),
+    )
+    metadata = {
+        STEP_ENTRY: str(step),
+        RANK_ENTRY: str(rank),
+        WORLD_SIZE_ENTRY: str(world_size),
+        TREE_ENTRY: json.dumps({"objects": {}, "local": {}, "random": {"tensor": name}}),
+    }
+    return plan([tensor], metadata).header + payload
+
+
+def put_shard(
+    store: ObjectStore, data: bytes, rank: int, *, job: str = "mnist", checkpoint: int = 1, attempt: int = 1
+) -> ShardEntry:
+    """Put a shard and its index as a worker would."""
+    name, number, try_number = JobName(job), CheckpointNumber(checkpoint), AttemptNumber(attempt)
+    key, beside = shard_key(name, number, try_number, rank), index_key(name, number, try_number, rank)
+    index, digest = index_shard(memoryview(data))
+    store.put(key, data)
+    store.put(beside, index)
+    return ShardEntry(
+        rank=rank,
+        key=key,
+        size_bytes=len(data),
+        digest=digest,
+        index_key=beside,
+        index_digest=blob_digest(index),
+    )
 
 
 def write_checkpoint(
     store: ObjectStore,
-    shards: Sequence[bytes],
+    payloads: Sequence[bytes],
     *,
     job: str = "mnist",
     checkpoint: int = 1,
@@ -20,13 +69,12 @@ def write_checkpoint(
     step: int = 100,
     position_seq: int = 7,
 ) -> CommitMarker:
-    """Put one shard a rank, the manifest and the marker, in this order; return the marker."""
+    """Put one shard a rank, which holds its payload, then the manifest and the marker; return the marker."""
     name, number, try_number = JobName(job), CheckpointNumber(checkpoint), AttemptNumber(attempt)
     entries = []
-    for rank, data in enumerate(shards):
-        key = shard_key(name, number, try_number, rank)
-        store.put(key, data)
-        entries.append(ShardEntry(rank=rank, key=key, size_bytes=len(data), digest=blob_digest(data)))
+    for rank, payload in enumerate(payloads):
+        data = shard_of(payload, rank=rank, world_size=len(payloads), step=step)
+        entries.append(put_shard(store, data, rank, job=job, checkpoint=checkpoint, attempt=attempt))
     manifest = encode(
         Manifest(
             job=name,
@@ -34,7 +82,7 @@ def write_checkpoint(
             attempt=try_number,
             generation=Generation(generation),
             step=Step(step),
-            world_size=len(shards),
+            world_size=len(payloads),
             shards=tuple(entries),
         )
     )

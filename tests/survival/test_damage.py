@@ -10,7 +10,7 @@ from pathlib import Path
 from dtrain.coordinator.core.events import CheckpointQuarantined, GenerationStarted
 from dtrain.etcd.client import EtcdClient
 from dtrain.storage.uris import open_store
-from tests.support.cluster import PREFIX, cluster
+from tests.support.cluster import PREFIX, Cluster, cluster
 from tests.support.facts import wait_for
 from tests.survival.conftest import STEPS, begin, check
 
@@ -21,6 +21,33 @@ def flip_one_bit(path: Path, at: int) -> None:
         byte = file.read(1)[0]
         file.seek(at)
         file.write(bytes([byte ^ 1]))
+
+
+def forget_staged_bytes(it: Cluster) -> None:
+    """Make the nodes as if they had been restarted: what they staged is not in memory any more."""
+    for folder in it.shared_folders():
+        for record in folder.glob("arenas/*/rank*/slot*.json"):
+            record.unlink()
+
+
+def test_bytes_in_memory_make_up_for_damage_in_storage(
+    tmp_path: Path, rng: random.Random, quiet: Callable[[int], bytes]
+) -> None:
+    expected = quiet(STEPS)
+    with cluster(tmp_path / "cluster") as it:
+        attack = begin(it, rng)
+        it.wait_for_event(attack.job, "CheckpointCommitted", count=2)
+        pids = {attack.steps(rank)[-1]["pid"] for rank in (0, 1)}
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        newest = attack.committed()[-1]
+        for shard in newest.shards:
+            (tmp_path / "cluster" / "store" / shard.key).write_bytes(b"gone")
+        os.kill(min(pids), signal.SIGKILL)
+        assert it.wait_for_end(attack.job).type == "JobSucceeded", it.logs()
+        tried = [e.event.restore for e in it.history(attack.job) if isinstance(e.event, GenerationStarted)]
+        assert [point.checkpoint if point is not None else 0 for point in tried] == [0, newest.checkpoint]
+        assert attack.final.read_bytes() == expected
 
 
 def test_a_flipped_bit_is_named_and_the_checkpoint_before_is_used(
@@ -37,6 +64,7 @@ def test_a_flipped_bit_is_named_and_the_checkpoint_before_is_used(
         shard = rng.choice(newest.shards)
         path = tmp_path / "cluster" / "store" / shard.key
         flip_one_bit(path, rng.randrange(path.stat().st_size))
+        forget_staged_bytes(it)
         os.kill(min(pids), signal.SIGKILL)
         assert it.wait_for_end(attack.job).type == "JobSucceeded", it.logs()
         events = it.history(attack.job)

@@ -5,10 +5,16 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from dtrain.common.mailbox import MAILBOX_BYTES, Mailbox
+from dtrain.common.digests import blob_digest
+from dtrain.common.mailbox import MAILBOX_BYTES, Mailbox, RestoreState
+from dtrain.common.names import AttemptNumber, CheckpointNumber, Generation, Step, job_name
+from dtrain.storage.indexes import index_shard
+from dtrain.storage.keys import index_key, shard_key
+from dtrain.storage.manifests import Manifest, ShardEntry, encode
+from dtrain.storage.restore_files import INDEX_FILE, MANIFEST_FILE, RESTORE_FOLDER, SHARD_FILE
 
 DEADLINE_S = 60.0  # longest wait for a fact; a run here takes a few seconds
 ROOT = Path(__file__).parents[2]
@@ -28,6 +34,40 @@ def wait_for(fact: Callable[[], bool], what: str) -> None:
         if time.monotonic() > end:
             raise AssertionError(f"waited {DEADLINE_S:.0f} s in vain for: {what}")
         time.sleep(0.005)
+
+
+def offer(ranks: Sequence["RankFolder"], shards: Sequence[bytes]) -> None:
+    """Give the ranks of one folder a checkpoint of these shards to start from, as a worker would."""
+    folder = ranks[0].path.parent / RESTORE_FOLDER
+    folder.mkdir()
+    job, checkpoint, attempt = job_name("played"), CheckpointNumber(1), AttemptNumber(1)
+    entries = []
+    for rank, data in enumerate(shards):
+        index, digest = index_shard(memoryview(data))
+        (folder / INDEX_FILE.format(rank)).write_bytes(index)
+        (folder / SHARD_FILE.format(rank)).write_bytes(data)
+        entries.append(
+            ShardEntry(
+                rank=rank,
+                key=shard_key(job, checkpoint, attempt, rank),
+                size_bytes=len(data),
+                digest=digest,
+                index_key=index_key(job, checkpoint, attempt, rank),
+                index_digest=blob_digest(index),
+            )
+        )
+    manifest = Manifest(
+        job=job,
+        checkpoint=checkpoint,
+        attempt=attempt,
+        generation=Generation(1),
+        step=Step(1),
+        world_size=len(entries),
+        shards=tuple(entries),
+    )
+    (folder / MANIFEST_FILE).write_bytes(encode(manifest))
+    for of in ranks:
+        of.mailbox.restore = RestoreState.READY
 
 
 class RankFolder:

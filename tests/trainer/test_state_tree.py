@@ -175,12 +175,10 @@ def test_a_key_of_a_strange_type_is_refused() -> None:
         Encoder().encode({Colour.RED: 1}, "optimizer")
 
 
-def test_a_sharded_tensor_is_refused_with_the_mend() -> None:
-    from torch.distributed.tensor import DTensor
-
-    class Sharded(DTensor):
+def test_a_sharded_tensor_of_the_old_kind_is_refused_with_the_mend() -> None:
+    class ShardedTensor(torch.Tensor):
         pass
 
-    tensor = torch.Tensor._make_subclass(Sharded, torch.ones(2))
-    with pytest.raises(TypeError, match=r"model is a sharded tensor .* use DDP"):
+    tensor = torch.Tensor._make_subclass(ShardedTensor, torch.ones(2))
+    with pytest.raises(TypeError, match=r"model is a ShardedTensor.* fully_shard"):
         Encoder().encode(tensor, "model")

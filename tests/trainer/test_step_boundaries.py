@@ -5,6 +5,7 @@ import resource
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,13 @@ from safetensors.torch import load_file
 from dtrain.common.errors import ShardDamagedError, UserError
 from dtrain.common.mailbox import Mailbox, TrainerPhase, pack, unpack
 from dtrain.common.names import Step
+from dtrain.storage.catalogs import catalog_of
+from dtrain.storage.indexes import index_shard, open_index
 from dtrain.trainer.data_position import DataPosition
-from dtrain.trainer.restoring import read_shard_file
+from dtrain.trainer.resharding import copy_all, meetings
+from dtrain.trainer.restoring import saved_state
 from dtrain.trainer.supervised import WorkerStation
-from dtrain.trainer.tracking import TrackedState
+from dtrain.trainer.tracking import SavedState, TrackedState
 from tests.trainer.playing_worker import RankFolder
 
 UNTIL = Step(10_000_000)
@@ -58,6 +62,16 @@ class Stage:
         copy = self.folder.path / "copy.safetensors"
         copy.write_bytes((self.folder.path / f"slot{slot}").read_bytes()[:size_bytes])
         return copy
+
+
+def read_alone(path: Path, tracked: TrackedState) -> SavedState:
+    """Read the shard, which is a whole checkpoint, into what ``tracked`` wants of it."""
+    data = memoryview(bytearray(path.read_bytes()))
+    index, _ = index_shard(data, key=str(path))
+    saved = saved_state(catalog_of([open_index(index, key="index", shard_key=str(path))]), 0)
+    targets = tracked.targets(saved, torch.device("cpu"))
+    copy_all(meetings(targets, saved.wholes), {0: data})
+    return replace(saved, tensors=targets)
 
 
 Stages = Callable[..., Stage]
@@ -193,7 +207,7 @@ def test_objects_and_random_states_come_back_from_the_shard(stages: Stages) -> N
     weight = model.weight.detach().clone()
     torch.nn.init.zeros_(model.weight)
     holder.state = None
-    saved = read_shard_file(stage.staged_file())
+    saved = read_alone(stage.staged_file(), stage.tracked)
     stage.tracked.restore_objects(saved, torch.device("cpu"))
     stage.tracked.restore_position(saved, DataPosition([torch.zeros(1)]), rank=0, world_size=1, seek=True)
     assert torch.equal(model.weight, weight) and holder.state["when"] == (1, 2.5)
@@ -207,7 +221,7 @@ def test_an_object_that_the_checkpoint_does_not_hold_is_named(stages: Stages) ->
     other = TrackedState()
     other.add("optimizer", Holder(1))
     with pytest.raises(UserError, match=r"holds no optimizer \(it holds model\)"):
-        other.restore_objects(read_shard_file(stage.staged_file()), torch.device("cpu"))
+        read_alone(stage.staged_file(), other)
 
 
 @pytest.mark.parametrize("cut", [0, 5, 100, -1])
@@ -218,7 +232,7 @@ def test_a_shard_that_is_cut_short_is_refused_by_name(stages: Stages, cut: int) 
     path = stage.staged_file()
     path.write_bytes(path.read_bytes()[:cut])
     with pytest.raises(ShardDamagedError, match=r"copy\.safetensors"):
-        read_shard_file(path)
+        read_alone(path, stage.tracked)
 
 
 def test_a_boundary_without_a_request_costs_less_than_ten_microseconds(

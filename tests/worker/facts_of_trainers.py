@@ -143,6 +143,8 @@ def uploaded(rank: int, attempt: int = 1, *, job: str = JOB, generation: int = 1
         key=f"key of {rank}",
         size_bytes=100,
         digest=f"digest of {rank}",
+        index_key=f"index key of {rank}",
+        index_digest=f"index digest of {rank}",
     )
 
 

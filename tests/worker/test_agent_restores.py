@@ -3,9 +3,10 @@
 from dtrain.common.digests import blob_digest
 from dtrain.common.names import AttemptNumber, CheckpointNumber, Generation, Step, job_name
 from dtrain.proto import agent_pb2 as wire
-from dtrain.storage.keys import manifest_key, shard_key
-from dtrain.storage.manifests import Manifest, ShardEntry, encode
+from dtrain.storage.keys import manifest_key
+from dtrain.storage.manifests import Manifest, encode
 from dtrain.storage.uris import open_store
+from tests.support.checkpoints import put_shard
 from tests.worker.nodes import JOB, Node
 from tests.worker.scripts.mailbox_trainer import staged_bytes
 
@@ -14,11 +15,7 @@ def _committed(node: Node) -> tuple[wire.Restore, list[str]]:
     """A whole checkpoint in the node's store: what restores it, and its shards' keys."""
     job, checkpoint, attempt = job_name(JOB), CheckpointNumber(1), AttemptNumber(1)
     store = open_store(node.store)
-    shards = []
-    for rank in range(2):
-        key, data = shard_key(job, checkpoint, attempt, rank), staged_bytes(rank, 5)
-        store.put(key, data)
-        shards.append(ShardEntry(rank=rank, key=key, size_bytes=len(data), digest=blob_digest(data)))
+    shards = [put_shard(store, staged_bytes(rank, 5), rank, job=JOB) for rank in range(2)]
     manifest = encode(
         Manifest(
             job=job,
@@ -45,14 +42,14 @@ def test_a_restore_is_verified_and_handed_to_every_rank(node: Node) -> None:
         assert f"restored b'rank {rank} at step 5" in node.log(rank)
     assert node.coordinator.snapshots[-1].assignments[0].restore.state == wire.READY
     flipped = bytearray(staged_bytes(1, 5))
-    flipped[100] ^= 1
+    flipped[-100] ^= 1
     (node.folder / "store" / keys[1]).write_bytes(flipped)
     node.start_trainers(generation=2, restore=restore)
     report = node.wait(
         "the damage is told", lambda s: s.assignments[0].restore.state == wire.DAMAGED and s.assignments[0].restore
     )
     assert (report.key, report.checkpoint) == (keys[1], 1)
-    assert "digest" in report.reason
+    assert report.reason == "tensor 'payload.1' does not match its digest"
 
 
 def test_a_missing_shard_is_damage_and_a_storage_that_cannot_be_used_is_not(node: Node) -> None:
@@ -70,7 +67,7 @@ def test_a_missing_shard_is_damage_and_a_storage_that_cannot_be_used_is_not(node
     store.unlink()
     aside.rename(store)
     node.wait_training()
-    assert not list((node.folder / "shm").rglob("restore.safetensors"))  # given back once they train
+    assert not list((node.folder / "shm").rglob("rank-*.safetensors"))  # given back once they train
     (store / keys[0]).unlink()
     node.start_trainers(generation=2, restore=restore)
     node.wait("the loss is told", lambda s: s.assignments[0].restore.state == wire.DAMAGED)

@@ -148,7 +148,14 @@ def acknowledged(
 ) -> tuple[ShardRecord, ...] | None:
     """Every rank's durable shard in rank order, or None while one is missing."""
     durable = {
-        shard.rank: ShardRecord(rank=shard.rank, key=shard.key, size_bytes=shard.size_bytes, digest=shard.digest)
+        shard.rank: ShardRecord(
+            rank=shard.rank,
+            key=shard.key,
+            size_bytes=shard.size_bytes,
+            digest=shard.digest,
+            index_key=shard.index_key,
+            index_digest=shard.index_digest,
+        )
         for shard, _ in _shards(job, generation, inflight, observed)
         if shard.phase is ShardPhase.DURABLE and shard.step == inflight.step
     }

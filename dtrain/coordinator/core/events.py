@@ -57,6 +57,8 @@ class ShardRecord:
     key: str
     size_bytes: int
     digest: str
+    index_key: str = ""
+    index_digest: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -73,6 +73,8 @@ def _assignment(message: wire.Assignment) -> AssignmentReport:
                 size_bytes=shard.size_bytes,
                 digest=shard.digest,
                 reason=shard.reason[:TEXT_MAX_CHARS],
+                index_key=shard.index_key,
+                index_digest=shard.index_digest,
             )
             for shard in message.shards
         ),

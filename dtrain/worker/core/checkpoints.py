@@ -97,7 +97,15 @@ def upload_done(turn: Turn, done: UploadDone) -> None:
         return
     assignment, shard = found
     stage = move(SHARD_MOVES, shard.stage, ShardStage.DURABLE, f"{done.job} shard of rank {done.rank}")
-    durable = replace(shard, stage=stage, key=done.key, size_bytes=done.size_bytes, digest=done.digest)
+    durable = replace(
+        shard,
+        stage=stage,
+        key=done.key,
+        size_bytes=done.size_bytes,
+        digest=done.digest,
+        index_key=done.index_key,
+        index_digest=done.index_digest,
+    )
     turn.put(turn.put_shard(assignment, durable))
     turn.act(JournalShard(job=done.job, generation=done.generation, shard=durable))
     turn.act(SendSnapshot())

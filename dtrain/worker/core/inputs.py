@@ -105,6 +105,8 @@ class UploadDone:
     key: str
     size_bytes: int
     digest: str
+    index_key: str
+    index_digest: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -205,9 +205,11 @@ class ShardAttempt:
     step: Step
     rank: int
     stage: ShardStage = ShardStage.REQUESTED
-    key: str = ""  # these three are set once DURABLE
+    key: str = ""  # these five are set once DURABLE
     size_bytes: int = 0
     digest: str = ""
+    index_key: str = ""
+    index_digest: str = ""
     reason: str = ""  # set once FAILED
 
     @property

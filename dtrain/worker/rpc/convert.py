@@ -152,6 +152,8 @@ def _shard(shard: ShardAttempt) -> wire.ShardReport:
         size_bytes=shard.size_bytes,
         digest=shard.digest,
         reason=shard.reason,
+        index_key=shard.index_key,
+        index_digest=shard.index_digest,
     )
 
 

@@ -22,6 +22,7 @@ from dtrain.storage.manifests import decode_manifest, decode_marker
 from tests.coordinator.support.clusters import PREFIX
 from tests.coordinator.support.processes import CoordinatorProcess
 from tests.coordinator.support.workers import DEADLINE_S, RETRY_S, HandWorker
+from tests.support.checkpoints import shard_of
 from tests.support.etcd_server import EtcdServer
 
 MNIST = JobName("mnist")
@@ -118,19 +119,23 @@ async def ask_for_checkpoint(stage: Stage) -> None:
     assert reply.step > 10
 
 
+def shard_of_rank(rank: int) -> bytes:
+    return shard_of(b"state of rank %d" % rank, rank=rank, world_size=2, step=11)
+
+
 async def asked_for_checkpoint(stage: Stage) -> None:
     await stage.worker.until(lambda: bool(stage.worker.taken("stage_checkpoint")))
 
 
 async def acknowledge(stage: Stage) -> None:
     stage.worker.trains(step=stage.worker.taken("stage_checkpoint")[-1].stage_checkpoint.step)
-    stage.worker.stores(stage.store, lambda rank: b"shard of rank %d" % rank)
+    stage.worker.stores(stage.store, shard_of_rank)
 
 
 async def acknowledged(stage: Stage) -> None:
     await stage.until_decided("CheckpointCommitted")
     manifest = decode_manifest(stage.store.get(manifest_key(MNIST, ONE, FIRST)))
-    assert [shard.size_bytes for shard in manifest.shards] == [15, 15]
+    assert [shard.size_bytes for shard in manifest.shards] == [len(shard_of_rank(rank)) for rank in (0, 1)]
 
 
 async def wait_for_nothing(stage: Stage) -> None:

@@ -14,16 +14,14 @@ import grpc
 import grpc.aio
 import msgspec
 
-from dtrain.common.digests import blob_digest
-from dtrain.common.names import AttemptNumber, CheckpointNumber, JobName
 from dtrain.coordinator.election import read_leader
 from dtrain.etcd.client import EtcdClient
 from dtrain.etcd.registrations import keep_registered
 from dtrain.proto import agent_pb2 as wire
 from dtrain.proto import agent_pb2_grpc
-from dtrain.storage.keys import shard_key
 from dtrain.storage.objects import ObjectStore
 from tests.coordinator.support.clusters import PREFIX
+from tests.support.checkpoints import put_shard
 
 DEADLINE_S = 60.0
 HEARTBEAT_S = 0.3
@@ -104,12 +102,16 @@ class HandWorker:
         stage = command.stage_checkpoint
         for shard in self.assignment.shards:
             if shard.attempt == stage.attempt:
-                blob = data(shard.rank)
-                shard.key = shard_key(
-                    JobName(command.job), CheckpointNumber(stage.checkpoint), AttemptNumber(stage.attempt), shard.rank
+                entry = put_shard(
+                    store,
+                    data(shard.rank),
+                    shard.rank,
+                    job=command.job,
+                    checkpoint=stage.checkpoint,
+                    attempt=stage.attempt,
                 )
-                store.put(shard.key, blob)
-                shard.size_bytes, shard.digest = len(blob), blob_digest(blob)
+                shard.key, shard.size_bytes, shard.digest = entry.key, entry.size_bytes, entry.digest
+                shard.index_key, shard.index_digest = entry.index_key, entry.index_digest
                 shard.state = wire.ShardState.DURABLE
         self.report()
 

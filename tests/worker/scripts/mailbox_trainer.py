@@ -3,6 +3,7 @@
 Arguments: the file that ends it, and the seconds of one step. Its staged bytes name the rank and the step.
 """
 
+import json
 import mmap
 import os
 import sys
@@ -10,10 +11,52 @@ import time
 from pathlib import Path
 
 from dtrain.common.mailbox import MAILBOX_BYTES, Mailbox, RestoreState, TrainerPhase, unpack
+from dtrain.storage.ranges import NeededRange
+from dtrain.storage.restore_files import MANIFEST_FILE, NEEDS_FILE, RESTORE_FOLDER, SHARD_FILE, encode_needs
+from dtrain.storage.shards import (
+    RANK_ENTRY,
+    STEP_ENTRY,
+    TREE_ENTRY,
+    WORLD_SIZE_ENTRY,
+    TensorEntry,
+    parse_header,
+    plan,
+)
 
 
-def staged_bytes(rank: int, step: int) -> bytes:
+def payload(rank: int, step: int) -> bytes:
     return f"rank {rank} at step {step}\n".encode() * 1000
+
+
+def staged_bytes(rank: int, step: int, world_size: int = 2) -> bytes:
+    """A shard whose one tensor names the rank and the step."""
+    data, name = payload(rank, step), f"payload.{rank}"
+    shape = (len(data),)
+    tensor = TensorEntry(
+        name=name, dtype="U8", shape=shape, offsets_in_whole=(0,), global_shape=shape, size_bytes=len(data)
+    )
+    metadata = {
+        STEP_ENTRY: str(step),
+        RANK_ENTRY: str(rank),
+        WORLD_SIZE_ENTRY: str(world_size),
+        TREE_ENTRY: json.dumps({"objects": {"model": {"tensor": name}}}),
+    }
+    return plan([tensor], metadata).header + data
+
+
+def ask_for_payload(folder: Path, rank: int) -> None:
+    """Say that the own payload is needed, once the worker has told what there is."""
+    restore = folder.parent / RESTORE_FOLDER
+    while not (restore / MANIFEST_FILE).exists():
+        time.sleep(0.005)
+    needed = NeededRange(shard=rank, tensor=f"payload.{rank}", begin=0, end=len(payload(rank, 5)))
+    (folder / ".new").write_bytes(encode_needs([needed]))
+    (folder / ".new").rename(folder / NEEDS_FILE)
+
+
+def restored(folder: Path, rank: int) -> bytes:
+    data = (folder.parent / RESTORE_FOLDER / SHARD_FILE.format(rank)).read_bytes()
+    return data[parse_header(data).data_start :]
 
 
 def main() -> None:
@@ -23,10 +66,12 @@ def main() -> None:
         page = mmap.mmap(file.fileno(), MAILBOX_BYTES)
     box = Mailbox(page)
     box.phase = TrainerPhase.RESTORING
+    if box.restore is not RestoreState.NOTHING:
+        ask_for_payload(folder, rank)
     while box.restore is RestoreState.PENDING:
         time.sleep(0.005)
     if box.restore is RestoreState.READY:
-        print("restored", (folder / "restore.safetensors").read_bytes()[:30], flush=True)
+        print("restored", restored(folder, rank)[:30], flush=True)
     box.tracking, box.until_step, box.phase = True, 1_000_000, TrainerPhase.TRAINING
     answered, step = 0, 0
     while not end.exists():

@@ -1,0 +1,109 @@
+"""Reading parts of shards: which pieces are needed, in which reads they come, and that each is what it should be.
+
+A restore on another world size needs some tensors of every shard. What lands in memory is either verified or the
+restore ends with the tensor's name: a piece counts as there only once its digest was compared.
+
+Pieces that lie side by side are read at once, because a request to S3 costs as much time as megabytes do.
+"""
+
+import mmap
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from dtrain.common.errors import ShardDamagedError
+from dtrain.storage.indexes import IndexedShard, Piece, piece_is_sound
+from dtrain.storage.objects import NotFound, ObjectStore
+
+RUN_BYTES = 64 * 1024 * 1024  # read at once, unless one piece is larger
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, order=True)
+class NeededRange:
+    """Bytes of one tensor of one shard, counted from the tensor's own start there."""
+
+    shard: int  # rank that saved it
+    tensor: str
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """Pieces of one shard that lie side by side."""
+
+    shard: int
+    pieces: tuple[Piece, ...]  # not empty
+
+    @property
+    def begin(self) -> int:
+        return self.pieces[0].begin
+
+    @property
+    def end(self) -> int:
+        return self.pieces[-1].end
+
+
+def pieces_of(shards: Sequence[IndexedShard], needed: Iterable[NeededRange]) -> dict[int, set[Piece]]:
+    """Return the pieces that hold what is needed, by shard. A shard that is needed at all has an entry."""
+    found: dict[int, set[Piece]] = {}
+    for part in needed:
+        found.setdefault(part.shard, set()).update(shards[part.shard].pieces(part.tensor, part.begin, part.end))
+    return found
+
+
+def runs_of(shard: int, pieces: Iterable[Piece]) -> list[Run]:
+    """Join pieces of one shard that touch, up to RUN_BYTES."""
+    runs: list[Run] = []
+    joined: list[Piece] = []
+    for piece in sorted(pieces, key=lambda piece: piece.begin):
+        if joined and (piece.begin != joined[-1].end or piece.end - joined[0].begin > RUN_BYTES):
+            runs.append(Run(shard=shard, pieces=tuple(joined)))
+            joined = []
+        joined.append(piece)
+    if joined:
+        runs.append(Run(shard=shard, pieces=tuple(joined)))
+    return runs
+
+
+def read_run(store: ObjectStore, shard: IndexedShard, run: Run, image: memoryview) -> None:
+    """Read the run to its place in ``image``, which is laid out as the shard, and verify it.
+
+    Raises :class:`ShardDamagedError` naming the shard and the tensor.
+    """
+    read_range(store, shard.key, image[run.begin : run.end], offset=run.begin)
+    for piece in run.pieces:
+        if not piece_is_sound(piece, image[piece.begin : piece.end]):
+            raise ShardDamagedError(shard.key, f"tensor {piece.tensor!r} does not match its digest")
+
+
+def read_header(store: ObjectStore, shard: IndexedShard, image: memoryview) -> None:
+    """Read the shard's header to its place in ``image``. Raises :class:`ShardDamagedError` if it is another."""
+    expected = shard.header_bytes
+    read_range(store, shard.key, image[: len(expected)], offset=0)
+    if image[: len(expected)] != expected:
+        raise ShardDamagedError(shard.key, "its header does not match its digest: it is not the one in its index")
+
+
+def read_needed(
+    store: ObjectStore, shards: Sequence[IndexedShard], needed: Iterable[NeededRange]
+) -> dict[int, memoryview]:
+    """Return memory laid out as the shards are, in which what is needed was read and verified.
+
+    What is not needed is never touched, and so takes no memory.
+    """
+    images: dict[int, memoryview] = {}
+    for number, pieces in pieces_of(shards, needed).items():
+        shard = shards[number]
+        images[number] = memoryview(mmap.mmap(-1, shard.header.total_bytes))
+        read_header(store, shard, images[number])
+        for run in runs_of(number, pieces):
+            read_run(store, shard, run, images[number])
+    return images
+
+
+def read_range(store: ObjectStore, key: str, target: memoryview, *, offset: int) -> None:
+    """Fill ``target``. Raises :class:`ShardDamagedError` if the object is missing or ends too soon."""
+    try:
+        store.read_into(key, target, offset=offset)
+    except NotFound as error:
+        raise ShardDamagedError(key, "is missing") from error

@@ -1,0 +1,37 @@
+"""Names and texts of the files through which a trainer and its worker restore together.
+
+They lie in the generation's folder in shared memory; trainer/restoring.py tells their order.
+"""
+
+from collections.abc import Iterable, Sequence
+
+import msgspec
+
+from dtrain.common.errors import PermanentError
+from dtrain.storage.indexes import IndexedShard
+from dtrain.storage.ranges import NeededRange
+
+RESTORE_FOLDER = "restore"  # in the generation's folder
+MANIFEST_FILE = "manifest.json"  # written last: then all indexes are there
+INDEX_FILE = "rank-{:05d}.index.json"
+SHARD_FILE = "rank-{:05d}.safetensors"  # as large as the shard, with holes where nothing is needed
+NEEDS_FILE = "needs.json"  # in a rank's folder
+
+
+def encode_needs(needed: Iterable[NeededRange]) -> bytes:
+    """Return what a rank needs as JSON."""
+    return msgspec.json.encode([(part.shard, part.tensor, part.begin, part.end) for part in sorted(needed)])
+
+
+def decode_needs(data: bytes, shards: Sequence[IndexedShard]) -> list[NeededRange]:
+    """Return what :func:`encode_needs` was given. Raises :class:`PermanentError` if that is not in ``shards``."""
+    try:
+        rows = msgspec.json.decode(data, type=list[tuple[int, str, int, int]])
+    except msgspec.DecodeError as error:
+        raise PermanentError(f"a trainer's {NEEDS_FILE} cannot be read: {error}") from error
+    needed = [NeededRange(shard=shard, tensor=tensor, begin=begin, end=end) for shard, tensor, begin, end in rows]
+    for part in needed:
+        span = shards[part.shard].header.tensors.get(part.tensor) if 0 <= part.shard < len(shards) else None
+        if span is None or not 0 <= part.begin <= part.end <= span.end - span.begin:
+            raise PermanentError(f"a trainer's {NEEDS_FILE} names {part}, which the checkpoint does not have")
+    return needed

@@ -1,0 +1,18 @@
+"""Which part of a whole tensor a rank stores."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorPart:
+    """A box in a whole tensor. Its own shape is that of the stored tensor."""
+
+    global_shape: tuple[int, ...]
+    offsets: tuple[int, ...]  # one number a dimension
+    stored_here: bool = True  # False: another rank stores the same bytes, or there are none
+
+    def with_pairs(self) -> "TensorPart":
+        """Return the part for complex numbers stored as pairs: one dimension more."""
+        return TensorPart(
+            global_shape=(*self.global_shape, 2), offsets=(*self.offsets, 0), stored_here=self.stored_here
+        )
