@@ -95,6 +95,13 @@ def coordinator_command(etcd: str, prefix: str, listen: str, advertise: str, ide
     envvar="DTRAIN_ORPHAN_AFTER",
     help="Seconds after which ranks without their agent end themselves.",
 )
+@click.option(
+    "--zygote/--no-zygote",
+    envvar="DTRAIN_ZYGOTE",
+    default=True,
+    show_default=True,
+    help="Fork ranks from a warm process that has imported torch.",
+)
 @etcd_wait_option
 def worker_command(
     etcd: str,
@@ -105,6 +112,7 @@ def worker_command(
     listen: str,
     advertise: str,
     orphan_after_s: float | None,
+    zygote: bool,
     etcd_wait_s: float,
 ) -> int:
     """Serve as the worker agent of this node; one per node. Ranks survive its restart."""
@@ -122,6 +130,7 @@ def worker_command(
         data_dir=Path(data_dir).expanduser().absolute(),
         listen=listen,
         advertise=advertise,
+        zygote=zygote,
     )
     if orphan_after_s is not None:
         config = replace(config, orphan_after_s=orphan_after_s)

@@ -31,8 +31,8 @@ import grpc
 import grpc.aio
 import msgspec
 
-import dtrain
 from dtrain.common.errors import UserError
+from dtrain.common.version import VERSION
 from dtrain.etcd.client import EtcdClient
 from dtrain.etcd.registrations import RegistrationTaken, keep_registered
 from dtrain.proto import agent_pb2 as wire
@@ -57,6 +57,7 @@ from dtrain.worker.rpc.leaders import Leaders
 from dtrain.worker.rpc.logs import LogFiles, log_path
 from dtrain.worker.tasks import Tasks
 from dtrain.worker.uploads import Uploads
+from dtrain.worker.zygotes import Zygotes
 
 logger = logging.getLogger(__name__)
 
@@ -140,13 +141,14 @@ class Agent:
         dirs = RankDirs(config.shared_memory, config.data_dir.resolve(), journal.id)
         arenas = Arenas(dirs, self._open_slots, self._tell_rank, self._tasks.begin)
         mailboxes = Mailboxes(self._emit, progress_every_s=PROGRESS_S, on_need=arenas.provide)
+        self._zygotes = Zygotes(config.data_dir.resolve() / "zygote.log", enabled=config.zygote)
         self._shells = Shells(
             journal_id=journal.id,
             logs=config.data_dir.resolve() / "logs",
             agent_lock=lock_path,
             orphan_after_s=config.orphan_after_s,
             dirs=dirs,
-            keepers=Keepers(self._emit, mailboxes.read_last, journal.id, self._tasks.begin),
+            keepers=Keepers(self._emit, mailboxes.read_last, journal.id, self._tasks.begin, self._zygotes),
             mailboxes=mailboxes,
             arenas=arenas,
             uploads=Uploads(self._emit, mailboxes.slot_holds, arenas.keep, self._tasks.begin),
@@ -174,7 +176,7 @@ class Agent:
             worker=self._config.worker_id,
             journal=self._journal.id,
             incarnation=secrets.token_hex(8),
-            version=dtrain.__version__,
+            version=VERSION,
             host=socket.gethostname(),
             address=address,
         )
@@ -255,6 +257,7 @@ class Agent:
         while True:
             self._emit(Tick())
             self._shells.arenas.expire(_now())
+            self._zygotes.tend(quiet=not self._state.is_starting)
             await asyncio.sleep(TICK_S)
 
     # ---- beginning and end -------------------------------------------------------------------------------
@@ -310,6 +313,7 @@ class Agent:
         shells.restores.close()
         shells.arenas.close()
         shells.keepers.close()
+        self._zygotes.close()
         shells.mailboxes.close()
         shells.port.close()
         shells.dirs.remove_root()

@@ -28,14 +28,29 @@ def trainer_environment(
     env.update(spec.env)
     if spec.nproc > 1:
         env.setdefault("OMP_NUM_THREADS", "1")  # or each rank would start a thread on every core
+    _set_for_every_start(env)
+    env.update(_torchrun_variables(spec, of, rank_dir))
+    env.update(_own_variables(spec, of, rank_dir, journal_id))
+    return env
+
+
+def zygote_environment(inherited: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment of the process that trainers are forked from. ``inherited`` is the agent's own.
+
+    It differs from a trainer's in what a trainer reads after its start only, and in the number of threads.
+    """
+    env = {name: value for name, value in inherited.items() if not name.startswith("DTRAIN_")}
+    env["OMP_NUM_THREADS"] = "1"  # a pool of threads does not survive a fork: no child could use it
+    _set_for_every_start(env)
+    return env
+
+
+def _set_for_every_start(env: dict[str, str]) -> None:
     env.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")
     tunables = env.get("GLIBC_TUNABLES", "")
     if NON_TEMPORAL not in tunables:
         env["GLIBC_TUNABLES"] = ":".join(filter(None, (tunables, f"{NON_TEMPORAL}={NON_TEMPORAL_BYTES:#x}")))
     env["PYTHONUNBUFFERED"] = "1"  # what a rank printed must be in its log when it is killed
-    env.update(_torchrun_variables(spec, of, rank_dir))
-    env.update(_own_variables(spec, of, rank_dir, journal_id))
-    return env
 
 
 def _torchrun_variables(spec: TrainersSpec, of: RankId, rank_dir: Path) -> dict[str, str]:

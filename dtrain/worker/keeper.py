@@ -1,7 +1,8 @@
 """The small process between an agent and one trainer: it waits, so that an exit status outlives the agent.
 
 Run as ``python -I -S keeper.py <rank folder>``. It is a program of its own: standard library only, so that it
-starts in a few milliseconds, and it imports nothing of dtrain.
+starts in a few milliseconds, and it imports nothing of dtrain. A zygote (zygote.py) runs the same code in a process
+that it forked, with another way to begin the trainer.
 
 Rules:
 - at most one trainer a rank folder, ever: the lock is taken first, and whoever finds that the folder was used
@@ -22,6 +23,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 PR_SET_CHILD_SUBREAPER = 36
@@ -35,8 +37,19 @@ ERROR_MAX_CHARS = 500  # of that line, kept
 CHILD_SIGNALS = {signal.SIGCHLD, signal.SIGTERM, signal.SIGQUIT, signal.SIGINT, signal.SIGHUP}
 
 
-def main(folder: str) -> int:
-    """Run and keep the trainer of this rank folder."""
+class Born(BaseException):
+    """Leaves every frame of the keeper in a process that goes on as the trainer without an exec."""
+
+    def __init__(self, plan: dict) -> None:  # type: ignore[type-arg]
+        super().__init__()
+        self.plan = plan
+
+
+def keep(folder: str, begin: Callable[[dict], None]) -> int:  # type: ignore[type-arg]
+    """Run and keep the trainer of this rank folder; return the keeper's exit code.
+
+    ``begin`` is called with the plan in the trainer's process. It executes a program, or raises ``Born``.
+    """
     signal.pthread_sigmask(signal.SIG_BLOCK, CHILD_SIGNALS)  # from now on they are waited for, never delivered
     lock = os.open(os.path.join(folder, "keeper.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
@@ -51,7 +64,7 @@ def main(folder: str) -> int:
     libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     me = {"keeper_pid": os.getpid(), "keeper_start": start_time(os.getpid())}
     write_json(folder, "started.json", {**me, "trainer_pid": 0, "trainer_start": 0})
-    trainer = spawn(plan, libc)
+    trainer = spawn(plan, libc, lock, begin)
     write_json(folder, "started.json", {**me, "trainer_pid": trainer, "trainer_start": start_time(trainer)})
     status = wait(trainer, plan)
     code = os.waitstatus_to_exitcode(status)
@@ -80,7 +93,7 @@ def write_json(folder: str, name: str, record: dict) -> None:  # type: ignore[ty
     os.rename(temporary, os.path.join(folder, name))
 
 
-def spawn(plan: dict, libc: ctypes.CDLL) -> int:  # type: ignore[type-arg]
+def spawn(plan: dict, libc: ctypes.CDLL, lock: int, begin: Callable[[dict], None]) -> int:  # type: ignore[type-arg]
     """Fork the trainer into a session of its own. What keeps it from running is told in its log."""
     keeper = os.getpid()
     log = os.open(plan["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
@@ -97,16 +110,26 @@ def spawn(plan: dict, libc: ctypes.CDLL) -> int:  # type: ignore[type-arg]
         os.dup2(null, 0)
         os.dup2(log, 1)
         os.dup2(log, 2)
+        for descriptor in {null, log, lock} - {0, 1, 2}:  # nobody else closes them where no program is executed
+            os.close(descriptor)
         signal.pthread_sigmask(signal.SIG_SETMASK, set())
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python ignores these two, and exec would pass that on
-        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
         os.chdir(plan["cwd"])
-        os.execvpe(plan["argv"][0], plan["argv"], plan["env"])
+        begin(plan)
+    except Born:
+        raise
     except OSError as error:
         where = plan["cwd"] if error.filename == plan["cwd"] else plan["argv"][0]
         os.write(2, f"dtrain: cannot run {where}: {error.strerror}\n".encode())
-    finally:
-        os._exit(EXIT_CANNOT_RUN)
+    except BaseException as error:
+        os.write(2, f"dtrain: cannot run {plan['argv'][0]}: {error!r}\n".encode())
+    os._exit(EXIT_CANNOT_RUN)
+
+
+def execute(plan: dict) -> None:  # type: ignore[type-arg]
+    """Become the program that the plan names. Raises OSError."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python ignores these two, and exec would pass that on
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    os.execvpe(plan["argv"][0], plan["argv"], plan["env"])
 
 
 def wait(trainer: int, plan: dict) -> int:  # type: ignore[type-arg]
@@ -221,4 +244,4 @@ def children() -> list[int]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(keep(sys.argv[1], execute))

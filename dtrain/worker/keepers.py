@@ -30,6 +30,7 @@ from dtrain.worker.core.states import ExitFact
 from dtrain.worker.environment import trainer_mark
 from dtrain.worker.rank_dirs import RankId, Started, forbid, read_exited, read_started
 from dtrain.worker.tasks import Begin
+from dtrain.worker.zygotes import ForkedKeeper, Zygotes
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ class _Kept:
     def __init__(self, of: RankId, folder: Path) -> None:
         self.of = of
         self.folder = folder
-        self.child: subprocess.Popen[bytes] | None = None  # the keeper that this process started
+        self.child: subprocess.Popen[bytes] | ForkedKeeper | None = None  # the keeper that this process asked for
         self.started: Started | None = None
         self.pidfd = -1
         self.told_started = False
@@ -60,7 +61,9 @@ class Keepers:
         read_last: Callable[[RankId], None],
         journal_id: str,
         begin: Begin,
+        zygotes: Zygotes,
     ) -> None:
+        self._zygotes = zygotes
         self._emit = emit
         self._begin = begin
         self._read_last = read_last
@@ -82,6 +85,15 @@ class Keepers:
             self._look(kept)
 
     def _spawn(self, kept: _Kept) -> None:
+        kept.child = self._zygotes.fork_keeper(kept.folder)
+        if kept.child is None:
+            of = kept.of
+            logger.info(
+                "%s generation %d rank %d starts cold: %s", of.job, of.generation, of.rank, self._zygotes.why_not()
+            )
+            self._execute(kept)
+
+    def _execute(self, kept: _Kept) -> None:
         log = os.open(kept.folder / "keeper.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         try:
             kept.child = subprocess.Popen(
@@ -108,6 +120,10 @@ class Keepers:
     def _look(self, kept: _Kept) -> None:
         started = read_started(kept.folder)
         if started is None:
+            if isinstance(kept.child, ForkedKeeper) and kept.child.lost:
+                # It may have been forked all the same: then the lock lets one of the two go on.
+                self._execute(kept)
+                return
             if kept.child is None or kept.child.poll() is not None:
                 # Nobody of ours is on the way. If no other keeper holds the lock, none will ever start here.
                 fact = read_exited(kept.folder) or forbid(kept.folder, self._why_never_started(kept))
@@ -153,7 +169,9 @@ class Keepers:
         asyncio.get_running_loop().remove_reader(kept.pidfd)
         os.close(kept.pidfd)
         kept.pidfd = -1
-        if kept.child is not None:
+        if isinstance(kept.child, ForkedKeeper):
+            kept.child.close()
+        elif kept.child is not None:
             kept.child.poll()  # it ended: this only takes its entry out of the process table
         kept.started = read_started(kept.folder) or kept.started
         self._begin_end(kept)
@@ -221,7 +239,9 @@ class Keepers:
             if kept.pidfd >= 0:
                 asyncio.get_running_loop().remove_reader(kept.pidfd)
                 os.close(kept.pidfd)
-            if kept.child is not None:
+            if isinstance(kept.child, ForkedKeeper):
+                kept.child.close()
+            elif kept.child is not None:
                 kept.child.returncode = kept.child.returncode or 0  # it outlives us on purpose
         self._kept.clear()
 

@@ -289,3 +289,12 @@ class NodeState:
     @property
     def slots_used(self) -> int:
         return sum(assignment.slots_used for assignment in self.assignments.values())
+
+    @property
+    def is_starting(self) -> bool:
+        """Whether some rank of this node has not done its first step yet, or is about to start."""
+        return any(
+            run.stage is not RankStage.EXITED and (run.stage is not RankStage.RUNNING or run.completed_step == 0)
+            for assignment in self.assignments.values()
+            for run in assignment.ranks
+        )

@@ -1,0 +1,205 @@
+"""The agent's side of the zygote: starts it, asks it for keepers, and says when it cannot be asked.
+
+Nothing depends on it. Whoever asks while no zygote serves, or asks one that dies or does not answer, starts a keeper
+of its own: if both keepers come, the lock in the rank folder lets one go on.
+
+Rules:
+- it is started late, when no rank of this node is still coming up: its imports would slow theirs down;
+- one that died is started again in the background, after a pause that doubles;
+- one that says it cannot serve here is believed, and not started again;
+- it never outlives its agent (the kernel sees to it), and the keepers it forked always do.
+"""
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import select
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from dtrain.worker import zygote
+from dtrain.worker.environment import zygote_environment
+
+logger = logging.getLogger(__name__)
+
+WARM_MODULE = "dtrain.trainer.warm"  # by its name: this process must never import torch
+QUIET_FIRST_S = 2.0  # after the agent's start: a job that waits for it comes within that time
+STARTS_LAST_S = 60.0  # a rank that says nothing for so long is no reason to wait any more
+ANSWER_MAX_S = 5.0  # a fork takes milliseconds: one that takes longer is stuck
+BACKOFF_FIRST_S = 1.0
+BACKOFF_MAX_S = 60.0
+STEADY_S = 60.0  # one that served for so long was no failure
+PADDING_BYTES = 65536  # how much longer a trainer's environment may be; one variable has at most 128 KiB
+TITLE_BYTES = 1024  # room for a trainer's arguments, as the process list shows them
+LOG_MAX_BYTES = 1_000_000  # its log is begun anew beyond this
+
+
+class ForkedKeeper:
+    """A keeper that the zygote was asked for."""
+
+    def __init__(self, asked_at: float) -> None:
+        self.asked_at = asked_at
+        self.lost = False  # the zygote died before it answered: nobody knows whether there is such a keeper
+        self._pidfd = -1
+
+    def is_here(self, pidfd: int) -> None:
+        self._pidfd = pidfd
+
+    def poll(self) -> int | None:
+        """None while the keeper lives, or may be on its way."""
+        if self._pidfd < 0:
+            return 0 if self.lost else None
+        look = select.poll()
+        look.register(self._pidfd, select.POLLIN)
+        return 0 if look.poll(0) else None
+
+    def close(self) -> None:
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
+            self._pidfd = -1
+
+
+class Zygotes:
+    """The node's zygote: one at a time. Used in the event loop only."""
+
+    def __init__(self, log: Path, *, enabled: bool) -> None:
+        self._log = log
+        self._enabled = enabled
+        self._process: subprocess.Popen[bytes] | None = None
+        self._control: socket.socket | None = None
+        self._ready = False
+        self._asked: dict[int, ForkedKeeper] = {}
+        self._number = 0
+        self._began_at = 0.0
+        self._start_at = time.monotonic() + QUIET_FIRST_S
+        self._insist_at = self._start_at + STARTS_LAST_S
+        self._backoff_s = BACKOFF_FIRST_S
+
+    @property
+    def pid(self) -> int:
+        """The process; 0 if there is none."""
+        return self._process.pid if self._process is not None else 0
+
+    @property
+    def is_ready(self) -> bool:
+        return self._ready
+
+    def why_not(self) -> str:
+        """Why nobody can be asked now."""
+        if not self._enabled:
+            return "the worker has no warm process here"
+        return "" if self._ready else "the worker's warm process is not ready yet"
+
+    def tend(self, *, quiet: bool) -> None:
+        """Look after it. ``quiet``: no rank of this node is coming up."""
+        now = time.monotonic()
+        if any(now - asked.asked_at > ANSWER_MAX_S for asked in self._asked.values()):
+            logger.warning("the warm process does not answer: replaced")
+            self._end()
+        due = quiet or now >= self._insist_at
+        if self._enabled and self._process is None and now >= self._start_at and due:
+            self._start()
+
+    def fork_keeper(self, folder: Path) -> ForkedKeeper | None:
+        """Have a keeper of this rank folder forked; None if nobody can be asked."""
+        if not self._ready or self._control is None:
+            return None
+        self._number += 1
+        asked = ForkedKeeper(time.monotonic())
+        try:
+            self._control.send(json.dumps({"number": self._number, "folder": str(folder)}).encode())
+        except OSError:  # it is gone, or so far behind that its socket is full
+            self._end()
+            return None
+        self._asked[self._number] = asked
+        return asked
+
+    def _start(self) -> None:
+        ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.setblocking(False)
+        if self._log.exists() and self._log.stat().st_size > LOG_MAX_BYTES:
+            self._log.unlink()
+        env = {**zygote_environment(os.environ), zygote.PADDING: "." * PADDING_BYTES}
+        command = [sys.executable, "-u", zygote.__file__, str(os.getpid()), str(its.fileno()), WARM_MODULE]
+        try:
+            with its, self._log.open("ab") as log:
+                self._process = subprocess.Popen(
+                    [*command, "." * TITLE_BYTES],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    cwd="/",
+                    env=env,
+                    pass_fds=(its.fileno(),),
+                    start_new_session=True,
+                )
+        except OSError as error:
+            ours.close()
+            logger.warning("the warm process cannot be started: %s", error)
+            self._pause()
+            return
+        self._control = ours
+        self._began_at = time.monotonic()
+        asyncio.get_running_loop().add_reader(ours, self._hear)
+
+    def _hear(self) -> None:
+        assert self._control is not None
+        try:
+            text, descriptors, _, _ = socket.recv_fds(self._control, zygote.MESSAGE_BYTES, 1)
+        except BlockingIOError:
+            return
+        except OSError:
+            text, descriptors = b"", []
+        if not text:
+            logger.warning("the warm process ended; it is started again")
+            self._end()
+            return
+        answer = json.loads(text)
+        if "ready" in answer:
+            self._ready = True
+            logger.info("the warm process is ready: imported in %.1f s", answer["ready"])
+        elif "cannot" in answer:
+            self._enabled = False
+            logger.warning("no warm process here: %s; ranks start cold", answer["cannot"])
+            self._end()
+        else:
+            asked = self._asked.pop(answer["number"], None)
+            if asked is not None:
+                asked.is_here(descriptors.pop())
+            for descriptor in descriptors:
+                os.close(descriptor)
+
+    def _end(self) -> None:
+        """Let go of it; whoever still waits for its answer is told."""
+        self._ready = False
+        for asked in self._asked.values():
+            asked.lost = True
+        self._asked.clear()
+        if self._control is not None:
+            asyncio.get_running_loop().remove_reader(self._control)
+            self._control.close()
+            self._control = None
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
+            self._process.wait()
+            self._process = None
+        self._pause()
+
+    def _pause(self) -> None:
+        now = time.monotonic()
+        if now - self._began_at >= STEADY_S:
+            self._backoff_s = BACKOFF_FIRST_S
+        self._start_at = now + self._backoff_s
+        self._insist_at = self._start_at + STARTS_LAST_S
+        self._backoff_s = min(2 * self._backoff_s, BACKOFF_MAX_S)
+
+    def close(self) -> None:
+        """End it; the keepers it forked go on."""
+        self._enabled = False
+        self._end()
