@@ -33,6 +33,7 @@ class TrainerPhase(IntEnum):
     TRAINING = 3  # between step boundaries
     CHECKPOINTING = 4  # copying its state into shared memory
     FINISHED = 5  # all steps done, the script is leaving
+    HOLDING = 6  # all steps done; waits for its last state to be asked for
 
 
 class RestoreState(IntEnum):

@@ -243,7 +243,7 @@ class Noop(_message.Message):
     def __init__(self) -> None: ...
 
 class StartTrainers(_message.Message):
-    __slots__ = ("python", "script", "args", "cwd", "env", "world_size", "nnodes", "node_rank", "first_rank", "nproc", "master_address", "master_port", "restarts", "max_restarts", "store", "restore")
+    __slots__ = ("python", "script", "args", "cwd", "env", "world_size", "nnodes", "node_rank", "first_rank", "nproc", "master_address", "master_port", "restarts", "max_restarts", "store", "restore", "save_last")
     class EnvEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -267,6 +267,7 @@ class StartTrainers(_message.Message):
     MAX_RESTARTS_FIELD_NUMBER: _ClassVar[int]
     STORE_FIELD_NUMBER: _ClassVar[int]
     RESTORE_FIELD_NUMBER: _ClassVar[int]
+    SAVE_LAST_FIELD_NUMBER: _ClassVar[int]
     python: str
     script: str
     args: _containers.RepeatedScalarFieldContainer[str]
@@ -283,7 +284,8 @@ class StartTrainers(_message.Message):
     max_restarts: int
     store: str
     restore: Restore
-    def __init__(self, python: _Optional[str] = ..., script: _Optional[str] = ..., args: _Optional[_Iterable[str]] = ..., cwd: _Optional[str] = ..., env: _Optional[_Mapping[str, str]] = ..., world_size: _Optional[int] = ..., nnodes: _Optional[int] = ..., node_rank: _Optional[int] = ..., first_rank: _Optional[int] = ..., nproc: _Optional[int] = ..., master_address: _Optional[str] = ..., master_port: _Optional[int] = ..., restarts: _Optional[int] = ..., max_restarts: _Optional[int] = ..., store: _Optional[str] = ..., restore: _Optional[_Union[Restore, _Mapping]] = ...) -> None: ...
+    save_last: bool
+    def __init__(self, python: _Optional[str] = ..., script: _Optional[str] = ..., args: _Optional[_Iterable[str]] = ..., cwd: _Optional[str] = ..., env: _Optional[_Mapping[str, str]] = ..., world_size: _Optional[int] = ..., nnodes: _Optional[int] = ..., node_rank: _Optional[int] = ..., first_rank: _Optional[int] = ..., nproc: _Optional[int] = ..., master_address: _Optional[str] = ..., master_port: _Optional[int] = ..., restarts: _Optional[int] = ..., max_restarts: _Optional[int] = ..., store: _Optional[str] = ..., restore: _Optional[_Union[Restore, _Mapping]] = ..., save_last: _Optional[bool] = ...) -> None: ...
 
 class Restore(_message.Message):
     __slots__ = ("checkpoint", "attempt", "step", "manifest_key", "manifest_digest", "store")

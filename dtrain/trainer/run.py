@@ -81,7 +81,10 @@ def join(*, store: str = "", every_steps: int = 0, timeout_s: float = JOIN_TIMEO
     owns_group = join_group(surroundings, device, timeout_s=timeout_s)
     if surroundings.rank_dir is not None:
         station: Station = WorkerStation(
-            surroundings.rank_dir, rank=surroundings.rank, world_size=surroundings.world_size
+            surroundings.rank_dir,
+            rank=surroundings.rank,
+            world_size=surroundings.world_size,
+            save_last=surroundings.save_last,
         )
     else:
         # Under a worker nothing of local mode is needed, and a restart counts every millisecond.

@@ -1,7 +1,7 @@
 """Life under a worker: the trainer's side of the mailbox.
 
     JOINED -> RESTORING -> TRAINING <-> CHECKPOINTING
-                              +-> FINISHED
+                              +-> HOLDING -> FINISHED
 
 At the end of each step the trainer publishes the step it completed, and *then* looks at the request. The worker
 writes a request at any time, for a step that the coordinator believes to be ahead of every rank. Two orders are
@@ -15,6 +15,9 @@ may conclude from ``completed_step`` that a request was seen, or was not. Publis
 coordinator chooses from as fresh as can be. A request for a later step waits; one that can no longer be met when the
 steps are over is reported as missed.
 
+A trainer whose last step was not staged waits for that request (HOLDING) before it goes on: another attempt may
+still be on its way to storage, and the coordinator has one in flight at a time. The wait is bounded.
+
 A state that cannot be stored (a value no checkpoint can hold, shared memory full) is reported, and training goes on.
 
 A slot is marked as empty before it is written and as holding this request's state when it is whole, so that a trainer
@@ -27,7 +30,7 @@ import logging
 import mmap
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from time import perf_counter_ns
+from time import monotonic, perf_counter_ns, sleep
 
 from dtrain.common.errors import UserError
 from dtrain.common.mailbox import MAILBOX_BYTES, Mailbox, TrainerPhase, unpack
@@ -41,12 +44,18 @@ from dtrain.trainer.tracking import CapturedState, SavedState
 
 _log = logging.getLogger("dtrain")
 
+HOLD_S = 900.0  # longer than the coordinator lets an attempt in flight block the next one
+HOLD_POLL_S = 0.005
+
 
 class WorkerStation:
     """Progress out, checkpoint requests in, through the mailbox in ``rank_dir``."""
 
-    def __init__(self, rank_dir: Path, *, rank: int, world_size: int) -> None:
+    def __init__(self, rank_dir: Path, *, rank: int, world_size: int, save_last: bool = False) -> None:
         self._rank_dir = rank_dir
+        self._save_last = save_last
+        self._steps = Step(0), Step(0)  # where this trainer began, and its last step
+        self._tried = Step(0)  # the newest step that was staged, or could not be
         self._rank = rank
         self._map, self._mailbox = _open_mailbox(rank_dir / "mailbox")
         self._layouts = ShardLayouts(rank=rank, world_size=world_size)
@@ -86,6 +95,7 @@ class WorkerStation:
         if estimate_bytes is not None and self._mailbox.tracking:
             self._preparation.begin(estimate_bytes)
             self._first_step_is_due = True
+        self._steps = step, until
         mailbox = self._mailbox
         mailbox.until_step = until
         mailbox.completed_step = step
@@ -107,7 +117,10 @@ class WorkerStation:
             self._preparation.look()
 
     def finish(self) -> None:
-        """No step will follow."""
+        """No step will follow. Waits until the last state is staged, if the job wants it and it is not yet."""
+        began, until = self._steps
+        if self._save_last and self._mailbox.completed_step == until > began and self._mailbox.tracking:
+            self._hold(until)
         request = self._mailbox.request
         if request != self._answered:
             self._mailbox.missed = self._answered = request
@@ -129,6 +142,17 @@ class WorkerStation:
         self._mailbox.close()
         self._map.close()
 
+    def _hold(self, step: Step) -> None:
+        deadline_s = monotonic() + HOLD_S
+        while self._tried != step:
+            if monotonic() > deadline_s:
+                _log.warning("the state of the last step was not asked for within %.0f s: it is not saved", HOLD_S)
+                return
+            self._mailbox.phase = TrainerPhase.HOLDING
+            sleep(HOLD_POLL_S)  # training is over: nothing is held up but the script's last lines
+            if self._mailbox.request != self._answered:
+                self._answer(self._mailbox.request, step)
+
     def _answer(self, request: int, step: Step) -> None:
         _, wanted_step = unpack(request)
         if wanted_step > step:
@@ -148,6 +172,7 @@ class WorkerStation:
         if self._capture is None:
             raise AssertionError("a step boundary before begin()")
         mailbox = self._mailbox
+        self._tried = step
         began_ns = perf_counter_ns()
         try:
             image = self._layouts.lay_out(self._capture(step))

@@ -37,6 +37,7 @@ class Surroundings:
     generation: Generation  # 1 when no worker supervises
     rank_dir: Path | None  # the folder shared with the worker; set if and only if a worker supervises
     rendezvous: str  # file:///path or tcp://host:port; empty: torchrun's env://, or a world of one
+    save_last: bool  # wait after the last step until the worker has asked for it and it is staged
     error_file: Path | None  # where torchrun's convention wants the record of an uncaught exception
     local_store: str  # where local mode keeps checkpoints; empty for none
     local_every_steps: int  # steps between two local checkpoints; 0 when not said
@@ -71,6 +72,7 @@ def read(environment: Mapping[str, str]) -> Surroundings:
         generation=Generation(_number(environment, "DTRAIN_GENERATION", 1, minimum=1)),
         rank_dir=Path(rank_dir) if rank_dir else None,
         rendezvous=environment.get("DTRAIN_RENDEZVOUS", "") if launcher is Launcher.WORKER else "",
+        save_last=launcher is Launcher.WORKER and environment.get("DTRAIN_SAVE_LAST") == "1",
         error_file=Path(error_file) if error_file else None,
         local_store=environment.get("DTRAIN_LOCAL_STORE", ""),
         local_every_steps=_number(environment, "DTRAIN_LOCAL_EVERY_STEPS", 0, minimum=0),

@@ -80,7 +80,9 @@ def _own_variables(spec: TrainersSpec, of: RankId, rank_dir: Path, journal_id: s
         rendezvous = f"file://{rank_dir.parent / 'rendezvous'}"
     else:
         rendezvous = f"tcp://{spec.master_address}:{spec.master_port}"
+    last = {"DTRAIN_SAVE_LAST": "1"} if spec.save_last else {}
     return {
+        **last,
         "DTRAIN_JOB": of.job,
         "DTRAIN_GENERATION": str(of.generation),
         "DTRAIN_RANK_DIR": str(rank_dir),

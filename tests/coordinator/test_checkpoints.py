@@ -121,6 +121,17 @@ def test_the_last_step_is_saved_as_well(policy: dict[str, float]) -> None:
         assert cluster.inflight().step == 77
 
 
+def test_ranks_that_hold_at_their_last_step_are_saved_there_once() -> None:
+    cluster = training(step=100, every_steps=100)
+    cluster.trains(step=101, until=101, phase="holding")
+    assert cluster.decides() == ["CheckpointStarted"]
+    assert cluster.job().inflight is not None and cluster.job().inflight.step == 101
+    cluster.acknowledges()
+    cluster.manifest_written()
+    assert cluster.decides() == ["CheckpointCommitted"]
+    assert "CheckpointStarted" not in cluster.decides()
+
+
 def test_a_step_that_is_saved_already_is_not_saved_again() -> None:
     cluster = training(step=10, every_steps=1000)
     cluster.trains(step=60, until=77)

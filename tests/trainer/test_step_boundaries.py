@@ -2,6 +2,7 @@
 
 import random
 import resource
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from dtrain.trainer.resharding import copy_all, meetings
 from dtrain.trainer.restoring import saved_state
 from dtrain.trainer.supervised import WorkerStation
 from dtrain.trainer.tracking import SavedState, TrackedState
+from tests.support.facts import wait_for
 from tests.trainer.playing_worker import RankFolder
 
 UNTIL = Step(10_000_000)
@@ -249,3 +251,28 @@ def test_a_boundary_without_a_request_costs_less_than_ten_microseconds(
     with capsys.disabled():
         print(f"\n  step boundary: {best_us:.2f} us")
     assert best_us < 10, "about 1 us on a quiet machine"
+
+
+def test_a_trainer_holds_after_its_last_step_until_that_is_staged(tmp_path: Path) -> None:
+    with RankFolder(tmp_path / "g1", rank=0, world_size=1) as folder:
+        station = WorkerStation(folder.path, rank=0, world_size=1, save_last=True)
+        tracked = TrackedState()
+        tracked.add("model", Holder({"weight": torch.arange(4.0)}))
+        position = DataPosition([torch.zeros(1)])
+        position.next_batch()
+        station.track()
+        station.begin(step=Step(0), until=Step(1), capture=lambda step: tracked.capture(step, position))
+        station.boundary(Step(1))
+
+        def ask() -> None:
+            wait_for("the trainer to hold", lambda: folder.mailbox.phase is TrainerPhase.HOLDING, deadline_s=30)
+            folder.mailbox.request = pack(4, 1)
+
+        worker = threading.Thread(target=ask)
+        worker.start()
+        station.finish()
+        worker.join()
+        assert unpack(folder.mailbox.staged[0]) == (4, 1)
+        assert folder.mailbox.phase is TrainerPhase.FINISHED
+        station.finish()  # a second word about the end waits for nothing
+        station.close()

@@ -33,7 +33,7 @@ COMMAND_TRAVEL_S = 0.5
 HORIZON_S = 3.0
 LEAD_DOUBLINGS_MAX = 6  # 64 times the lead is seconds even for the fastest steps
 ATTEMPT_TIMEOUT_S = 600.0  # from the moment every rank has passed the step; storage slower than this is down
-_CHECKPOINTABLE_PHASES = frozenset({"training", "checkpointing", "finished"})
+_CHECKPOINTABLE_PHASES = frozenset({"training", "checkpointing", "holding"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +45,7 @@ class Progress:
     until: Step  # last step the script will run; 0 while unknown
     step_s: float  # shortest last step of any rank
     age_s: float  # of the oldest report among them
+    holding: bool = False  # every rank has done its last step and waits to be saved
 
 
 def progress(job: JobState, generation: GenerationState, observed: Observed, now: Now) -> Progress | None:
@@ -67,6 +68,7 @@ def progress(job: JobState, generation: GenerationState, observed: Observed, now
         until=min(rank.until_step for rank in ranks),
         step_s=min(rank.step_s for rank in ranks),
         age_s=age_s,
+        holding=all(rank.phase == "holding" for rank in ranks),
     )
 
 
@@ -81,6 +83,9 @@ def due_step(job: JobState, at: Progress, now: Now) -> Step | None:
     policy = job.spec.checkpoints
     if not policy.every_steps and not policy.every_seconds:
         return None
+    if at.holding and at.nearest == at.furthest == at.until:
+        last = job.newest_restorable
+        return at.until if last is None or last.step < at.until else None
     earliest = at.furthest + lead_steps(job, at)
     horizon = max(earliest, at.furthest + math.ceil(HORIZON_S / at.step_s))
     newest = job.newest_restorable

@@ -27,7 +27,7 @@ SAME_ERROR_LIMIT = 3
 CANNOT_START_WITHIN_S = 60.0
 CANNOT_START_EXIT_CODE = 2
 _SIGNAL_EXIT_BASE = 128  # a shell's convention for "ended by a signal"
-_STARTED_PHASES = frozenset({"joined", "restoring", "training", "checkpointing", "finished"})
+_STARTED_PHASES = frozenset({"joined", "restoring", "training", "checkpointing", "holding", "finished"})
 
 
 def reports(

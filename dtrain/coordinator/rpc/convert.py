@@ -213,6 +213,7 @@ def _start(command: StartTrainers) -> wire.StartTrainers:
         restarts=generation.restarts,
         max_restarts=spec.max_restarts,
         store=spec.store,
+        save_last=bool(spec.store and (spec.checkpoints.every_steps or spec.checkpoints.every_seconds)),
     )
     restore = generation.restore
     if restore is not None:

@@ -146,6 +146,7 @@ class TrainersSpec:
     max_restarts: int
     store: str  # URI of the job's store
     restore: RestoreSource | None  # None: start from step 0
+    save_last: bool = False  # trainers wait after their last step until that is staged
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

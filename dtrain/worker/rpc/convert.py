@@ -253,5 +253,6 @@ def _spec(command_id: str, start: wire.StartTrainers) -> TrainersSpec:
         restarts=start.restarts,
         max_restarts=start.max_restarts,
         store=start.store,
+        save_last=start.save_last,
         restore=restore,
     )

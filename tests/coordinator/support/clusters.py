@@ -230,14 +230,16 @@ class Cluster:
         )
         self.reports(worker)
 
-    def trains(self, name: str = JOB, *, step: int, until: int = 0, step_s: float = 0.1) -> None:
+    def trains(
+        self, name: str = JOB, *, step: int, until: int = 0, step_s: float = 0.1, phase: str = "training"
+    ) -> None:
         """Every rank of the job reports this progress."""
         for member in self.generation(name).members:
             for rank in member.ranks:
                 self._rank(
                     name,
                     rank,
-                    phase="training",
+                    phase=phase,
                     completed_step=Step(step),
                     until_step=Step(until),
                     tracking=True,
