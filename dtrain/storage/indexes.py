@@ -30,7 +30,7 @@ class ShardIndex:
 
     version: int = INDEX_VERSION
     algorithm: str = BLOB_ALGORITHM
-    piece_bytes: int = PIECE_BYTES
+    piece_bytes: int  # what one digest covers, but for the last of a tensor
     header: str  # the JSON text of the shard's header, without its padding
     data_start: int  # where the tensors' bytes begin in the shard
     size_bytes: int  # of the whole shard
@@ -98,6 +98,7 @@ def index_shard(shard: memoryview, *, key: str = "shard") -> tuple[bytes, str]:
             found.append(piece.hexdigest())
         digests[name] = tuple(found)
     index = ShardIndex(
+        piece_bytes=PIECE_BYTES,
         header=bytes(shard[LENGTH_BYTES : header.data_start]).decode().rstrip(" "),
         data_start=header.data_start,
         size_bytes=len(shard),

@@ -1,0 +1,106 @@
+"""A small training with everything that is awkward to shard: for tests that save in one world and read in another.
+
+Arguments: ``plain``, ``ddp`` or ``fsdp``; the folder for results; the number of steps. At its end rank 0 writes every
+tensor whole to ``whole.safetensors``, and each rank ``rank<n>.json``.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import dtrain
+from dtrain.trainer import partition
+
+partition.CUT_BYTES = 100  # so that even these tensors are cut into rows
+
+
+class Net(nn.Module):
+    """Tied weights, two types, a frozen parameter, buffers, and sizes that no world divides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(7, 6)
+        self.body = nn.Linear(6, 5)
+        self.low = nn.Linear(5, 6).to(torch.bfloat16)
+        self.norm = nn.BatchNorm1d(6)
+        self.head = nn.Linear(6, 7, bias=False)
+        self.head.weight = self.embedding.weight
+        self.scale = nn.Parameter(torch.ones(1))  # one row: most ranks have none
+        self.frozen = nn.Parameter(torch.randn(3, 4), requires_grad=False)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        hidden = torch.relu(self.body(self.embedding(tokens)))
+        hidden = self.norm(self.low(hidden.to(torch.bfloat16)).float())
+        found: torch.Tensor = self.head(hidden * self.scale)
+        return found
+
+
+class Own:
+    """Something that each rank has for itself."""
+
+    def __init__(self, rank: int) -> None:
+        self.held = torch.full((3,), float(rank))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"held": self.held}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.held = state["held"]
+
+
+def wrapped(model: Net, how: str) -> nn.Module:
+    if how == "ddp":
+        return DistributedDataParallel(model)
+    if how == "fsdp":
+        from torch.distributed.fsdp import fully_shard
+
+        fully_shard(model.low)
+        fully_shard(model)
+    return model
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # a collective
+    return full.detach().clone().contiguous()
+
+
+def main() -> None:
+    how, results, until = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+    torch.set_num_threads(1)
+    with dtrain.join() as run:
+        torch.manual_seed(until * 1000 + len(how))  # another start in another run: what is the same was restored
+        net = Net()
+        for parameter in [*net.parameters(), *net.buffers()]:
+            dist.broadcast(parameter.data, 0)
+        model = wrapped(net, how)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        own = Own(run.rank)
+        run.track(model=model, optimizer=optimizer)
+        run.track_local(own=own)
+        torch.manual_seed(run.rank)
+        batches = [torch.randint(0, 7, (4,)) for _ in range(until)]
+        for tokens in run.steps(batches, until=until):
+            loss = nn.functional.cross_entropy(model(tokens), tokens)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        inner = model.module if isinstance(model, DistributedDataParallel) else model
+        found = {f"model.{name}": whole(tensor) for name, tensor in inner.state_dict().items()}
+        for number, values in optimizer.state_dict()["state"].items():
+            found |= {f"optimizer.{number}.{what}": whole(value) for what, value in values.items()}
+        same_tensor = net.head.weight is net.embedding.weight
+        told = {"restored": run.restored, "own": own.held.tolist(), "tied": same_tensor}
+        (results / f"rank{run.rank}.json").write_text(json.dumps(told))
+        if run.rank == 0:
+            save_file(found, results / "whole.safetensors")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""Who stores what: once each, evenly, and worked out by every rank alone."""
+
+import pytest
+import torch
+from torch import nn
+
+from dtrain.common.names import Step
+from dtrain.trainer import partition
+from dtrain.trainer.data_position import DataPosition
+from dtrain.trainer.partition import Partition, Share
+from dtrain.trainer.parts import TensorPart
+from dtrain.trainer.tensor_codes import size_bytes
+from dtrain.trainer.tracking import CapturedState, TrackedState
+
+
+def shares(tensors: dict[str, torch.Tensor], world_size: int, spread: set[str] | None = None) -> list[Share]:
+    names = tensors.keys() if spread is None else spread
+    return [
+        Partition(rank=rank, world_size=world_size).share(tensors, spread=names, own=(), sharded={})
+        for rank in range(world_size)
+    ]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
+def test_every_byte_is_stored_once_and_by_everybody_alike(world_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(partition, "CUT_BYTES", 1000)
+    tensors = {f"t{n}": torch.arange(n * 100.0).view(n * 10, 10) for n in range(1, 12)}
+    tensors |= {f"s{n}": torch.zeros(n) for n in range(20)}
+    found = shares(tensors, world_size)
+    for name, tensor in tensors.items():
+        pieces = []
+        for share in found:
+            if name in share.tensors:
+                part = share.parts.get(name, TensorPart(global_shape=tuple(tensor.shape), offsets=(0,) * tensor.dim()))
+                assert part.global_shape == tuple(tensor.shape)
+                pieces.append((part.offsets[0], share.tensors[name]))
+        assert torch.equal(torch.cat([piece for _, piece in sorted(pieces, key=lambda pair: pair[0])]), tensor), name
+    loads = [sum(map(size_bytes, share.tensors.values())) for share in found]
+    assert max(loads) <= 1.1 * sum(loads) / world_size + 100
+
+
+def test_a_tensor_with_fewer_rows_than_ranks_is_cut_into_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(partition, "CUT_BYTES", 10)
+    found = shares({"w": torch.ones(2, 50)}, 3)
+    assert [tuple(share.tensors["w"].shape) for share in found if "w" in share.tensors] == [(1, 50), (1, 50)]
+
+
+def test_what_nothing_keeps_equal_is_rank_0s_and_its_load_is_counted() -> None:
+    found = shares({"buffer": torch.ones(100), "a": torch.ones(60), "b": torch.ones(40)}, 2, {"a", "b"})
+    assert [set(share.tensors) for share in found] == [{"buffer"}, {"a", "b"}]
+
+
+def test_the_share_follows_when_the_state_changes() -> None:
+    mine = Partition(rank=0, world_size=1)
+    for names in ("ab", "abc", "c"):
+        tensors = {name: torch.ones(2) for name in names}
+        assert mine.share(tensors, spread=set(names), own=(), sharded={}).tensors.keys() == set(names)
+
+
+def captured(rank: int, world_size: int, **items: object) -> CapturedState:
+    tracked = TrackedState(rank=rank, world_size=world_size)
+    for name, item in items.items():
+        tracked.add(name, item)
+    position = DataPosition([torch.zeros(1)])
+    position.next_batch()
+    return tracked.capture(Step(1), position)
+
+
+def test_parameters_are_spread_buffers_are_rank_0s_and_what_is_a_ranks_own_is_each_ranks() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    states = [captured(rank, 2, model=model, compiled=torch.compile(nn.Linear(2, 2))) for rank in (0, 1)]
+    names = [{name for name in state.tensors if name.startswith("model.")} for state in states]
+    assert not names[0] & names[1]
+    assert names[0] | names[1] == {f"model.{name}" for name in model.state_dict()}
+    assert {f"model.{name}" for name, _ in model.named_buffers()} <= names[0]
+    assert names[1], "rank 1 stores parameters"
+    assert "compiled.weight" in states[0].tensors.keys() | states[1].tensors.keys(), "named as without torch.compile"
+    for rank, state in enumerate(states):
+        assert {name for name in state.tensors if name.startswith("_")} == {
+            name for name in state.tensors if name.startswith(f"_rank.{rank}.dtrain.")
+        }
+        assert f"_rank.{rank}.dtrain.random.torch_cpu" in state.tensors
