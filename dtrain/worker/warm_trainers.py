@@ -171,7 +171,7 @@ def _script_folder(script: str) -> str:
 def _as_interpreter_names(script: str) -> str:
     if os.path.isabs(script):
         return script
-    return os.path.join(os.getcwd(), script.removeprefix("./"))
+    return os.path.join(os.getcwd(), script)
 
 
 def _installed() -> dict[str, int]:

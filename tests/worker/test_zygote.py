@@ -1,0 +1,353 @@
+"""A warm start against a cold one: the same script gives the same words, and whatever a fork could get wrong is right."""
+
+import asyncio
+import contextlib
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dtrain.worker import keeper, zygotes
+from dtrain.worker.environment import zygote_environment
+from dtrain.worker.keepers import mark_of
+from dtrain.worker.rank_dirs import Started, read_exited, read_started
+from dtrain.worker.zygotes import Zygotes
+from tests.support.facts import wait_for
+from tests.support.processes import MARK, end_all, new_mark
+from tests.worker.nodes import alive
+
+DEADLINE_S = 60.0
+TRAINER_MARK = "journal/job/1/0"
+
+
+class Nursery:
+    """A zygote that serves, and rank folders to try it on."""
+
+    def __init__(self, folder: Path, loop: asyncio.AbstractEventLoop, mark: str) -> None:
+        self.folder = folder
+        self.loop = loop
+        self.env = {**zygote_environment(os.environ), MARK: mark, "DTRAIN_TRAINER": TRAINER_MARK}
+        self.zygotes = Zygotes(folder / "zygote.log", enabled=True)
+        self._lock = (folder / "agent.lock").open("w")
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        self._ranks = 0
+
+    def until(self, what: str, look: Any) -> Any:
+        """Wait for a fact while the agent's loop runs."""
+
+        def turn() -> Any:
+            async def once() -> Any:
+                self.zygotes.tend(quiet=True)
+                await asyncio.sleep(0.005)
+                return look()
+
+            return self.loop.run_until_complete(once())
+
+        return wait_for(what, turn, deadline_s=DEADLINE_S)
+
+    def ready(self) -> int:
+        self.until("a zygote is ready", lambda: self.zygotes.is_ready)
+        return self.zygotes.pid
+
+    def rank(self, source: str, *args: str, env: Mapping[str, str] | None = None, argv: Any = None) -> "Rank":
+        self._ranks += 1
+        place = self.folder / f"r{self._ranks}"
+        (place / "rank0").mkdir(parents=True)
+        script = place / "script.py"
+        script.write_text(source)
+        plan = {
+            "argv": argv or [sys.executable, "-u", str(script), *args],
+            "cwd": str(place),
+            "env": {**self.env, **(env or {})},
+            "log": str(place / "log"),
+            "error_file": str(place / "error.json"),
+            "grace_s": 10.0,
+            "agent_lock": str(self.folder / "agent.lock"),
+            "orphan_after_s": 60.0,
+        }
+        (place / "rank0" / "keeper.json").write_text(json.dumps(plan))
+        return Rank(self, place, plan)
+
+    def close(self) -> None:
+        async def close() -> None:
+            self.zygotes.close()
+
+        self.loop.run_until_complete(close())
+        self._lock.close()
+
+
+class Rank:
+    def __init__(self, nursery: Nursery, place: Path, plan: dict[str, Any]) -> None:
+        self.nursery, self.place, self.plan = nursery, place, plan
+        self.folder = place / "rank0"
+
+    def fork(self) -> "Rank":
+        self.nursery.ready()
+
+        async def ask() -> None:
+            assert self.nursery.zygotes.fork_keeper(self.folder) is not None
+
+        self.nursery.loop.run_until_complete(ask())
+        return self
+
+    def started(self) -> Started:
+        def look() -> Started | None:
+            found = read_started(self.folder)
+            return found if found is not None and found.trainer_pid else None
+
+        found: Started = self.nursery.until("the trainer was started", look)
+        return found
+
+    def said(self, text: str) -> None:
+        self.nursery.until(f"the trainer said {text}", lambda: text in self.log())
+
+    def log(self) -> str:
+        path = self.place / "log"
+        return path.read_text() if path.exists() else ""
+
+    def end(self) -> tuple[int | None, str]:
+        """Run to the end, warm; return the exit code and what was printed."""
+        keeper_pid = self.fork().started().keeper_pid
+        self.nursery.until("the keeper is gone", lambda: not alive(keeper_pid))
+        fact = read_exited(self.folder)
+        assert fact is not None, (self.folder / "keeper.log").read_text()
+        return fact.code, self.log()
+
+    def cold(self) -> tuple[int, str]:
+        """The same by an interpreter of its own."""
+        done = subprocess.run(
+            self.plan["argv"],
+            cwd=self.plan["cwd"],
+            env=self.plan["env"],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=DEADLINE_S,
+            check=False,
+        )
+        return done.returncode, done.stdout
+
+
+@pytest.fixture(scope="module")
+def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
+    mark = new_mark()
+    with pytest.MonkeyPatch.context() as patch, contextlib.closing(asyncio.new_event_loop()) as loop:
+        patch.setattr(zygotes, "QUIET_FIRST_S", 0.0)
+        patch.setattr(zygotes, "BACKOFF_FIRST_S", 0.05)
+        patch.setenv(MARK, mark)
+        it = Nursery(tmp_path_factory.mktemp("nursery"), loop, mark)
+        try:
+            it.ready()
+            yield it
+        finally:
+            it.close()
+            end_all(mark)
+
+
+SAME = {
+    "what the script sees of itself": (
+        "import sys, os\n"
+        "print(sorted(globals()), __name__, __file__, __spec__, __package__, __doc__, type(__loader__).__name__)\n"
+        "print(sys.argv, sys.orig_argv, sys.path, sys.flags, sys.executable, os.getcwd(), __builtins__)\n"
+        "import __main__; print(__main__.__file__, vars(__main__) is globals())"
+    ),
+    "the environment, in Python and in the C library": (
+        "import ctypes, os\nprint(sorted(os.environ.items()))\n"
+        "getenv = ctypes.CDLL(None).getenv; getenv.restype = ctypes.c_char_p\n"
+        "print(getenv(b'DTRAIN_TRAINER'), getenv(b'_DTRAIN_PADDING'), getenv(b'PATH'))"
+    ),
+    "a traceback": "def f():\n    raise ValueError('no luck')\n\nf()",
+    "a traceback with a cause": "try:\n    1 / 0\nexcept ZeroDivisionError as e:\n    raise KeyError(1) from e",
+    "a syntax error": "x = = 1",
+    "an exit by number": "import sys; sys.exit(7)",
+    "an exit by text": "import sys; sys.exit('enough')",
+    "an exit without a word": "raise SystemExit",
+    "a hook of the script's own": (
+        "import sys\nsys.excepthook = lambda k, e, t: print('hook', k, e, t.tb_lineno, t.tb_next)\n1 / 0"
+    ),
+    "threads are waited for, then atexit runs, then streams are flushed": (
+        "import atexit, sys, threading\natexit.register(print, 'atexit')\n"
+        "threading.Thread(target=lambda: (sys.stdin.read(), sys.stdout.write('thread\\n'))).start()"
+    ),
+    "signals": (
+        "import signal\nprint([signal.getsignal(s) for s in signal.valid_signals()])\n"
+        "print(signal.pthread_sigmask(signal.SIG_BLOCK, []), signal.set_wakeup_fd(-1))"
+    ),
+    "open files": "import os; print(sorted(fd for fd in os.listdir('/proc/self/fd') if int(fd) < 3), len(os.listdir('/proc/self/fd')))",
+    "streams": "import sys\nfor s in (sys.stdin, sys.stdout, sys.stderr): print(s.encoding, s.errors, s.line_buffering, s.write_through)",
+    "priority and identity": (
+        "import os, threading\nprint(os.getpriority(os.PRIO_PROCESS, 0), os.getsid(0) == os.getpid(),\n"
+        "      threading.main_thread().native_id == os.getpid(), threading.active_count())"
+    ),
+    "torch's threads": "import torch; print(torch.get_num_threads(), torch.get_num_interop_threads(), torch.cuda.is_available(), torch.cuda.is_initialized())",
+    "modules that a script may import": "import torch, dtrain, __main__\nprint(torch.__version__, dtrain.__version__)",
+    "a pool that spawns and a loader that forks": (
+        "import multiprocessing as m, os, torch\nfrom torch.utils.data import DataLoader\n\n"
+        "def square(x):\n    return x * x, os.path.basename(__file__), __name__ == '__mp_main__'\n\n"
+        "if __name__ == '__main__':\n"
+        "    with m.get_context('spawn').Pool(2) as pool: print(pool.map(square, range(4)))\n"
+        "    for context in ('fork', 'spawn'):\n"
+        "        loader = DataLoader(torch.arange(8), batch_size=4, num_workers=2, multiprocessing_context=context)\n"
+        "        print([batch.tolist() for batch in loader])\n"
+    ),
+    "parallel work in torch": (
+        "import torch\ntorch.manual_seed(0); a = torch.randn(400, 400)\n"
+        "print((a @ a).sum().item(), torch.nn.functional.softmax(a, 0).sum().item())\n"
+        "m = torch.nn.Linear(400, 400); m(a).sum().backward(); print(m.weight.grad.norm().item())"
+    ),
+}
+SESSION = ("priority and identity",)  # run cold, the test's own session is seen
+
+
+@pytest.mark.parametrize("what", SAME)
+def test_a_warm_script_says_what_a_cold_one_says(nursery: Nursery, what: str) -> None:
+    # Another number of threads than the zygote was loaded with.
+    rank = nursery.rank(SAME[what], "one", "-two", env={"OMP_NUM_THREADS": "2"})
+    code, said = rank.end()
+    cold_code, cold_said = rank.cold()
+    if what in SESSION:
+        cold_said = cold_said.replace("False", "True")
+    assert (code, said) == (cold_code, cold_said)
+
+
+def test_a_relative_script_is_named_as_the_interpreter_names_it(nursery: Nursery) -> None:
+    rank = nursery.rank("print(__file__)\nraise ValueError", argv=[sys.executable, "-u", "./script.py"])
+    assert rank.end() == rank.cold()
+
+
+def test_an_interrupt_ends_it_by_the_signal(nursery: Nursery) -> None:
+    assert nursery.rank("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nwhile True: pass").end()[0] == -2
+
+
+def test_a_script_that_is_not_there_is_said_by_the_interpreter(nursery: Nursery) -> None:
+    code, said = nursery.rank("", argv=[sys.executable, "-u", "/no/such.py"]).end()
+    assert code == 2
+    assert "can't open file '/no/such.py'" in said
+
+
+RANDOM = (
+    "import random, numpy, torch, tempfile, uuid, multiprocessing as m, torch.cuda\n"
+    "print(random.random(), numpy.random.rand(), torch.rand(1).item(), m.current_process().authkey.hex())"
+)
+
+
+def test_no_two_trainers_draw_the_same_random_numbers(nursery: Nursery) -> None:
+    first, second = (nursery.rank(RANDOM).end()[1].split() for _ in range(2))
+    assert len(first) == 4
+    assert not set(first) & set(second)
+
+
+COLD = {
+    "another interpreter": ({}, ["/usr/bin/env", "-u", "script.py"], "another interpreter"),
+    "LD_PRELOAD": ({"LD_PRELOAD": "libm.so.6"}, None, "LD_PRELOAD differs"),
+    "PYTHONHASHSEED": ({"PYTHONHASHSEED": "1"}, None, "PYTHONHASHSEED differs"),
+    "PYTHONPATH": ({"PYTHONPATH": "/x"}, None, "PYTHONPATH differs"),
+    "GLIBC_TUNABLES": ({"GLIBC_TUNABLES": "glibc.malloc.perturb=1"}, None, "GLIBC_TUNABLES differs"),
+    "TORCH_LOGS": ({"TORCH_LOGS": "+dynamo"}, None, "TORCH_LOGS differs"),
+    "threads by level": ({"OMP_NUM_THREADS": "2,1"}, None, "OMP_NUM_THREADS is '2,1'"),
+    "no file": ({}, [sys.executable, "-u", "-c", "print('ran')"], "not started from a Python file"),
+    "a long environment": ({"LONG": "x" * 100_000}, None, "longer than there is room for"),
+}
+
+
+@pytest.mark.parametrize("why", COLD)
+def test_what_the_zygote_cannot_serve_starts_cold_and_the_log_says_why(nursery: Nursery, why: str) -> None:
+    env, argv, words = COLD[why]
+    code, said = nursery.rank("import sys; print('ran', 'torch' in sys.modules)", env=env, argv=argv).end()
+    first, _, rest = said.partition("\n")
+    assert first.startswith("dtrain: a cold start: ")
+    assert words in first
+    if argv is None:
+        assert (code, rest) == (0, "ran False\n")
+
+
+def test_a_module_beside_the_script_is_never_hidden_by_a_preloaded_one(nursery: Nursery) -> None:
+    rank = nursery.rank("import safetensors; print(safetensors.WHOSE)")
+    (rank.place / "safetensors.py").write_text("WHOSE = 'mine'")
+    code, said = rank.end()
+    assert code == 0, said
+    assert said.endswith("mine\n")
+    assert "safetensors.py beside the script" in said
+
+
+WAITS = "import os, sys, time\nprint('up')\ntime.sleep(600)"
+
+
+def test_trainer_and_keeper_outlive_the_zygote_and_another_one_serves_after_it(nursery: Nursery) -> None:
+    rank = nursery.rank(WAITS).fork()
+    first = rank.started()
+    rank.said("up")
+    zygote = nursery.ready()
+    os.kill(zygote, signal.SIGKILL)
+    nursery.until("another zygote", lambda: nursery.zygotes.is_ready and nursery.zygotes.pid != zygote)
+    assert alive(first.keeper_pid)
+    assert alive(first.trainer_pid)
+    assert nursery.rank("print('served')").end() == (0, "served\n")
+    os.kill(first.keeper_pid, signal.SIGQUIT)
+    nursery.until("the exit is recorded", lambda: read_exited(rank.folder))
+
+
+def test_who_asked_a_zygote_that_does_not_answer_is_told(nursery: Nursery) -> None:
+    rank = nursery.rank("print('ran')")
+    zygote = nursery.ready()
+    os.kill(zygote, signal.SIGSTOP)
+
+    async def ask() -> Any:
+        return nursery.zygotes.fork_keeper(rank.folder)
+
+    asked = nursery.loop.run_until_complete(ask())
+    assert asked.poll() is None
+    nursery.until("it is lost", lambda: asked.lost)
+    assert asked.poll() is not None
+    assert not alive(zygote)
+
+
+def test_a_trainer_carries_its_mark_and_so_does_what_it_starts_but_its_keeper_does_not(nursery: Nursery) -> None:
+    rank = nursery.rank(
+        "import os\nif os.fork() == 0: print('child', os.getpid())\nimport time; time.sleep(600)"
+    ).fork()
+    started = rank.started()
+    rank.said("child")
+    child = int(rank.log().split()[1])
+    assert mark_of(started.trainer_pid) == TRAINER_MARK
+    assert mark_of(child) == TRAINER_MARK
+    assert mark_of(started.keeper_pid) == ""
+    assert mark_of(nursery.zygotes.pid) == ""
+    os.kill(started.keeper_pid, signal.SIGKILL)
+    nursery.until("the trainer died with its keeper", lambda: not alive(started.trainer_pid))
+    os.kill(child, signal.SIGKILL)
+
+
+def test_the_lock_is_the_keepers_alone(nursery: Nursery) -> None:
+    """A trainer that held it too would keep it when its keeper is gone."""
+    started = nursery.rank(WAITS).fork().started()
+    held = {str(fd.readlink()) for fd in Path(f"/proc/{started.trainer_pid}/fd").iterdir()}
+    assert not any("keeper.lock" in path or "socket" in path or "pidfd" in path for path in held), held
+    os.kill(started.keeper_pid, signal.SIGQUIT)
+    nursery.until("the keeper is gone", lambda: not alive(started.keeper_pid))
+
+
+def test_a_second_keeper_leaves_at_once(nursery: Nursery) -> None:
+    rank = nursery.rank(WAITS).fork()
+    started = rank.started()
+    second = subprocess.run([sys.executable, "-I", "-S", keeper.__file__, str(rank.folder)], check=False)
+    assert second.returncode == keeper.EXIT_USED
+    rank.fork()
+    assert nursery.rank("print('after it')").end() == (0, "after it\n")
+    assert read_started(rank.folder) == started
+    os.kill(started.keeper_pid, signal.SIGQUIT)
+    nursery.until("the keeper is gone", lambda: not alive(started.keeper_pid))
+
+
+def test_a_zygote_has_one_thread_and_ordinary_priority(nursery: Nursery) -> None:
+    pid = nursery.ready()
+    assert len(list(Path(f"/proc/{pid}/task").iterdir())) == 1
+    assert os.getpriority(os.PRIO_PROCESS, pid) == os.getpriority(os.PRIO_PROCESS, 0)
