@@ -12,7 +12,6 @@ for a library's start before its import comes too late if the zygote has importe
 # ruff: noqa: PTH109, PTH112, PTH113, PTH116, PTH117, PTH118, PTH119, PTH120, PTH123
 import builtins
 import gc
-import importlib
 import importlib.machinery
 import os
 import shutil
@@ -99,7 +98,6 @@ def become(plan: Plan, settle: Settle) -> tuple[types.CodeType, dict[str, Any]]:
     time.tzset()
     _refresh_multiprocessing()
     threading.main_thread()._set_native_id()  # type: ignore[attr-defined]
-    importlib.invalidate_caches()
     settle(environment)
     gc.enable()
     sys.orig_argv[:] = argv
