@@ -41,6 +41,7 @@ _VERBS: dict[str, tuple[str, str]] = {
     "pin": ("keeping", "Keep a checkpoint whatever the job's --keep options say."),
     "unpin": ("keeping", "Let a pinned checkpoint go."),
     "verify": ("keeping", "Look whether storage still holds a job's checkpoints."),
+    "export": ("export", "Write a checkpoint for other programs: one safetensors file, or torch's own format."),
     "cancel": ("jobs", "End a job and wait until it has ended."),
     "workers": ("jobs", "Show the workers of the cluster."),
     "coordinator": ("services", "Serve as a coordinator (or as a standby of one)."),

@@ -41,7 +41,7 @@ def test_every_verb_has_help(tmp_path: Path) -> None:
     top = dtrain("--help", cwd=tmp_path)
     section = top.stdout.partition("Commands:")[2]
     verbs = [line.split()[0] for line in section.splitlines() if line.startswith("  ") and line[2] != " "]
-    assert "run" in verbs and len(verbs) == 16
+    assert "run" in verbs and len(verbs) == 17
     for verb in verbs:
         answer = dtrain(verb, "--help", cwd=tmp_path)
         assert answer.code == 0, verb
