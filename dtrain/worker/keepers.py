@@ -169,9 +169,7 @@ class Keepers:
         asyncio.get_running_loop().remove_reader(kept.pidfd)
         os.close(kept.pidfd)
         kept.pidfd = -1
-        if isinstance(kept.child, ForkedKeeper):
-            kept.child.close()
-        elif kept.child is not None:
+        if kept.child is not None:
             kept.child.poll()  # it ended: this only takes its entry out of the process table
         kept.started = read_started(kept.folder) or kept.started
         self._begin_end(kept)
@@ -205,6 +203,8 @@ class Keepers:
     def _finish(self, kept: _Kept, fact: ExitFact) -> None:
         if kept.kill_timer is not None:
             kept.kill_timer.cancel()
+        if isinstance(kept.child, ForkedKeeper):
+            kept.child.close()
         self._kept.pop(kept.of, None)
         self._read_last(kept.of)
         self._emit(TrainerExited(job=kept.of.job, generation=kept.of.generation, rank=kept.of.rank, exit=fact))

@@ -62,11 +62,15 @@ class Origin:
         threads = environment.get(THREADS, "1")
         if not (threads.isascii() and threads.isdecimal() and int(threads) > 0):
             return f"{THREADS} is {threads!r}, and is read when a process starts"
-        if self._installed != _installed():
+        if self.is_outdated():
             return "packages were installed or removed since the worker loaded them"
         if shadowed := self._shadowed(_script_folder(argv[2])):
             return f"{shadowed} beside the script has the name of a module that is loaded already"
         return ""
+
+    def is_outdated(self) -> bool:
+        """Whether what was imported may not be what an import would give now."""
+        return self._installed != _installed()
 
     def _shadowed(self, folder: str) -> str:
         """A file beside the script that an import would take, had the zygote not imported its namesake before."""

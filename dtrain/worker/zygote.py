@@ -101,6 +101,8 @@ class Zygote:
                 asked = json.loads(request)
                 pidfd = self._fork_keeper(asked)
                 looks.register(pidfd, select.POLLIN)
+                if self._origin.is_outdated():
+                    return  # the agent starts a new one
 
     def _fork_keeper(self, asked: dict[str, Any]) -> int:
         pid = os.fork()

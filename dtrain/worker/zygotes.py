@@ -46,9 +46,13 @@ class ForkedKeeper:
         self.asked_at = asked_at
         self.lost = False  # the zygote died before it answered: nobody knows whether there is such a keeper
         self._pidfd = -1
+        self._closed = False
 
     def is_here(self, pidfd: int) -> None:
-        self._pidfd = pidfd
+        if self._closed:
+            os.close(pidfd)
+        else:
+            self._pidfd = pidfd
 
     def poll(self) -> int | None:
         """None while the keeper lives, or may be on its way."""
@@ -59,6 +63,7 @@ class ForkedKeeper:
         return 0 if look.poll(0) else None
 
     def close(self) -> None:
+        self._closed = True
         if self._pidfd >= 0:
             os.close(self._pidfd)
             self._pidfd = -1

@@ -1,4 +1,4 @@
-"""A warm start against a cold one: the same script gives the same words, and whatever a fork could get wrong is right."""
+"""A warm start against a cold one: the same script says the same, and what a fork could get wrong is right."""
 
 import asyncio
 import contextlib
@@ -143,7 +143,10 @@ def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
         patch.setattr(zygotes, "QUIET_FIRST_S", 0.0)
         patch.setattr(zygotes, "BACKOFF_FIRST_S", 0.05)
         patch.setenv(MARK, mark)
-        it = Nursery(tmp_path_factory.mktemp("nursery"), loop, mark)
+        folder = tmp_path_factory.mktemp("nursery")
+        (folder / "site-packages").mkdir()
+        patch.setenv("PYTHONPATH", str(folder / "site-packages"))
+        it = Nursery(folder, loop, mark)
         try:
             it.ready()
             yield it
@@ -181,13 +184,21 @@ SAME = {
         "import signal\nprint([signal.getsignal(s) for s in signal.valid_signals()])\n"
         "print(signal.pthread_sigmask(signal.SIG_BLOCK, []), signal.set_wakeup_fd(-1))"
     ),
-    "open files": "import os; print(sorted(fd for fd in os.listdir('/proc/self/fd') if int(fd) < 3), len(os.listdir('/proc/self/fd')))",
-    "streams": "import sys\nfor s in (sys.stdin, sys.stdout, sys.stderr): print(s.encoding, s.errors, s.line_buffering, s.write_through)",
+    "open files": (
+        "import os\nprint(len(os.listdir('/proc/self/fd')), os.fstat(0).st_rdev == os.stat(os.devnull).st_rdev)"
+    ),
+    "streams": (
+        "import sys\nfor s in (sys.stdin, sys.stdout, sys.stderr):\n"
+        "    print(s.encoding, s.errors, s.line_buffering, s.write_through)"
+    ),
     "priority and identity": (
         "import os, threading\nprint(os.getpriority(os.PRIO_PROCESS, 0), os.getsid(0) == os.getpid(),\n"
         "      threading.main_thread().native_id == os.getpid(), threading.active_count())"
     ),
-    "torch's threads": "import torch; print(torch.get_num_threads(), torch.get_num_interop_threads(), torch.cuda.is_available(), torch.cuda.is_initialized())",
+    "torch's threads": (
+        "import torch\nprint(torch.get_num_threads(), torch.get_num_interop_threads())\n"
+        "print(torch.cuda.is_available(), torch.cuda.is_initialized())"
+    ),
     "modules that a script may import": "import torch, dtrain, __main__\nprint(torch.__version__, dtrain.__version__)",
     "a pool that spawns and a loader that forks": (
         "import multiprocessing as m, os, torch\nfrom torch.utils.data import DataLoader\n\n"
@@ -351,3 +362,14 @@ def test_a_zygote_has_one_thread_and_ordinary_priority(nursery: Nursery) -> None
     pid = nursery.ready()
     assert len(list(Path(f"/proc/{pid}/task").iterdir())) == 1
     assert os.getpriority(os.PRIO_PROCESS, pid) == os.getpriority(os.PRIO_PROCESS, 0)
+
+
+def test_after_packages_were_installed_a_rank_starts_cold_and_the_zygote_is_replaced(nursery: Nursery) -> None:
+    zygote = nursery.ready()
+    (nursery.folder / "site-packages" / "new.py").write_text("")
+    code, said = nursery.rank("import new; print('found it')").end()
+    assert code == 0
+    assert "packages were installed or removed" in said
+    assert said.endswith("found it\n")
+    nursery.until("another zygote", lambda: nursery.zygotes.is_ready and nursery.zygotes.pid != zygote)
+    assert nursery.rank("import new; print('found it')").end() == (0, "found it\n")
