@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 from dtrain.common.version import VERSION as __version__
 
 if TYPE_CHECKING:
+    from dtrain.trainer import dcp
     from dtrain.trainer.run import Run, join
 
-__all__ = ["Run", "__version__", "join"]
+__all__ = ["Run", "__version__", "dcp", "join"]
 
 
 def __getattr__(name: str) -> Any:
@@ -18,4 +19,8 @@ def __getattr__(name: str) -> Any:
         from dtrain.trainer import run
 
         return getattr(run, name)
+    if name == "dcp":
+        from dtrain.trainer import dcp
+
+        return dcp
     raise AttributeError(f"module 'dtrain' has no attribute {name!r}")

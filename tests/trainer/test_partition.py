@@ -1,14 +1,23 @@
 """Who stores what: once each, evenly, and worked out by every rank alone."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from dtrain.common.names import Step
 from dtrain.trainer import partition
 from dtrain.trainer.data_position import DataPosition
+from dtrain.trainer.dtensors import local_part
 from dtrain.trainer.partition import Partition, Share
 from dtrain.trainer.parts import TensorPart
+from dtrain.trainer.state_tree import Encoder
 from dtrain.trainer.tensor_codes import size_bytes
 from dtrain.trainer.tracking import CapturedState, TrackedState
 
@@ -80,3 +89,41 @@ def test_parameters_are_spread_buffers_are_rank_0s_and_what_is_a_ranks_own_is_ea
             name for name in state.tensors if name.startswith(f"_rank.{rank}.dtrain.")
         }
         assert f"_rank.{rank}.dtrain.random.torch_cpu" in state.tensors
+
+
+@contextmanager
+def rank_of_four(rank: int) -> Iterator[DeviceMesh]:
+    """This process as one rank of a 2 x 2 mesh whose collectives do nothing."""
+    dist.init_process_group("fake", rank=rank, world_size=4, store=FakeStore())
+    try:
+        yield init_device_mesh("cpu", (2, 2))
+    finally:
+        dist.destroy_process_group()
+
+
+def test_of_replicas_of_a_part_only_the_first_stores_it() -> None:
+    stored = {}
+    for rank in range(4):
+        with rank_of_four(rank) as mesh:
+            local = torch.full((2 if rank % 2 == 0 else 1, 4), float(rank))
+            tensor = DTensor.from_local(
+                local, mesh, [Replicate(), Shard(0)], run_check=False, shape=torch.Size((3, 4)), stride=(4, 1)
+            )
+            _, part = local_part(tensor, "w")
+            assert part.global_shape == (3, 4)
+            stored[rank] = (part.offsets, part.stored_here)
+    assert stored == {0: ((0, 0), True), 1: ((2, 0), True), 2: ((0, 0), False), 3: ((2, 0), False)}
+
+
+def test_a_sum_that_was_not_made_yet_is_refused_by_name_with_the_mend() -> None:
+    with rank_of_four(0) as mesh:
+        tensor = DTensor.from_local(torch.ones(2), mesh, [Partial(), Replicate()], run_check=False)
+        with pytest.raises(TypeError, match=r"model\.w is a DTensor with a Partial placement.*redistribute"):
+            Encoder().encode({"w": tensor}, "model")
+
+
+def test_sharded_state_is_no_ranks_own() -> None:
+    with rank_of_four(0) as mesh:
+        tensor = DTensor.from_local(torch.ones(2), mesh, [Replicate(), Shard(0)], run_check=False)
+        with pytest.raises(TypeError, match=r"is sharded over ranks.*run\.track\(\)"):
+            Encoder("_rank.0.").encode_own({"w": tensor}, "model")

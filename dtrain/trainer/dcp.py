@@ -1,0 +1,309 @@
+"""torch.distributed.checkpoint on any of dtrain's stores, for programs that do not run under dtrain.
+
+    dcp.save(state, storage_writer=dtrain.dcp.StoreWriter("s3://bucket/runs", job="mine", checkpoint=7))
+    dcp.load(state, storage_reader=dtrain.dcp.StoreReader("s3://bucket/runs", job="mine"))
+
+The reader reads the checkpoints of dtrain's own jobs too: ``{"model": model.state_dict()}`` finds what was tracked as
+``model``. What is written has the same layout, digests and order as a job's checkpoint: shards, indexes, manifest,
+commit marker. So nothing half written is ever read, and every byte is verified.
+
+torch's planner decides who writes what, and pickles what is no tensor before it gets here; dtrain's own jobs need
+neither. All ranks of the program call save() and load() together, as torch wants it.
+"""
+
+import io
+import json
+import mmap
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    LoadItemType,
+    LoadPlan,
+    LoadPlanner,
+    SavePlan,
+    SavePlanner,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
+from torch.futures import Future
+
+from dtrain.common.digests import blob_digest, chain_digest
+from dtrain.common.errors import UserError
+from dtrain.common.names import AttemptNumber, CheckpointNumber, Generation, Step, job_name
+from dtrain.storage import shards
+from dtrain.storage.catalogs import Catalog, Json, TensorChunk, catalog_of, contiguous_range
+from dtrain.storage.indexes import index_shard
+from dtrain.storage.keys import MARKER_NAME, index_key, job_prefix, manifest_key, marker_key, shard_key
+from dtrain.storage.manifests import CommitMarker, Manifest, ShardEntry, encode
+from dtrain.storage.objects import AlreadyExists, ObjectStore
+from dtrain.storage.ranges import NeededRange, read_needed
+from dtrain.storage.retrying import with_retries
+from dtrain.storage.shards import TensorEntry
+from dtrain.storage.uris import open_store
+from dtrain.storage.verify import read_index, read_manifest, read_marker
+from dtrain.trainer.tensor_codes import CODE_OF_DTYPE, DTYPE_OF_CODE, size_bytes, view_bytes, why_not_storable
+from dtrain.trainer.tracking import OWN_PREFIX
+
+DEADLINE_S = 300.0  # for one object, all tries together
+_ATTEMPT = AttemptNumber(1)  # a program that writes a number again is refused, so there is never a second
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Place:
+    """Which shard a rank writes. Ranks that have nothing to write have none."""
+
+    number: int  # 0 <= number < count
+    count: int
+
+
+class StoreWriter(StorageWriter):
+    """Writes one checkpoint, which must not be there yet. ``store``: a folder, file:// or s3://."""
+
+    def __init__(self, store: str, *, job: str, checkpoint: int, step: int = 0) -> None:
+        self._store: ObjectStore = open_store(store)
+        self._job = job_name(job)
+        self._checkpoint = CheckpointNumber(checkpoint)
+        self._step = Step(step)
+        if self._store.head(marker_key(self._job, self._checkpoint)) is not None:
+            raise UserError(f"checkpoint {checkpoint} of {job} is in {self._store.uri} already: give another number.")
+
+    def reset(self, checkpoint_id: object = None) -> None:
+        """Begin: nothing is kept between two saves."""
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Nothing to prepare: stores make what they need."""
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """Number the ranks that have something to write: each becomes a shard."""
+        writing = [number for number, plan in enumerate(plans) if plan.items]
+        places = {rank: _Place(number=number, count=len(writing)) for number, rank in enumerate(writing)}
+        return [replace(plan, storage_data=places.get(rank)) for rank, plan in enumerate(plans)]
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Lay out this rank's shard, put it and its index. Each result names the shard."""
+        results: list[WriteResult] = []
+        if plan.items:
+            entry = self._put_shard(plan.storage_data, {item.index.fqn: item for item in plan.items}, planner)
+            results = [WriteResult(index=item.index, size_in_bytes=0, storage_data=entry) for item in plan.items]
+        done: Future[list[WriteResult]] = Future()
+        done.set_result(results)
+        return done
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """On one rank, when all shards are durable: check that they make a whole, and commit."""
+        entries = {result.storage_data.rank: result.storage_data for found in results for result in found}
+        ordered = tuple(entries[rank] for rank in sorted(entries))
+        catalog_of([read_index(self._store, entry)[0] for entry in ordered])
+        manifest = encode(
+            Manifest(
+                job=self._job,
+                checkpoint=self._checkpoint,
+                attempt=_ATTEMPT,
+                generation=Generation(1),
+                step=self._step,
+                world_size=len(ordered),
+                shards=ordered,
+            )
+        )
+        key = manifest_key(self._job, self._checkpoint, _ATTEMPT)
+        marker = CommitMarker(
+            job=self._job,
+            checkpoint=self._checkpoint,
+            attempt=_ATTEMPT,
+            step=self._step,
+            manifest_key=key,
+            manifest_digest=blob_digest(manifest),
+            position_seq=self._checkpoint,
+            position_digest=chain_digest(manifest),
+        )
+        self._put(key, manifest)
+        try:
+            self._store.put(marker_key(self._job, self._checkpoint), encode(marker), if_absent=True)
+        except AlreadyExists as error:
+            raise UserError(
+                f"checkpoint {self._checkpoint} of {self._job} was committed by somebody else meanwhile: "
+                "give each run its own job name."
+            ) from error
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: object) -> bool:
+        """Where to write is said when this is made, never by an id."""
+        return False
+
+    def _put_shard(self, place: _Place, items: dict[str, WriteItem], planner: SavePlanner) -> ShardEntry:
+        tensors: dict[str, torch.Tensor] = {}
+        entries: list[TensorEntry] = []
+        pairs: list[Json] = []
+        for name, item in items.items():
+            tensors[name], entry = _stored(name, item, planner)
+            entries.append(entry)
+            leaf: dict[str, Json] = {"tensor": name}
+            pairs.append([name, {"bytes": leaf} if item.type is WriteItemType.BYTE_IO else leaf])
+        tree: dict[str, Json] = {"objects": {"state": {"dict": pairs}}, "local": {}}
+        metadata = {
+            shards.STEP_ENTRY: str(self._step),
+            shards.RANK_ENTRY: str(place.number),
+            shards.WORLD_SIZE_ENTRY: str(place.count),
+            shards.TREE_ENTRY: json.dumps(tree, separators=(",", ":")),
+        }
+        plan = shards.plan(entries, metadata)
+        image = memoryview(mmap.mmap(-1, plan.total_bytes))
+        image[: plan.data_start] = plan.header
+        for name, tensor in tensors.items():
+            start = plan.data_start + plan.data_offsets[name][0]
+            view_bytes(image, CODE_OF_DTYPE[tensor.dtype], tuple(tensor.shape), start).copy_(tensor)
+        key = shard_key(self._job, self._checkpoint, _ATTEMPT, place.number)
+        beside = index_key(self._job, self._checkpoint, _ATTEMPT, place.number)
+        index, digest = index_shard(image, key=key)
+        self._put(key, image)
+        self._put(beside, index)
+        return ShardEntry(
+            rank=place.number,
+            key=key,
+            size_bytes=plan.total_bytes,
+            digest=digest,
+            index_key=beside,
+            index_digest=blob_digest(index),
+        )
+
+    def _put(self, key: str, data: bytes | memoryview) -> None:
+        with_retries(lambda: self._store.put(key, data), deadline_s=DEADLINE_S)
+
+
+class StoreReader(StorageReader):
+    """Reads a committed checkpoint: that of this number, or the newest."""
+
+    def __init__(self, store: str, *, job: str, checkpoint: int | None = None) -> None:
+        self._store: ObjectStore = open_store(store)
+        self._job = job_name(job)
+        self._checkpoint = checkpoint
+        self._catalog: Catalog | None = None
+        self._chunks: dict[MetadataIndex, TensorChunk] = {}
+
+    def reset(self, checkpoint_id: object = None) -> None:
+        """Begin: the next read looks for the checkpoint anew."""
+        self._catalog = None
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """Return what the checkpoint holds, as torch's planner wants it."""
+        manifest = self._manifest()
+        self._catalog = catalog = catalog_of([read_index(self._store, entry)[0] for entry in manifest.shards])
+        opaque = {name for tree in catalog.trees for name in _byte_names(tree)}
+        found: dict[str, Any] = {}
+        for name, whole in catalog.tensors.items():
+            if name in opaque:
+                found[name] = BytesStorageMetadata()
+                self._chunks[MetadataIndex(name)] = whole.chunks[0]
+            elif not name.startswith(f"{OWN_PREFIX}."):
+                found[name] = TensorStorageMetadata(
+                    properties=TensorProperties(dtype=DTYPE_OF_CODE[whole.dtype]),
+                    size=torch.Size(whole.shape),
+                    chunks=[_chunk_metadata(chunk) for chunk in whole.chunks],
+                )
+                self._chunks |= {MetadataIndex(name, chunk.offsets): chunk for chunk in whole.chunks}
+        return Metadata(state_dict_metadata=found)
+
+    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Read the indexes on ranks that were handed the metadata by another."""
+        if self._catalog is None:
+            self.read_metadata()
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        return plans
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Bring what the plan needs, verified, and copy it to its targets. Raises ShardDamagedError."""
+        assert self._catalog is not None
+        needed: set[NeededRange] = set()
+        for item in plan.items:
+            chunk = self._chunks[item.storage_index]
+            begin, end = 0, chunk.end - chunk.begin
+            if item.type is not LoadItemType.BYTE_IO and chunk.volume:
+                begin, end = contiguous_range(chunk, item.storage_offsets, item.lengths)
+            needed.add(NeededRange(shard=chunk.shard, tensor=item.storage_index.fqn, begin=begin, end=end))
+        images = read_needed(self._store, self._catalog.shards, needed)
+        for item in plan.items:
+            chunk = self._chunks[item.storage_index]
+            if item.type is LoadItemType.BYTE_IO:
+                planner.load_bytes(item, io.BytesIO(images[chunk.shard][chunk.begin : chunk.end]))
+                continue
+            target = planner.resolve_tensor(item).detach()
+            code = self._catalog.tensors[item.storage_index.fqn].dtype
+            source = view_bytes(images[chunk.shard], code, chunk.shape, chunk.begin)
+            for dimension, (start, size) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
+                source = source.narrow(dimension, start, size)
+            target.copy_(source)
+            planner.commit_tensor(item, target)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: object) -> bool:
+        """Where to read is said when this is made, never by an id."""
+        return False
+
+    def _manifest(self) -> Manifest:
+        if self._checkpoint is not None:
+            key = marker_key(self._job, CheckpointNumber(self._checkpoint))
+        else:
+            prefix = job_prefix(self._job)
+            markers = [info.key for info in self._store.list(prefix) if info.key.endswith("/" + MARKER_NAME)]
+            if not markers:
+                raise UserError(f"{self._store.uri} holds no committed checkpoint of {self._job}: look at the name.")
+            key = markers[-1]
+        marker = read_marker(self._store, key)
+        return read_manifest(self._store, marker.manifest_key, marker.manifest_digest)
+
+
+def _stored(name: str, item: WriteItem, planner: SavePlanner) -> tuple[torch.Tensor, TensorEntry]:
+    """Return what is stored of one item, and its entry. Raises TypeError naming what cannot be stored."""
+    data = planner.resolve_data(item)
+    if isinstance(data, torch.Tensor):
+        tensor = data.detach()
+        if (why := why_not_storable(tensor)) or tensor.dtype not in CODE_OF_DTYPE:
+            raise TypeError(f"{name} {why or f'is a tensor of {tensor.dtype}, which safetensors cannot hold'}.")
+        assert item.tensor_data is not None
+        offsets, whole = tuple(item.tensor_data.chunk.offsets), tuple(item.tensor_data.size)
+    else:
+        tensor = torch.frombuffer(bytearray(data.getvalue()), dtype=torch.uint8)
+        offsets, whole = (0,), tuple(tensor.shape)
+    entry = TensorEntry(
+        name=name,
+        dtype=CODE_OF_DTYPE[tensor.dtype],
+        shape=tuple(tensor.shape),
+        offsets_in_whole=offsets,
+        global_shape=whole,
+        size_bytes=size_bytes(tensor),
+    )
+    return tensor, entry
+
+
+def _byte_names(tree: dict[str, Json]) -> Sequence[str]:
+    """Return the names of what is no tensor, in a tree that :class:`StoreWriter` wrote."""
+    objects: Any = tree.get("objects")
+    state = objects.get("state") if isinstance(objects, dict) else None
+    pairs = state.get("dict", []) if isinstance(state, dict) else []
+    return [name for name, node in pairs if isinstance(node, dict) and isinstance(node.get("bytes"), dict)]
+
+
+def _chunk_metadata(chunk: TensorChunk) -> ChunkStorageMetadata:
+    return ChunkStorageMetadata(offsets=torch.Size(chunk.offsets), sizes=torch.Size(chunk.shape))
