@@ -197,7 +197,9 @@ def verdict(job: JobState) -> Decision | None:
     cannot_start = not last.progressed and last.error != "" and last.age_s < CANNOT_START_WITHIN_S
     exit_code = CANNOT_START_EXIT_CODE if cannot_start and last.exit_code == 1 else last.exit_code
     if last.repeats >= SAME_ERROR_LIMIT and cannot_start:
-        reason = f"{last.reason} ({last.repeats} times in a row before it got anywhere)"
+        reason = (
+            f"{last.reason} ({last.repeats} times in a row before it got anywhere): mend the script and run it again"
+        )
     elif job.restarts_used > job.spec.max_restarts:
         reason = f"{last.reason}{_budget_words(job, last)}"
     else:
