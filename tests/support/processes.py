@@ -13,9 +13,9 @@ def new_mark() -> str:
     return secrets.token_hex(8)
 
 
-def marked(mark: str) -> dict[int, str]:
+def marked(mark: str, *, name: str = MARK) -> dict[int, str]:
     """Pid and command line of every process with this mark."""
-    wanted = f"{MARK}={mark}".encode()
+    wanted = f"{name}={mark}".encode()
     found = {}
     for folder in Path("/proc").iterdir():
         if not folder.name.isdecimal() or int(folder.name) == os.getpid():

@@ -1,0 +1,26 @@
+"""What holds for every test: when all are done, no process that any of them started is left."""
+
+import os
+import secrets
+from collections.abc import Iterator
+
+import pytest
+
+from tests.support.facts import wait_for
+from tests.support.processes import marked
+
+SESSION_MARK = "TESTSESSION_MARK"  # inherited by every process that a test starts, however far down
+GONE_WITHIN_S = 20.0
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_process_is_left_behind() -> Iterator[None]:
+    """Set up first, so torn down last: after the servers that tests share."""
+    mark = secrets.token_hex(8)
+    os.environ[SESSION_MARK] = mark
+    yield
+    del os.environ[SESSION_MARK]
+    try:
+        wait_for("no process left behind", lambda: not marked(mark, name=SESSION_MARK), deadline_s=GONE_WITHIN_S)
+    except AssertionError:
+        raise AssertionError(f"processes left behind: {marked(mark, name=SESSION_MARK)}") from None
