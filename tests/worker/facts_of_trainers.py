@@ -4,7 +4,7 @@ from typing import Any
 
 from dtrain.common.mailbox import pack
 from dtrain.common.names import AttemptNumber, CheckpointNumber, Generation, JobName, Step, Term, WorkerId
-from dtrain.worker.core.actions import Action
+from dtrain.worker.core.actions import JOURNAL_ENTRIES, Action, SendSnapshot
 from dtrain.worker.core.inputs import (
     CommandBody,
     CommandReceived,
@@ -166,3 +166,11 @@ def training(*, slots: int = 4) -> NodeState:
 def status(state: NodeState, command_id: str) -> tuple[CommandStage, str]:
     record = next(record for record in state.commands if record.id == command_id)
     return record.stage, record.reason
+
+
+def of_kinds(actions: list[Action], *kinds: type) -> list[Any]:
+    return [action for action in actions if isinstance(action, kinds)]
+
+
+def acts(actions: list[Action]) -> list[Action]:
+    return [action for action in actions if not isinstance(action, (*JOURNAL_ENTRIES, SendSnapshot))]

@@ -1,15 +1,10 @@
 """What the agent decides, as a table of stories: no process, no clock, no disk."""
 
-from dataclasses import replace
-from typing import Any
-
 import pytest
 
 from dtrain.common.mailbox import pack
 from dtrain.common.names import AttemptNumber, Generation, Term
 from dtrain.worker.core.actions import (
-    JOURNAL_ENTRIES,
-    Action,
     AskStage,
     CleanGeneration,
     DropTransfers,
@@ -21,7 +16,6 @@ from dtrain.worker.core.actions import (
     JournalTerm,
     OpenRestore,
     PrepareFolders,
-    RemoveArena,
     SendSnapshot,
     SpawnTrainer,
     Upload,
@@ -38,15 +32,16 @@ from dtrain.worker.core.inputs import (
     Tick,
     UploadFailed,
 )
-from dtrain.worker.core.machine import recover, step
 from dtrain.worker.core.snapshots import Phase, project
 from dtrain.worker.core.states import CommandStage, ExitFact, GenerationStage, RankStage, RestoreStage, ShardStage
 from tests.worker.facts_of_trainers import (
     JOB,
+    acts,
     command,
     exited,
     mailbox,
     node_state,
+    of_kinds,
     ready,
     run,
     stage,
@@ -60,14 +55,6 @@ from tests.worker.facts_of_trainers import (
 )
 
 DONE, ACCEPTED, REFUSED = CommandStage.DONE, CommandStage.ACCEPTED, CommandStage.REFUSED
-
-
-def _of(actions: list[Action], *kinds: type) -> list[Any]:
-    return [action for action in actions if isinstance(action, kinds)]
-
-
-def _acts(actions: list[Action]) -> list[Action]:
-    return [action for action in actions if not isinstance(action, (*JOURNAL_ENTRIES, SendSnapshot))]
 
 
 # ---- commands --------------------------------------------------------------------------------------------
@@ -101,7 +88,7 @@ def test_a_command_that_comes_too_late_or_cannot_be_is_refused_and_changes_nothi
     refused, reason = status(state, "late")
     assert refused is REFUSED
     assert all(text in reason for text in says)
-    assert _acts(actions) == []
+    assert acts(actions) == []
     assert state.assignments[JOB].ranks == before.assignments[JOB].ranks
     assert state.assignments[JOB].generation == 2
 
@@ -109,7 +96,7 @@ def test_a_command_that_comes_too_late_or_cannot_be_is_refused_and_changes_nothi
 def test_a_command_that_was_accepted_does_nothing_again_but_is_reported_under_the_new_term() -> None:
     state, _ = run(node_state(), start())
     again, actions = run(state, start(term=2))
-    assert _acts(actions) == []
+    assert acts(actions) == []
     assert again.assignments == state.assignments
     assert [record.term for record in again.commands] == [2]
     assert isinstance(actions[-1], SendSnapshot)
@@ -117,7 +104,7 @@ def test_a_command_that_was_accepted_does_nothing_again_but_is_reported_under_th
 
 def test_the_same_decision_under_another_id_starts_nothing_twice() -> None:
     state, actions = run(training(), start(id="again"))
-    assert _acts(actions) == []
+    assert acts(actions) == []
     assert status(state, "again")[0] is DONE
 
 
@@ -138,9 +125,9 @@ def test_the_highest_log_position_is_kept_whatever_the_order_of_commands() -> No
 
 def test_trainers_are_spawned_once_their_folders_are_made_and_the_start_is_done_when_they_run() -> None:
     state, actions = run(node_state(), start())
-    assert [type(action) for action in _acts(actions)] == [PrepareFolders]
+    assert [type(action) for action in acts(actions)] == [PrepareFolders]
     state, actions = run(state, ready())
-    assert [(spawn.rank, spawn.start) for spawn in _of(actions, SpawnTrainer)] == [(0, True), (1, True)]
+    assert [(spawn.rank, spawn.start) for spawn in of_kinds(actions, SpawnTrainer)] == [(0, True), (1, True)]
     assert status(state, "start")[0] is ACCEPTED
     state, _ = run(state, started(0), started(1))
     assert status(state, "start")[0] is DONE
@@ -158,26 +145,26 @@ def test_the_intent_to_spawn_is_in_the_journal_before_the_spawn() -> None:
 def test_a_newer_generation_waits_until_every_older_trainer_is_gone() -> None:
     state, actions = run(training(), start(id="second", generation=2), ready(generation=2))
     assert EndTrainers(job=JOB, generation=Generation(1), grace_s=0.0) in actions
-    assert _of(actions, SpawnTrainer) == []
+    assert of_kinds(actions, SpawnTrainer) == []
     state, actions = run(state, exited(0, code=-9))
-    assert _of(actions, SpawnTrainer, CleanGeneration) == []
+    assert of_kinds(actions, SpawnTrainer, CleanGeneration) == []
     state, actions = run(state, exited(1, code=-9))
     assert CleanGeneration(job=JOB, generation=Generation(1)) in actions
-    assert {spawn.generation for spawn in _of(actions, SpawnTrainer)} == {2}
+    assert {spawn.generation for spawn in of_kinds(actions, SpawnTrainer)} == {2}
     assert state.slots_used == 2
 
 
 def test_a_start_that_does_not_fit_waits_for_free_slots() -> None:
     state, actions = run(training(slots=3), start(id="b", job="other"), ready(job="other"))
-    assert _of(actions, SpawnTrainer) == []
+    assert of_kinds(actions, SpawnTrainer) == []
     assert status(state, "b")[0] is ACCEPTED
     state, actions = run(state, exited(0), exited(1))
-    assert {spawn.job for spawn in _of(actions, SpawnTrainer)} == {"other"}
+    assert {spawn.job for spawn in of_kinds(actions, SpawnTrainer)} == {"other"}
 
 
 def test_a_rank_that_ends_with_0_while_others_run_is_only_reported() -> None:
     state, actions = run(training(), exited(0, code=0))
-    assert _acts(actions) == []
+    assert acts(actions) == []
     assert state.assignments[JOB].stage is GenerationStage.LIVE
 
 
@@ -199,7 +186,7 @@ def test_a_stop_is_done_when_all_exits_are_facts_and_nothing_of_it_starts_again(
     assert CleanGeneration(job=JOB, generation=Generation(1)) in actions
     state, actions = run(state, start(id="late"))
     assert status(state, "late") == (REFUSED, "generation 1 was stopped")
-    assert _acts(actions) == []
+    assert acts(actions) == []
 
 
 def test_a_stop_of_a_generation_that_never_came_refuses_it_when_it_comes() -> None:
@@ -213,20 +200,20 @@ def test_a_stop_of_a_generation_that_never_came_refuses_it_when_it_comes() -> No
 
 def test_a_stop_before_the_spawn_means_that_nothing_is_ever_spawned() -> None:
     state, actions = run(node_state(), start(), stop(), ready())
-    assert _of(actions, SpawnTrainer) == []
+    assert of_kinds(actions, SpawnTrainer) == []
     assert status(state, "stop")[0] is DONE
 
 
 def test_without_a_coordinator_for_too_long_the_trainers_are_ended_and_it_is_said_why() -> None:
     state, actions = run(training(), Tick(), now=100.0)
-    assert _of(actions, EndTrainers) == []
+    assert of_kinds(actions, EndTrainers) == []
     state, _ = run(state, CoordinatorSeen(), now=100.0)
     state, actions = run(state, Tick(), now=200.0)
-    assert _of(actions, EndTrainers) == []
+    assert of_kinds(actions, EndTrainers) == []
     state, actions = run(state, Tick(), now=201.0)
-    assert _of(actions, EndTrainers) == [EndTrainers(job=JOB, generation=Generation(1), grace_s=0.0)]
+    assert of_kinds(actions, EndTrainers) == [EndTrainers(job=JOB, generation=Generation(1), grace_s=0.0)]
     state, actions = run(state, Tick(), exited(0, code=-9), now=202.0)
-    assert _of(actions, EndTrainers) == []
+    assert of_kinds(actions, EndTrainers) == []
     fact = state.assignments[JOB].ranks[0].exit
     assert fact is not None
     assert "no coordinator was seen for 101 s" in fact.error
@@ -240,7 +227,7 @@ def test_an_older_leaders_word_does_not_hold_the_fence_open() -> None:
 
 def test_an_agent_that_is_asked_to_leave_ends_its_trainers_and_starts_nothing_more() -> None:
     state, actions = run(training(), StopRequested(grace_s=5.0), start(id="late", job="other"))
-    assert _of(actions, EndTrainers) == [EndTrainers(job=JOB, generation=Generation(1), grace_s=5.0)]
+    assert of_kinds(actions, EndTrainers) == [EndTrainers(job=JOB, generation=Generation(1), grace_s=5.0)]
     assert status(state, "late") == (REFUSED, "this worker is shutting down")
 
 
@@ -249,11 +236,11 @@ def test_an_agent_that_is_asked_to_leave_ends_its_trainers_and_starts_nothing_mo
 
 def test_a_checkpoint_goes_from_request_to_ack_and_is_in_the_journal_before_it_is_told() -> None:
     state, actions = run(training(), stage())
-    assert _of(actions, AskStage) == [
+    assert of_kinds(actions, AskStage) == [
         AskStage(job=JOB, generation=Generation(1), rank=rank, word=pack(1, 10)) for rank in (0, 1)
     ]
     state, actions = run(state, staged(0), staged(1))
-    assert [(upload.rank, upload.slot, upload.size_bytes) for upload in _of(actions, Upload)] == [
+    assert [(upload.rank, upload.slot, upload.size_bytes) for upload in of_kinds(actions, Upload)] == [
         (0, 1, 100),
         (1, 1, 100),
     ]
@@ -269,22 +256,22 @@ def test_a_checkpoint_goes_from_request_to_ack_and_is_in_the_journal_before_it_i
 def test_seeing_the_same_staged_word_again_uploads_nothing_twice() -> None:
     state, _ = run(training(), stage(), staged(0))
     state, actions = run(state, staged(0), uploaded(0), staged(0), uploaded(0))
-    assert _of(actions, Upload) == []
-    assert len(_of(actions, JournalShard)) == 1
+    assert of_kinds(actions, Upload) == []
+    assert len(of_kinds(actions, JournalShard)) == 1
 
 
 @pytest.mark.parametrize("attempt", [1, 2])
 def test_an_attempt_not_newer_than_the_last_does_nothing_new(attempt: int) -> None:
     state, _ = run(training(), stage(2))
     state, actions = run(state, stage(attempt, id="again"))
-    assert _acts(actions) == []
+    assert acts(actions) == []
     assert {shard.attempt for shard in state.assignments[JOB].shards} == {2}
 
 
 def test_an_answer_to_an_overtaken_attempt_changes_nothing() -> None:
     state, _ = run(training(), stage(1), staged(0), stage(2, at_step=20))
     state, actions = run(state, uploaded(0, 1), staged(0, 1))
-    assert _of(actions, JournalShard, Upload) == []
+    assert of_kinds(actions, JournalShard, Upload) == []
     assert {shard.stage for shard in state.assignments[JOB].shards} == {ShardStage.REQUESTED}
     assert status(state, "stage 1")[0] is DONE
 
@@ -312,7 +299,7 @@ def test_an_upload_that_failed_is_told_with_its_reason() -> None:
 
 def test_bytes_staged_before_the_exit_are_uploaded_and_only_then_the_folders_go() -> None:
     state, actions = run(training(), stage(), staged(0), exited(0), exited(1))
-    assert _of(actions, CleanGeneration) == []
+    assert of_kinds(actions, CleanGeneration) == []
     assert [shard.stage for shard in state.assignments[JOB].shards] == [ShardStage.STAGED, ShardStage.FAILED]
     state, actions = run(state, uploaded(0))
     assert state.assignments[JOB].shards[0].stage is ShardStage.DURABLE
@@ -321,9 +308,9 @@ def test_bytes_staged_before_the_exit_are_uploaded_and_only_then_the_folders_go(
 
 def test_a_trainer_that_runs_later_is_asked_then() -> None:
     state, actions = run(node_state(), start(), ready(), stage())
-    assert _of(actions, AskStage) == []
+    assert of_kinds(actions, AskStage) == []
     _, actions = run(state, started(1))
-    assert [ask.rank for ask in _of(actions, AskStage)] == [1]
+    assert [ask.rank for ask in of_kinds(actions, AskStage)] == [1]
 
 
 def test_mere_progress_waits_for_the_heartbeat_and_a_new_phase_does_not() -> None:
@@ -339,74 +326,20 @@ def test_mere_progress_waits_for_the_heartbeat_and_a_new_phase_does_not() -> Non
 
 def test_a_restore_is_fetched_while_trainers_start_and_opened_to_each_that_runs() -> None:
     state, actions = run(node_state(), start(restore=True), ready(), started(0))
-    assert len(_of(actions, FetchRestore)) == 1
+    assert len(of_kinds(actions, FetchRestore)) == 1
     state, actions = run(state, RestoreReady(job=JOB, generation=Generation(1)))
-    assert [opened.rank for opened in _of(actions, OpenRestore)] == [0]
+    assert [opened.rank for opened in of_kinds(actions, OpenRestore)] == [0]
     _, actions = run(state, started(1))
-    assert [opened.rank for opened in _of(actions, OpenRestore)] == [1]
+    assert [opened.rank for opened in of_kinds(actions, OpenRestore)] == [1]
 
 
 def test_a_damaged_checkpoint_is_told_and_nothing_else_is_decided() -> None:
     damaged = RestoreDamaged(job=JOB, generation=Generation(1), key="blob", reason="is missing")
     state, actions = run(node_state(), start(restore=True), ready(), damaged)
     assert state.assignments[JOB].restore.stage is RestoreStage.DAMAGED
-    assert _of(actions, OpenRestore, EndTrainers) == []
+    assert of_kinds(actions, OpenRestore, EndTrainers) == []
 
 
 def test_a_newer_generation_gives_up_the_transfers_of_the_older() -> None:
     _, actions = run(training(), start(id="second", generation=2))
     assert DropTransfers(job=JOB, generation=Generation(1)) in actions
-
-
-# ---- recovery --------------------------------------------------------------------------------------------
-
-
-def test_recovery_asks_again_for_what_the_journal_cannot_know() -> None:
-    state, _ = run(node_state(), start(restore=True), ready())
-    _, actions = recover(state, 0.0)
-    assert [spawn.rank for spawn in _of(list(actions), SpawnTrainer)] == [0, 1]
-    assert len(_of(list(actions), FetchRestore)) == 1
-
-
-def test_recovery_never_starts_what_is_being_ended() -> None:
-    state, _ = run(node_state(), start(), ready(), stop())
-    _, actions = recover(state, 0.0)
-    assert {spawn.start for spawn in _of(list(actions), SpawnTrainer)} == {False}
-    assert EndTrainers(job=JOB, generation=Generation(1), grace_s=5.0) in actions
-
-
-def test_a_step_does_not_change_the_state_that_it_was_given() -> None:
-    before = training()
-    copy = dict(before.assignments)
-    step(before, stop(), 0.0)
-    assert before.assignments == copy
-
-
-def test_stage_slots_are_given_back_when_the_job_leaves_and_not_between_generations() -> None:
-    state, actions = run(training(), stop(id="wait", grace_s=0.0, keep=True), exited(0), exited(1))
-    assert _of(actions, CleanGeneration) and not _of(actions, RemoveArena)
-    state, actions = run(state, stop(id="leave", grace_s=0.0))
-    assert _of(actions, RemoveArena) == [RemoveArena(job=JOB)]
-    _, actions = run(state, stop(id="again", grace_s=0.0), Tick())
-    assert _of(actions, RemoveArena) == [], "once"
-
-
-def test_stage_slots_stay_while_a_trainer_may_write_into_them() -> None:
-    state, actions = run(training(), stop(grace_s=0.0), exited(0))
-    assert not _of(actions, RemoveArena)
-    state, actions = run(state, exited(1))
-    assert _of(actions, RemoveArena) == [RemoveArena(job=JOB)]
-
-
-def test_a_restarted_agent_gives_back_what_its_predecessor_meant_to() -> None:
-    state, _ = run(training(), stop(grace_s=0.0), exited(0), exited(1))
-    (assignment,) = state.assignments.values()
-    loaded = replace(state, assignments={JOB: replace(assignment, arena_gone=False)})  # no journal holds it
-    _, actions = recover(loaded, 0.0)
-    assert _of(actions, RemoveArena) == [RemoveArena(job=JOB)]
-
-
-def test_the_committed_attempt_comes_with_the_request_to_stage() -> None:
-    committed = replace(stage(2).body, request=replace(stage(2).body.request, committed_attempt=1))
-    _, actions = run(training(), replace(stage(2), body=committed))
-    assert [ask.committed_attempt for ask in _of(actions, AskStage)] == [1, 1]
