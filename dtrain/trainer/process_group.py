@@ -9,7 +9,9 @@ the script made itself is used and left alone; on an exception nothing is torn d
 peers that may be gone.
 """
 
+import time
 from datetime import timedelta
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import torch
@@ -25,6 +27,13 @@ from dtrain.trainer.surroundings import Launcher, Surroundings
 # group's destructor would run while the model is freed, with the GIL, and join gloo's threads, of which one may need
 # the GIL to let go of the last all-reduce: a deadlock, met by ranks that leave right after their last step.
 _kept: list[object] = []
+
+# gloo's threads let go of the last collective after it has completed, which takes the GIL when Python knows one of
+# its tensors. Once the interpreter is ending, a foreign thread that asks for the GIL is killed in the middle of C++
+# code, and that ends the process with SIGABRT (pytorch/pytorch#179291). So leaving waits until they are at rest.
+_GLOO_THREADS = "pt_gloo_runloop"  # the name torch gives them
+_REST_S = 0.012  # longer than the 5 ms after which a thread that waits for the GIL asks again
+_REST_TIMEOUT_S = 5.0
 
 JOIN_TIMEOUT_S = 600.0  # longest wait for peers to appear, and for any one collective
 
@@ -81,6 +90,36 @@ def leave_group() -> None:
     if dist.is_initialized():
         _kept.append(dist.group.WORLD)
         dist.destroy_process_group()
+        _wait_until_gloo_rests()
+
+
+def _wait_until_gloo_rests() -> None:
+    """Wait until every gloo thread slept through one whole pause, in which this thread did not hold the GIL."""
+    deadline = time.monotonic() + _REST_TIMEOUT_S
+    before = _gloo_threads()
+    while before and time.monotonic() < deadline:
+        time.sleep(_REST_S)
+        now = _gloo_threads()
+        if now == before and all(state == "S" for state, *_ in now.values()):
+            return
+        before = now
+
+
+def _gloo_threads() -> dict[str, tuple[str, ...]]:
+    """Return (state, context switches by its will, and against it) of each gloo thread of this process."""
+    found: dict[str, tuple[str, ...]] = {}
+    for task in Path("/proc/self/task").glob("*"):
+        try:
+            fields = dict(line.split(":", 1) for line in (task / "status").read_text().splitlines())
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # a thread that ended meanwhile
+        if fields["Name"].strip() == _GLOO_THREADS:
+            found[task.name] = (
+                fields["State"].split()[0],
+                fields["voluntary_ctxt_switches"],
+                fields["nonvoluntary_ctxt_switches"],
+            )
+    return found
 
 
 def _store(surroundings: Surroundings, timeout: timedelta) -> Store:
