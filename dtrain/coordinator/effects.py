@@ -13,6 +13,7 @@ from typing import assert_never
 from dtrain.common.digests import blob_digest
 from dtrain.common.errors import DtrainError, PermanentError, RetryableError, ShardDamagedError
 from dtrain.coordinator.core.effects import DeleteAttempt, Effect, ReadMarkers, WriteManifest, WriteMarker
+from dtrain.coordinator.core.events import ShardRecord
 from dtrain.coordinator.core.facts import (
     Fact,
     ManifestRefused,
@@ -30,6 +31,7 @@ from dtrain.storage.verify import read_index
 logger = logging.getLogger(__name__)
 
 THREADS_MAX = 8  # effects are small objects; more at once would only queue in storage
+READS_MAX = 16  # shards looked at together before a manifest: a commit of 1024 ranks waits for 64 turns, not 1024
 _RETRY_FIRST_S = 0.2
 _RETRY_MAX_S = 10.0
 
@@ -42,6 +44,8 @@ class EffectRunner:
         self._is_owed = is_owed
         self._running: dict[tuple[str, str, int], asyncio.Task[None]] = {}
         self._threads = ThreadPoolExecutor(THREADS_MAX, thread_name_prefix="effect")
+        # Their own: an effect that waited here for threads of its own pool could wait for ever.
+        self._reads = ThreadPoolExecutor(READS_MAX, thread_name_prefix="effect-read")
         self._stores: dict[str, ObjectStore] = {}
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()  # an effect met a bug
 
@@ -65,6 +69,7 @@ class EffectRunner:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         self._threads.shutdown(wait=False, cancel_futures=True)
+        self._reads.shutdown(wait=False, cancel_futures=True)
 
     async def _run(self, effect: Effect) -> None:
         pause_s = _RETRY_FIRST_S
@@ -99,7 +104,7 @@ class EffectRunner:
         store = self._store(effect.store)
         match effect:
             case WriteManifest():
-                return _write_manifest(store, effect)
+                return _write_manifest(store, effect, self._reads)
             case WriteMarker():
                 return _write_marker(store, effect)
             case ReadMarkers():
@@ -119,14 +124,18 @@ def _put_once(store: ObjectStore, key: str, data: bytes) -> None:
             raise
 
 
-def _write_manifest(store: ObjectStore, effect: WriteManifest) -> ManifestWritten:
+def _see(store: ObjectStore, shard: ShardRecord) -> None:
+    """The worker's acknowledgement is believed for the digest; that the object is there is cheap to see."""
+    info = store.head(shard.key)
+    if info is None or info.size_bytes != shard.size_bytes:
+        found = "nothing" if info is None else f"{info.size_bytes} bytes"
+        raise NotFound(f"{shard.key}: acknowledged with {shard.size_bytes} bytes, storage has {found}")
+
+
+def _write_manifest(store: ObjectStore, effect: WriteManifest, reads: ThreadPoolExecutor) -> ManifestWritten:
     inflight = effect.inflight
-    for shard in effect.shards:
-        # The worker's acknowledgement is believed for the digest; that the object is there is cheap to see.
-        info = store.head(shard.key)
-        if info is None or info.size_bytes != shard.size_bytes:
-            found = "nothing" if info is None else f"{info.size_bytes} bytes"
-            raise NotFound(f"{shard.key}: acknowledged with {shard.size_bytes} bytes, storage has {found}")
+    for _ in reads.map(lambda shard: _see(store, shard), effect.shards):
+        pass  # the first that is missing raises
     manifest = manifests.Manifest(
         job=effect.job,
         checkpoint=inflight.number,
@@ -150,7 +159,7 @@ def _write_manifest(store: ObjectStore, effect: WriteManifest) -> ManifestWritte
         data = manifests.encode(manifest)
     except ValueError as error:  # a worker acknowledged what no shard can be: trying again cannot help
         raise PermanentError(f"the acknowledged shards make no manifest: {error}") from error
-    catalog_of([read_index(store, entry)[0] for entry in manifest.shards])  # refuses what is not whole
+    catalog_of(list(reads.map(lambda entry: read_index(store, entry)[0], manifest.shards)))  # refuses what is not whole
     key = keys.manifest_key(effect.job, inflight.number, inflight.attempt)
     _put_once(store, key, data)
     return ManifestWritten(

@@ -2,7 +2,8 @@
 
 The trainers start meanwhile; each reads the manifest and the indexes that are put into the generation's folder,
 writes down what it needs, and waits for the word in its mailbox (trainer/restoring.py tells the order). While they
-start, what they will most probably ask for is fetched already.
+start, what they will most probably ask for is fetched already. Unlike an upload, which yields to training, a restore
+is what training waits for: its threads have the same claim on the processors as every other.
 
 Two failures must never be confused: a blob that is missing or has other bytes than the manifest says is **damaged**
 (the coordinator then chooses an older checkpoint), while a storage that does not answer, or refuses us, says nothing
@@ -14,6 +15,7 @@ import logging
 import shutil
 import threading
 from collections.abc import Callable, Coroutine, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,11 +42,12 @@ from dtrain.worker.core.states import RestoreSource
 from dtrain.worker.rank_dirs import RankDirs, write_whole
 from dtrain.worker.shard_images import ShardImage, probable_needs
 from dtrain.worker.tasks import Begin
-from dtrain.worker.uploads import shared_store, transfer_threads
+from dtrain.worker.uploads import shared_store
 
 logger = logging.getLogger(__name__)
 
 ROUND_S = 60.0  # one round of tries; after it the reason is logged, and the next round begins
+THREADS = 4  # parts of shards that are fetched at once; each is a large read, and S3 splits it once more
 PAUSE_S = 2.0  # between rounds, so that a storage which refuses at once is not asked in a loop
 LOOK_S = 0.01  # between two looks for what a trainer needs: it is short against the seconds of its start
 
@@ -62,7 +65,7 @@ class Restores:
         self._emit = emit
         self._begin = begin
         self._dirs = dirs
-        self._threads = transfer_threads("restore")
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="restore")
         self._running: dict[tuple[str, int], _Running] = {}
 
     def start(self, fetch: FetchRestore) -> None:

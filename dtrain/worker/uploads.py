@@ -16,7 +16,6 @@ import logging
 import mmap
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -49,11 +48,6 @@ def shared_store(uri: str) -> ObjectStore:
     return open_store(uri)
 
 
-def transfer_threads(name: str) -> ThreadPoolExecutor:
-    """Threads that give way to the trainers."""
-    return yielding_threads(name, THREADS)
-
-
 @dataclass(frozen=True, slots=True)
 class _Running:
     upload: Upload
@@ -76,7 +70,7 @@ class Uploads:
         self._begin = begin
         self._slot_holds = slot_holds
         self._keep = keep
-        self._threads = transfer_threads("upload")
+        self._threads = yielding_threads("upload", THREADS)
         self._running: dict[RankId, _Running] = {}
 
     def start(self, upload: Upload, folder: Path) -> None:

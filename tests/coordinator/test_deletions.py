@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -180,7 +181,7 @@ def writing(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> WriteManifest:
     [owed] = cluster.owes()
     assert isinstance(owed, WriteManifest)
 
-    def write(store: ObjectStore, effect: WriteManifest) -> ManifestWritten:
+    def write(store: ObjectStore, effect: WriteManifest, _: ThreadPoolExecutor) -> ManifestWritten:
         key = keys.manifest_key(effect.job, effect.inflight.number, effect.inflight.attempt)
         store.put(key, b"a manifest", if_absent=True)
         return ManifestWritten(job=MNIST, attempt=effect.inflight.attempt, manifest_key=key, manifest_digest=DIGEST)
