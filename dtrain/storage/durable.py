@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from dtrain.storage.keys import RESERVED_PART
+from dtrain.storage.parts import FileParts
 
 CHUNK_BYTES = 8 * 1024 * 1024  # written at a time: the disk starts on one chunk while the next is copied
 TEMPORARY = RESERVED_PART + "tmp-"  # no key may have such a part, and no listing shows it
@@ -34,9 +35,9 @@ def place(directory: int, name: str, data: memoryview, *, if_absent: bool) -> No
     _place(directory, name, len(data), lambda file: _write(file, data), if_absent=if_absent)
 
 
-def place_file(directory: int, name: str, source: int, size_bytes: int) -> None:
-    """Like :func:`place`, for the first bytes of the open file ``source``; they never leave the kernel."""
-    _place(directory, name, size_bytes, lambda file: _send(file, source, size_bytes), if_absent=False)
+def place_file(directory: int, name: str, source: FileParts) -> None:
+    """Like :func:`place`, for parts of an open file; its bytes never leave the kernel."""
+    _place(directory, name, source.size_bytes, lambda file: _send_parts(file, source), if_absent=False)
 
 
 def _place(directory: int, name: str, size_bytes: int, fill: Callable[[int], None], *, if_absent: bool) -> None:
@@ -88,14 +89,23 @@ def _reserve(descriptor: int, size_bytes: int) -> None:
                 raise
 
 
-def _send(descriptor: int, source: int, size_bytes: int) -> None:
-    position = 0
-    while position < size_bytes:
-        count = os.sendfile(descriptor, source, position, min(CHUNK_BYTES, size_bytes - position))
+def _send_parts(descriptor: int, source: FileParts) -> None:
+    _write(descriptor, memoryview(source.head))
+    position = len(source.head)
+    for begin, end in source.ranges:
+        _send(descriptor, source.file, begin, end, position)
+        position += end - begin
+
+
+def _send(descriptor: int, source: int, begin: int, end: int, position: int) -> None:
+    """Append a range of ``source``; ``position`` is where the target ends so far."""
+    at = begin
+    while at < end:
+        count = os.sendfile(descriptor, source, at, min(CHUNK_BYTES, end - at))
         if count == 0:
-            raise OSError(errno.EIO, f"the source ends at {position} of {size_bytes} bytes")
-        _start_writeback(descriptor, position, count)
-        position += count
+            raise OSError(errno.EIO, f"the source ends at {at} of {end} bytes")
+        _start_writeback(descriptor, position + at - begin, count)
+        at += count
 
 
 def _write(descriptor: int, data: memoryview) -> None:

@@ -33,6 +33,7 @@ from dtrain.storage.objects import (
     StorageRefused,
     StorageUnavailable,
 )
+from dtrain.storage.parts import FileParts
 
 READ_BYTES = 8 * 1024 * 1024  # read at a time: a bound on how long one call holds on
 PREPARED_MAX = 4096  # directories remembered as flushed and swept; forgetting one costs only time
@@ -68,9 +69,9 @@ class LocalFolder:
         with self._prepared_place(key) as (directory, name):
             place(directory, name, memoryview(data).cast("B"), if_absent=if_absent)
 
-    def put_file(self, key: str, file: int, *, size_bytes: int) -> None:
+    def put_file(self, key: str, source: FileParts) -> None:
         with self._prepared_place(key) as (directory, name):
-            place_file(directory, name, file, size_bytes)
+            place_file(directory, name, source)
 
     def get(self, key: str) -> bytes:
         with _translated(key, self._root), self._opened(key) as descriptor:

@@ -21,12 +21,12 @@ Every call blocks and may be made from any thread. Errors are the classes below 
 :class:`~dtrain.storage.keys.InvalidKey`): the retryable ones go through :mod:`dtrain.storage.retrying`.
 """
 
-import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
 from dtrain.common.errors import PermanentError, RetryableError
+from dtrain.storage.parts import FileParts
 
 
 class StorageUnavailable(RetryableError):
@@ -72,10 +72,10 @@ class ObjectStore(Protocol):
         """
         ...
 
-    def put_file(self, key: str, file: int, *, size_bytes: int) -> None:
-        """Store the first ``size_bytes`` of an open file (its descriptor), as :meth:`put` does.
+    def put_file(self, key: str, source: FileParts) -> None:
+        """Store the parts of an open file, as :meth:`put` does.
 
-        For large objects: a store that can leaves the bytes in the kernel. Nothing else may write the file.
+        For large objects: a store that can leaves the bytes in the kernel.
         """
         ...
 
@@ -105,12 +105,3 @@ class ObjectStore(Protocol):
     def delete(self, key: str) -> None:
         """Delete the object; fine if there is none. Durable when this returns."""
         ...
-
-
-def put_mapped(store: ObjectStore, key: str, file: int, *, size_bytes: int) -> None:
-    """Do :meth:`ObjectStore.put_file` by :meth:`ObjectStore.put`, through a map: without a copy of the whole."""
-    if size_bytes == 0:
-        store.put(key, b"")
-        return
-    with mmap.mmap(file, size_bytes, prot=mmap.PROT_READ) as pages, memoryview(pages) as view:
-        store.put(key, view)

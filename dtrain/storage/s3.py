@@ -41,8 +41,8 @@ from dtrain.storage.objects import (
     ObjectInfo,
     StorageRefused,
     StorageUnavailable,
-    put_mapped,
 )
+from dtrain.storage.parts import FileParts, Scattered
 from dtrain.storage.s3_errors import S3Place, translated
 
 if TYPE_CHECKING:
@@ -98,18 +98,21 @@ class S3Store:
 
     def put(self, key: str, data: bytes | memoryview, *, if_absent: bool = False) -> None:
         name = self._name(key)
-        view = memoryview(data).cast("B").toreadonly()
-        conditional = if_absent and self._honours_create_only()
-        if if_absent and (not conditional or len(view) > self._part_bytes) and self.head(key) is not None:
-            raise AlreadyExists(f"{key} is already in bucket {self._bucket!r}")
-        if len(view) > self._part_bytes:
-            with translated(self._place, key, reading=False):
-                self._put_parts(name, view, conditional=conditional)
-        else:
-            self._put_whole(key, name, view, conditional=conditional)
+        self._put(key, name, Scattered([memoryview(data)]), if_absent=if_absent)
 
-    def put_file(self, key: str, file: int, *, size_bytes: int) -> None:
-        put_mapped(self, key, file, size_bytes=size_bytes)
+    def put_file(self, key: str, source: FileParts) -> None:
+        name = self._name(key)
+        self._put(key, name, source.mapped(), if_absent=False)
+
+    def _put(self, key: str, name: str, data: Scattered, *, if_absent: bool) -> None:
+        conditional = if_absent and self._honours_create_only()
+        if if_absent and (not conditional or len(data) > self._part_bytes) and self.head(key) is not None:
+            raise AlreadyExists(f"{key} is already in bucket {self._bucket!r}")
+        if len(data) > self._part_bytes:
+            with translated(self._place, key, reading=False):
+                self._put_parts(name, data, conditional=conditional)
+        else:
+            self._put_whole(key, name, data, conditional=conditional)
 
     def get(self, key: str) -> bytes:
         name = self._name(key)
@@ -179,28 +182,28 @@ class S3Store:
             raise InvalidKey(f"with the store's prefix, key {name[:80]!r}... has more than {KEY_MAX_BYTES} bytes")
         return name
 
-    def _put_whole(self, key: str, name: str, view: memoryview, *, conditional: bool) -> None:
+    def _put_whole(self, key: str, name: str, data: Scattered, *, conditional: bool) -> None:
         request: PutObjectRequestTypeDef = {
             "Bucket": self._bucket,
             "Key": name,
-            "Body": _body(view),
-            "ContentLength": len(view),
-            "ChecksumCRC32C": _crc32c(view),
+            "Body": _body(data),
+            "ContentLength": len(data),
+            "ChecksumCRC32C": _crc32c(data),
         }
         if conditional:
             request["IfNoneMatch"] = "*"
         with translated(self._place, key, reading=False):
             self._client.put_object(**request)
 
-    def _put_parts(self, name: str, view: memoryview, *, conditional: bool) -> None:
-        size_bytes = max(self._part_bytes, -(-len(view) // PARTS_MAX))
+    def _put_parts(self, name: str, data: Scattered, *, conditional: bool) -> None:
+        size_bytes = max(self._part_bytes, -(-len(data) // PARTS_MAX))
         upload = self._client.create_multipart_upload(Bucket=self._bucket, Key=name, ChecksumAlgorithm="CRC32C")
         upload_id = upload["UploadId"]
         try:
             with ThreadPoolExecutor(UPLOAD_THREADS, thread_name_prefix="s3-put") as pool:
                 futures = [
-                    pool.submit(self._put_part, name, upload_id, number, view[start : start + size_bytes])
-                    for number, start in enumerate(range(0, len(view), size_bytes), start=1)
+                    pool.submit(self._put_part, name, upload_id, number, data.part(start, start + size_bytes))
+                    for number, start in enumerate(range(0, len(data), size_bytes), start=1)
                 ]
                 try:
                     parts = [future.result() for future in futures]
@@ -220,15 +223,15 @@ class S3Store:
             self._take_back(name, upload_id)
             raise
 
-    def _put_part(self, name: str, upload_id: str, number: int, view: memoryview) -> "CompletedPartTypeDef":
-        checksum = _crc32c(view)
+    def _put_part(self, name: str, upload_id: str, number: int, data: Scattered) -> "CompletedPartTypeDef":
+        checksum = _crc32c(data)
         answer = self._client.upload_part(
             Bucket=self._bucket,
             Key=name,
             UploadId=upload_id,
             PartNumber=number,
-            Body=_body(view),
-            ContentLength=len(view),
+            Body=_body(data),
+            ContentLength=len(data),
             ChecksumCRC32C=checksum,
         )
         return {"PartNumber": number, "ETag": answer["ETag"], "ChecksumCRC32C": checksum}
@@ -284,7 +287,7 @@ class S3Store:
     def _try_create_only(self) -> bool:
         key = "dtrain-probe-" + secrets.token_hex(8)
         name = self._name(key)
-        first, second = memoryview(b"1"), memoryview(b"2")
+        first, second = Scattered([memoryview(b"1")]), Scattered([memoryview(b"2")])
         self._put_whole(key, name, first, conditional=False)  # whatever fails here has nothing to do with it
         try:
             self._put_whole(key, name, second, conditional=True)
@@ -303,12 +306,13 @@ class _Body(io.RawIOBase):
     urllib3 asks for 16 KiB at a time; answering with a larger slice of the same memory spares the copying.
     """
 
-    def __init__(self, view: memoryview) -> None:
-        self._view = view
+    def __init__(self, data: Scattered) -> None:
+        self._data = data
+        self._size_bytes = len(data)
         self._at = 0
 
     def __len__(self) -> int:
-        return len(self._view)
+        return self._size_bytes
 
     def readable(self) -> bool:
         return True
@@ -317,36 +321,40 @@ class _Body(io.RawIOBase):
         return True
 
     def read(self, size: int = -1) -> bytes:
-        count = len(self._view) if size < 0 else max(size, SLICE_MIN_BYTES)
-        part = self._view[self._at : self._at + count]
+        if size < 0:
+            rest = self._data.part(self._at, self._size_bytes)
+            part = rest.views[0] if len(rest.views) == 1 else memoryview(rest.joined())
+        else:
+            part = self._data.first(self._at, max(size, SLICE_MIN_BYTES))
         self._at += len(part)
         return cast(bytes, part)  # a buffer is all that a socket needs
 
     def readinto(self, target: object, /) -> int:
         room = memoryview(cast(bytearray, target)).cast("B")
-        part = self._view[self._at : self._at + len(room)]
+        part = self._data.first(self._at, len(room))
         room[: len(part)] = part
         self._at += len(part)
         return len(part)
 
     def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: len(self._view)}[whence]
-        self._at = min(max(base + offset, 0), len(self._view))
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size_bytes}[whence]
+        self._at = min(max(base + offset, 0), self._size_bytes)
         return self._at
 
     def tell(self) -> int:
         return self._at
 
 
-def _body(view: memoryview) -> IO[bytes]:
-    return cast(IO[bytes], _Body(view))
+def _body(data: Scattered) -> IO[bytes]:
+    return cast(IO[bytes], _Body(data))
 
 
-def _crc32c(view: memoryview) -> str:
+def _crc32c(data: Scattered) -> str:
     # The library takes no memoryview. Copying small pieces stays within the cache, and costs nothing measurable.
     value = 0
-    for start in range(0, len(view), CHECKSUM_BYTES):
-        value = google_crc32c.extend(value, view[start : start + CHECKSUM_BYTES].tobytes())
+    for view in data.views:
+        for start in range(0, len(view), CHECKSUM_BYTES):
+            value = google_crc32c.extend(value, view[start : start + CHECKSUM_BYTES].tobytes())
     return base64.b64encode(value.to_bytes(4, "big")).decode()
 
 

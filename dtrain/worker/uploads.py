@@ -26,6 +26,7 @@ from dtrain.common.mailbox import pack
 from dtrain.storage.indexes import index_shard
 from dtrain.storage.keys import index_key, shard_key
 from dtrain.storage.objects import ObjectStore
+from dtrain.storage.parts import FileParts
 from dtrain.storage.retrying import GaveUp, with_retries
 from dtrain.storage.uris import open_store
 from dtrain.worker.arenas import Kept
@@ -141,7 +142,7 @@ def _send(upload: Upload, slot: Path, give_up: threading.Event) -> UploadDone:
         descriptor = file.fileno()
         index, digest = _index(descriptor, upload.size_bytes, key)
         with_retries(
-            lambda: store.put_file(key, descriptor, size_bytes=upload.size_bytes),
+            lambda: store.put_file(key, FileParts(file=descriptor, ranges=((0, upload.size_bytes),))),
             deadline_s=DEADLINE_S,
             give_up=give_up,
         )

@@ -11,6 +11,7 @@ import pytest
 from dtrain.common.errors import ShardDamagedError
 from dtrain.storage.keys import InvalidKey
 from dtrain.storage.objects import AlreadyExists, NotFound, ObjectInfo, ObjectStore
+from dtrain.storage.parts import FileParts
 from dtrain.storage.uris import probe
 
 WRITERS = 12
@@ -36,9 +37,20 @@ def test_takes_the_beginning_of_an_open_file(store: ObjectStore, tmp_path: Path,
     with (tmp_path / "file").open("rb") as file:
         file.seek(77)  # where the descriptor stands plays no part
         for _ in range(2):  # again, as after a lost answer
-            store.put_file("blob", file.fileno(), size_bytes=size_bytes)
+            store.put_file("blob", FileParts(file=file.fileno(), ranges=((0, size_bytes),)))
         assert file.tell() == 77
     assert store.get("blob") == data[:size_bytes]
+
+
+def test_joins_a_head_and_ranges_of_an_open_file(store: ObjectStore, tmp_path: Path) -> None:
+    data = os.urandom(12_000_000)
+    (tmp_path / "file").write_bytes(data)
+    with (tmp_path / "file").open("rb") as file:
+        ranges = ((5, 5), (4_000_001, 11_000_000), (100, 101), (7, 3_000_000))
+        store.put_file("blob", FileParts(file=file.fileno(), ranges=ranges, head=b"head"))
+        store.put_file("head", FileParts(file=file.fileno(), ranges=(), head=b"head"))
+    assert store.get("blob") == b"head" + data[4_000_001:11_000_000] + data[100:101] + data[7:3_000_000]
+    assert store.get("head") == b"head"
 
 
 def test_keeps_an_empty_object(store: ObjectStore) -> None:

@@ -16,6 +16,7 @@ from dtrain.storage import durable
 from dtrain.storage.durable import TEMPORARY
 from dtrain.storage.local import LocalFolder
 from dtrain.storage.objects import NotFound, StorageRefused, StorageUnavailable
+from dtrain.storage.parts import FileParts
 
 # Stops for ever at a chosen call within a put, after saying so; the test kills it there.
 HALTING_WRITER = """
@@ -244,6 +245,6 @@ def test_a_file_that_ends_too_early_leaves_no_object(tmp_path: Path) -> None:
     store = LocalFolder(tmp_path / "store")
     (tmp_path / "file").write_bytes(b"short")
     with (tmp_path / "file").open("rb") as file, pytest.raises(StorageUnavailable):
-        store.put_file("a/blob", file.fileno(), size_bytes=6)
+        store.put_file("a/blob", FileParts(file=file.fileno(), ranges=((0, 6),)))
     assert store.head("a/blob") is None
     assert not list((tmp_path / "store").rglob(f"{TEMPORARY}*"))

@@ -11,6 +11,7 @@ import pytest
 from dtrain.common.errors import DtrainError, ShardDamagedError, UserError
 from dtrain.storage import s3
 from dtrain.storage.objects import AlreadyExists, StorageRefused, StorageUnavailable
+from dtrain.storage.parts import Scattered
 from dtrain.storage.s3 import PART_MIN_BYTES, S3Store
 from dtrain.storage.uris import open_store, probe
 from tests.support.s3_server import S3Server
@@ -63,10 +64,10 @@ def test_an_upload_that_fails_takes_its_parts_back(
 ) -> None:
     original = store._put_part
 
-    def fail_at_the_third(name: str, upload_id: str, number: int, view: memoryview) -> object:
+    def fail_at_the_third(name: str, upload_id: str, number: int, data: Scattered) -> object:
         if number == 3:
             raise ConnectionResetError("cut")
-        return original(name, upload_id, number, view)
+        return original(name, upload_id, number, data)
 
     monkeypatch.setattr(store, "_put_part", fail_at_the_third)
     with pytest.raises(StorageUnavailable, match="cut"):
@@ -107,7 +108,7 @@ def test_payloads_carry_a_checksum_and_no_trailer(store: S3Store) -> None:
 
 def test_a_body_hands_out_the_callers_memory_and_can_be_read_again() -> None:
     data = memoryview(os.urandom(3 * s3.SLICE_MIN_BYTES + 5)).toreadonly()
-    body = s3._Body(data)
+    body = s3._Body(Scattered([data]))
     for _ in range(2):
         slices: list[bytes] = []
         while part := body.read(16_384):

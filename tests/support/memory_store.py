@@ -12,7 +12,8 @@ from typing import TypeVar
 
 from dtrain.common.errors import ShardDamagedError
 from dtrain.storage.keys import validate_key, validate_prefix
-from dtrain.storage.objects import AlreadyExists, NotFound, ObjectInfo, StorageRefused, put_mapped
+from dtrain.storage.objects import AlreadyExists, NotFound, ObjectInfo, StorageRefused
+from dtrain.storage.parts import FileParts
 
 _Result = TypeVar("_Result")
 
@@ -74,8 +75,8 @@ class MemoryStore:
 
         self._call("put", validate_key(key), act)
 
-    def put_file(self, key: str, file: int, *, size_bytes: int) -> None:
-        put_mapped(self, key, file, size_bytes=size_bytes)
+    def put_file(self, key: str, source: FileParts) -> None:
+        self.put(key, source.mapped().joined())
 
     def get(self, key: str) -> bytes:
         return self._call("get", validate_key(key), lambda: self._found(key))

@@ -13,6 +13,7 @@ from dtrain.common.digests import blob_digest
 from dtrain.common.mailbox import pack
 from dtrain.common.names import AttemptNumber, CheckpointNumber, Generation, Step
 from dtrain.storage.local import LocalFolder
+from dtrain.storage.parts import FileParts
 from dtrain.worker.arenas import Kept
 from dtrain.worker.core.actions import Upload
 from dtrain.worker.core.inputs import UploadDone, UploadFailed
@@ -117,9 +118,9 @@ def test_only_the_sending_threads_give_way(rank: Rank, monkeypatch: pytest.Monke
     nice: list[int] = []
     put_file = LocalFolder.put_file
 
-    def watched(self: LocalFolder, key: str, file: int, *, size_bytes: int) -> None:
+    def watched(self: LocalFolder, key: str, source: FileParts) -> None:
         nice.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
-        put_file(self, key, file, size_bytes=size_bytes)
+        put_file(self, key, source)
 
     monkeypatch.setattr(LocalFolder, "put_file", watched)
     before = os.getpriority(os.PRIO_PROCESS, 0)
