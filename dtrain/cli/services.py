@@ -49,10 +49,12 @@ def etcd_wait_option(command: click.decorators.FC) -> click.decorators.FC:
 def coordinator_command(etcd: str, prefix: str, listen: str, advertise: str, identity: str, etcd_wait_s: float) -> int:
     """Serve as a coordinator. Start two or more: one leads, the others take over when it dies."""
     from dtrain.cli.clients import parse_endpoints, probe_etcd
+    from dtrain.common import failpoints
     from dtrain.coordinator.service import CoordinatorConfig, serve
     from dtrain.etcd.probes import known_lossy
 
     _log_to_stderr()
+    failpoints.arm(os.environ)
     config = CoordinatorConfig(
         etcd=parse_endpoints(etcd), listen=listen, prefix=prefix, identity=identity, advertise=advertise
     )
@@ -117,11 +119,12 @@ def worker_command(
 ) -> int:
     """Serve as the worker agent of this node; one per node. Ranks survive its restart."""
     from dtrain.cli.clients import parse_endpoints, probe_etcd
-    from dtrain.common import names
+    from dtrain.common import failpoints, names
     from dtrain.worker.agent import serve
     from dtrain.worker.config import WorkerConfig, default_slots
 
     _log_to_stderr()
+    failpoints.arm(os.environ)
     config = WorkerConfig(
         etcd=parse_endpoints(etcd),
         prefix=prefix,

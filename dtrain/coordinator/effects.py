@@ -10,8 +10,10 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import assert_never
 
+from dtrain.common import failpoints
 from dtrain.common.digests import blob_digest
 from dtrain.common.errors import DtrainError, PermanentError, RetryableError, ShardDamagedError
+from dtrain.common.failpoints import Point
 from dtrain.coordinator.core.effects import DeleteAttempt, Effect, ReadMarkers, WriteManifest, WriteMarker
 from dtrain.coordinator.core.events import ShardRecord
 from dtrain.coordinator.core.facts import (
@@ -161,7 +163,9 @@ def _write_manifest(store: ObjectStore, effect: WriteManifest, reads: ThreadPool
         raise PermanentError(f"the acknowledged shards make no manifest: {error}") from error
     catalog_of(list(reads.map(lambda entry: read_index(store, entry)[0], manifest.shards)))  # refuses what is not whole
     key = keys.manifest_key(effect.job, inflight.number, inflight.attempt)
+    failpoints.hit(Point.MANIFEST_BEFORE)
     _put_once(store, key, data)
+    failpoints.hit(Point.MANIFEST_AFTER)
     return ManifestWritten(
         job=effect.job, attempt=inflight.attempt, manifest_key=key, manifest_digest=blob_digest(data)
     )
@@ -203,5 +207,7 @@ def _write_marker(store: ObjectStore, effect: WriteMarker) -> MarkerWritten:
         position_seq=checkpoint.position.seq,
         position_digest=checkpoint.position.digest,
     )
+    failpoints.hit(Point.MARKER_BEFORE)
     _put_once(store, keys.marker_key(effect.job, checkpoint.number), manifests.encode(marker))
+    failpoints.hit(Point.MARKER_AFTER)
     return MarkerWritten(job=effect.job, checkpoint=checkpoint.number)

@@ -16,9 +16,12 @@ import random
 from collections.abc import Sequence
 from itertools import groupby
 
+from dtrain.common import failpoints
 from dtrain.common.errors import DtrainError, InvariantError, LogDamagedError, RetryableError
+from dtrain.common.failpoints import Point
 from dtrain.common.names import JobName, Term
 from dtrain.coordinator.codec import Entry
+from dtrain.coordinator.core.events import CheckpointCommitted
 from dtrain.coordinator.core.evolve import evolve
 from dtrain.coordinator.core.states import JobState
 from dtrain.coordinator.election import Leadership
@@ -67,12 +70,15 @@ class EventLog:
         compares = [create_revision_is(self._leadership.key, self.term)]
         compares += [absent(entry.record.key) for entry in firsts.values()]
         writes = [put(entry.record.key, entry.value) for entry in batch]
+        commits = any(isinstance(entry.record.event, CheckpointCommitted) for entry in batch)
         pause_s = _RETRY_FIRST_S
         while True:
             self._require_leadership()
             try:
+                failpoints.hit(Point.COMMIT_BEFORE if commits else Point.APPEND_BEFORE)
                 result = await self._client.txn(compares, writes)
                 if result.succeeded:
+                    failpoints.hit(Point.COMMIT_AFTER if commits else Point.APPEND_AFTER)
                     return
                 if await self._is_there(batch[0]):
                     return

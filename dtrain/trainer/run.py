@@ -20,6 +20,7 @@ from typing import Protocol, SupportsFloat, TypeVar
 
 import torch
 
+from dtrain.common import failpoints
 from dtrain.common.errors import UserError
 from dtrain.common.names import Generation, JobName, Step
 from dtrain.trainer import surroundings as surroundings_module
@@ -76,6 +77,7 @@ def join(*, store: str = "", every_steps: int = 0, timeout_s: float = JOIN_TIMEO
 
     Raises :class:`~dtrain.common.errors.UserError` with one sentence that names the mend.
     """
+    failpoints.arm(os.environ)
     surroundings = surroundings_module.read(os.environ)
     device = choose_device(surroundings)
     owns_group = join_group(surroundings, device, timeout_s=timeout_s)

@@ -32,7 +32,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from time import monotonic, perf_counter_ns, sleep
 
+from dtrain.common import failpoints
 from dtrain.common.errors import UserError
+from dtrain.common.failpoints import Point
 from dtrain.common.mailbox import MAILBOX_BYTES, Mailbox, TrainerPhase, unpack
 from dtrain.common.names import Step
 from dtrain.trainer.arena import ArenaPreparation, StageSlots
@@ -175,11 +177,13 @@ class WorkerStation:
         self._tried = step
         began_ns = perf_counter_ns()
         try:
+            failpoints.hit(Point.STAGE_BEFORE)
             image = self._layouts.lay_out(self._capture(step))
             slot = self._slots.choose(mailbox.stage_slot)
             memory = self._slots.reserve(slot, image.plan.total_bytes)
             mailbox.begin_staging(slot)
             image.copy_into(memoryview(memory.pages), self._copier, pinned=memory.pinned)
+            failpoints.hit(Point.STAGE_WITHIN)
         except Exception as error:  # whatever a script's state_dict() may raise: no checkpoint stops training
             _log.warning("the state of step %d could not be stored", step, exc_info=True)
             mailbox.error = f"step {step} could not be stored: {one_line(error)}"
@@ -193,6 +197,7 @@ class WorkerStation:
         mailbox.stall_ns = perf_counter_ns() - began_ns
         self._slots.staged(slot)
         mailbox.publish_staged(request, slot=slot, size_bytes=image.plan.total_bytes)
+        failpoints.hit(Point.STAGE_AFTER)
         self._preparation.want(image.plan.total_bytes)
 
 

@@ -19,7 +19,9 @@ from typing import assert_never
 
 import msgspec
 
+from dtrain.common import failpoints
 from dtrain.common.errors import InvariantError, UserError
+from dtrain.common.failpoints import Point
 from dtrain.common.names import Generation, JobName, Term, WorkerId
 from dtrain.worker.core.actions import (
     JournalAssignment,
@@ -114,14 +116,17 @@ class Journal:
 
     def write(self, entries: Iterable[JournalEntry]) -> None:
         """Write the entries of one step; on return they are on the disk, or nothing of them is."""
+        failpoints.hit(Point.JOURNAL_BEFORE)
         self._db.execute("BEGIN IMMEDIATE")
         try:
             for entry in entries:
                 self._write_one(entry)
+            failpoints.hit(Point.JOURNAL_WITHIN)
         except BaseException:
             self._db.execute("ROLLBACK")
             raise
         self._db.execute("COMMIT")
+        failpoints.hit(Point.JOURNAL_AFTER)
 
     def _write_one(self, entry: JournalEntry) -> None:
         match entry:

@@ -24,6 +24,8 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from dtrain.common import failpoints
+from dtrain.common.failpoints import Point
 from dtrain.worker import keeper
 from dtrain.worker.core.inputs import TrainerExited, TrainerStarted
 from dtrain.worker.core.states import ExitFact
@@ -85,6 +87,7 @@ class Keepers:
             self._look(kept)
 
     def _spawn(self, kept: _Kept) -> None:
+        failpoints.hit(Point.SPAWN_BEFORE)
         kept.child = self._zygotes.fork_keeper(kept.folder)
         if kept.child is None:
             of = kept.of
@@ -92,6 +95,7 @@ class Keepers:
                 "%s generation %d rank %d starts cold: %s", of.job, of.generation, of.rank, self._zygotes.why_not()
             )
             self._execute(kept)
+        failpoints.hit(Point.SPAWN_AFTER)
 
     def _execute(self, kept: _Kept) -> None:
         log = os.open(kept.folder / "keeper.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)

@@ -20,8 +20,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from dtrain.common import failpoints
 from dtrain.common.digests import blob_digest
 from dtrain.common.errors import PermanentError, RetryableError
+from dtrain.common.failpoints import Point
 from dtrain.common.mailbox import pack
 from dtrain.storage.indexes import index_shard
 from dtrain.storage.keys import index_key, shard_key
@@ -141,13 +143,20 @@ def _send(upload: Upload, slot: Path, give_up: threading.Event) -> UploadDone:
     with slot.open("rb") as file:
         descriptor = file.fileno()
         index, digest = _index(descriptor, upload.size_bytes, key)
-        with_retries(
-            lambda: store.put_file(key, FileParts(file=descriptor, ranges=((0, upload.size_bytes),))),
-            deadline_s=DEADLINE_S,
-            give_up=give_up,
-        )
+
+        def put_shard() -> None:
+            failpoints.hit(Point.UPLOAD_BEFORE)
+            store.put_file(key, FileParts(file=descriptor, ranges=((0, upload.size_bytes),)))
+            failpoints.hit(Point.UPLOAD_WITHIN)
+
+        with_retries(put_shard, deadline_s=DEADLINE_S, give_up=give_up)
     beside = index_key(upload.job, request.checkpoint, request.attempt, upload.rank)
-    with_retries(lambda: store.put(beside, index), deadline_s=DEADLINE_S, give_up=give_up)
+
+    def put_index() -> None:
+        store.put(beside, index)
+        failpoints.hit(Point.UPLOAD_AFTER)
+
+    with_retries(put_index, deadline_s=DEADLINE_S, give_up=give_up)
     return UploadDone(
         job=upload.job,
         generation=upload.generation,

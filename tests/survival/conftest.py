@@ -61,15 +61,16 @@ def begin(
     store: str = "",
     job: str = "attacked",
     more: tuple[str, ...] = (),
+    script: tuple[str, ...] = (),
 ) -> Attack:
-    """Submit the job to the cluster, with ``more`` options."""
+    """Submit the job to the cluster, with ``more`` options, and ``script``'s own arguments."""
     records = it.folder / f"{job}-records"
     records.mkdir()
     final = it.folder / f"{job}.safetensors"
     store = store or f"file://{it.folder}/store"
     options: tuple[str, ...] = ("--name", job, "--nproc-per-node", "2", "--every-steps", str(EVERY), "--store", store)
     options += ("--max-restarts", "20", *more)
-    args = ("--steps", str(steps), "--records", str(records), "--final", str(final))
+    args = ("--steps", str(steps), "--records", str(records), "--final", str(final), *script)
     it.submit(SCRIPT, *args, options=options)
     return Attack(it, job, records, final, store, rng)
 

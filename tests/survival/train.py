@@ -29,6 +29,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--step-ms", type=float, default=40.0)
+    parser.add_argument("--hurry", type=Path, help="once this file is there, steps take no longer than they must")
     parser.add_argument("--records", type=Path, required=True)
     parser.add_argument("--final", type=Path, required=True)
     args = parser.parse_args()
@@ -53,7 +54,8 @@ def main() -> None:
             loss.backward()
             optimizer.step()
             scheduler.step()
-            time.sleep(args.step_ms / 1000)  # stands for the work of a larger model
+            if args.hurry is None or not args.hurry.exists():
+                time.sleep(args.step_ms / 1000)  # stands for the work of a larger model
             run.report(loss=loss.item())
         if run.rank == 0:
             partial = args.final.with_suffix(".partial")

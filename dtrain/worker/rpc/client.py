@@ -18,6 +18,8 @@ from collections.abc import Callable
 import grpc
 import grpc.aio
 
+from dtrain.common import failpoints
+from dtrain.common.failpoints import Point
 from dtrain.common.names import Term
 from dtrain.proto import agent_pb2 as wire
 from dtrain.proto.agent_pb2_grpc import AgentsStub
@@ -132,7 +134,13 @@ class CoordinatorClient:
     ) -> None:
         while True:
             self._changed.clear()
-            await stream.write(self._snapshot())
+            snapshot = self._snapshot()
+            acknowledges = any(s.state == wire.DURABLE for a in snapshot.assignments for s in a.shards)
+            if acknowledges:
+                failpoints.hit(Point.ACK_BEFORE)
+            await stream.write(snapshot)
+            if acknowledges:
+                failpoints.hit(Point.ACK_AFTER)
             self._attending = True
             if not self._changed.is_set():
                 self._sent_all.set()
