@@ -2,7 +2,7 @@
 
 from typing import assert_never
 
-from dtrain.cli.output import words_of_bytes
+from dtrain.cli.output import words_of_bytes, words_of_victims
 from dtrain.coordinator.core.events import (
     AttemptSwept,
     CancelRequested,
@@ -37,8 +37,9 @@ def describe(event: Event) -> str:
             return "cancellation requested"
         case GenerationStarted():
             return _generation_started(event)
-        case GenerationFailed(generation=generation, reason=reason, counted=counted):
-            return f"generation {generation} failed: {reason}{'' if counted else ' (not counted as a restart)'}"
+        case GenerationFailed(generation=generation, reason=reason, counted=counted, victims=victims):
+            not_counted = "" if counted else " (not counted as a restart)"
+            return f"generation {generation} failed: {reason}{words_of_victims(victims)}{not_counted}"
         case CheckpointStarted() | CheckpointAborted() | CheckpointCommitted() | CheckpointMarked():
             return _checkpoint_made(event)
         case CheckpointQuarantined() | CheckpointPinned() | CheckpointExpired() | CheckpointDeleted() | AttemptSwept():

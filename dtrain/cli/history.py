@@ -62,10 +62,12 @@ def require_job(events: "list[RecordedEvent]", job: str) -> None:
 
 def _print_words(event: "RecordedEvent") -> None:
     from dtrain.cli.event_words import describe, describe_cause
-    from dtrain.cli.output import words_of_time
+    from dtrain.cli.output import indented, words_of_time
 
     click.echo(f"{event.seq:>4}  {words_of_time(event.time)}  {describe(event.event)}")
     click.echo(click.style(f"{'':27}because: {describe_cause(event.cause)} (term {event.term})", dim=True))
+    if event.cause.traceback:
+        click.echo(click.style(indented(event.cause.traceback), dim=True))
 
 
 def _print_json(event: "RecordedEvent") -> None:

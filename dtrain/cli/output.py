@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
+    from dtrain.coordinator.core.events import Victim
     from dtrain.proto import agent_pb2 as wire
 
 Json = None | bool | int | float | str | Sequence["Json"] | Mapping[str, "Json"]
@@ -81,6 +82,27 @@ def rank_view(rank: "wire.JobRank") -> dict[str, Json]:
     }
 
 
+def failure_view(failure: "wire.Failure") -> dict[str, Json]:
+    """What a generation died of."""
+    return {
+        "generation": failure.generation,
+        "time": failure.time,
+        "kind": failure.kind,
+        "reason": failure.reason,
+        "traceback": failure.traceback,
+        "victims": [
+            {"rank": each.rank, "worker": each.worker, "exit_code": each.exit_code, "error": each.error}
+            for each in failure.victims
+        ],
+    }
+
+
+def words_of_victims(victims: "Iterable[Victim | wire.Victim]") -> str:
+    """The ranks that a failure took along, for the end of the sentence that names it; empty if there are none."""
+    named = [f"rank {victim.rank} on {victim.worker}" for victim in victims]
+    return f"; its victims: {', '.join(named)}" if named else ""
+
+
 def job_view(job: "wire.JobStatus") -> dict[str, Json]:
     """One job."""
     ended = job.phase in ENDED_PHASES
@@ -101,6 +123,7 @@ def job_view(job: "wire.JobStatus") -> dict[str, Json]:
         "completed_step": completed_step(job),
         "until_step": max((rank.report.until_step for rank in job.ranks), default=0),
         "store": job.store,
+        "last_failure": failure_view(job.last_failure) if job.HasField("last_failure") else None,
         "ranks": [rank_view(rank) for rank in sorted(job.ranks, key=lambda rank: rank.report.rank)],
     }
 
@@ -168,10 +191,13 @@ def print_job(job: "wire.JobStatus") -> None:
         ("step", _of_until(job)),
         ("checkpoints", f"{job.checkpoints} committed; newest: {newest}"),
         ("store", job.store),
+        ("last failure", _words_of_failure(job)),
     ]
     for name, value in lines:
         if value:
-            click.echo(f"{name + ':':13}{value}")
+            click.echo(f"{name + ':':14}{value}")
+    if job.last_failure.traceback:
+        click.echo("\n" + indented(job.last_failure.traceback))
     if job.ranks:
         click.echo()
         print_table(
@@ -179,6 +205,18 @@ def print_job(job: "wire.JobStatus") -> None:
             (_rank_row(rank) for rank in sorted(job.ranks, key=lambda rank: rank.report.rank)),
             empty="",
         )
+
+
+def _words_of_failure(job: "wire.JobStatus") -> str:
+    if not job.HasField("last_failure"):
+        return ""
+    failure = job.last_failure
+    return f"generation {failure.generation}: {failure.reason}{words_of_victims(failure.victims)}"
+
+
+def indented(text: str) -> str:
+    """A traceback below the line that it belongs to."""
+    return "\n".join(f"    {line}" for line in text.rstrip().splitlines())
 
 
 def _rank_row(rank: "wire.JobRank") -> tuple[str, ...]:

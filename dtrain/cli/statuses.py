@@ -15,6 +15,7 @@ from dtrain.common.names import JobName
 from dtrain.coordinator.core.evolve import evolve
 from dtrain.coordinator.core.states import JobPhase, JobState
 from dtrain.coordinator.history import read_all
+from dtrain.coordinator.rpc.convert import failure_to_wire
 from dtrain.etcd.client import EtcdClient
 from dtrain.proto import agent_pb2 as wire
 from dtrain.standalone.data_folder import DataFolder, FolderInUseError
@@ -114,4 +115,5 @@ def status_of_log(state: JobState) -> wire.JobStatus:
         reason=state.reason if ended else "its launcher ended before it did; run it again to continue it",
         exit_code=state.exit_code if ended else 1,
         store=state.spec.store,
+        last_failure=None if state.last_failure is None else failure_to_wire(state.last_failure),
     )

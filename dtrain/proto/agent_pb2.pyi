@@ -123,7 +123,7 @@ class Assignment(_message.Message):
     def __init__(self, job: _Optional[str] = ..., generation: _Optional[int] = ..., phase: _Optional[_Union[WorkerPhase, str]] = ..., ranks: _Optional[_Iterable[_Union[RankReport, _Mapping]]] = ..., shards: _Optional[_Iterable[_Union[ShardReport, _Mapping]]] = ..., restore: _Optional[_Union[RestoreReport, _Mapping]] = ..., position: _Optional[_Union[LogPosition, _Mapping]] = ...) -> None: ...
 
 class RankReport(_message.Message):
-    __slots__ = ("rank", "state", "pid", "phase", "completed_step", "until_step", "tracking", "step_s", "metrics_json", "exit_code", "exit_unknown", "error", "exited_at")
+    __slots__ = ("rank", "state", "pid", "phase", "completed_step", "until_step", "tracking", "step_s", "metrics_json", "exit_code", "exit_unknown", "error", "exited_at", "traceback")
     RANK_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
@@ -137,6 +137,7 @@ class RankReport(_message.Message):
     EXIT_UNKNOWN_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
     EXITED_AT_FIELD_NUMBER: _ClassVar[int]
+    TRACEBACK_FIELD_NUMBER: _ClassVar[int]
     rank: int
     state: RankState
     pid: int
@@ -150,7 +151,8 @@ class RankReport(_message.Message):
     exit_unknown: bool
     error: str
     exited_at: float
-    def __init__(self, rank: _Optional[int] = ..., state: _Optional[_Union[RankState, str]] = ..., pid: _Optional[int] = ..., phase: _Optional[str] = ..., completed_step: _Optional[int] = ..., until_step: _Optional[int] = ..., tracking: _Optional[bool] = ..., step_s: _Optional[float] = ..., metrics_json: _Optional[str] = ..., exit_code: _Optional[int] = ..., exit_unknown: _Optional[bool] = ..., error: _Optional[str] = ..., exited_at: _Optional[float] = ...) -> None: ...
+    traceback: str
+    def __init__(self, rank: _Optional[int] = ..., state: _Optional[_Union[RankState, str]] = ..., pid: _Optional[int] = ..., phase: _Optional[str] = ..., completed_step: _Optional[int] = ..., until_step: _Optional[int] = ..., tracking: _Optional[bool] = ..., step_s: _Optional[float] = ..., metrics_json: _Optional[str] = ..., exit_code: _Optional[int] = ..., exit_unknown: _Optional[bool] = ..., error: _Optional[str] = ..., exited_at: _Optional[float] = ..., traceback: _Optional[str] = ...) -> None: ...
 
 class ShardReport(_message.Message):
     __slots__ = ("checkpoint", "attempt", "rank", "state", "step", "key", "size_bytes", "digest", "reason", "index_key", "index_digest")
@@ -461,7 +463,7 @@ class StatusReply(_message.Message):
     def __init__(self, term: _Optional[int] = ..., leader: _Optional[str] = ..., jobs: _Optional[_Iterable[_Union[JobStatus, _Mapping]]] = ...) -> None: ...
 
 class JobStatus(_message.Message):
-    __slots__ = ("job", "phase", "waiting_for", "run", "generation", "world_size", "restarts", "max_restarts", "committed_checkpoint", "committed_step", "checkpoints", "reason", "exit_code", "ranks", "store")
+    __slots__ = ("job", "phase", "waiting_for", "run", "generation", "world_size", "restarts", "max_restarts", "committed_checkpoint", "committed_step", "checkpoints", "reason", "exit_code", "ranks", "store", "last_failure")
     JOB_FIELD_NUMBER: _ClassVar[int]
     PHASE_FIELD_NUMBER: _ClassVar[int]
     WAITING_FOR_FIELD_NUMBER: _ClassVar[int]
@@ -477,6 +479,7 @@ class JobStatus(_message.Message):
     EXIT_CODE_FIELD_NUMBER: _ClassVar[int]
     RANKS_FIELD_NUMBER: _ClassVar[int]
     STORE_FIELD_NUMBER: _ClassVar[int]
+    LAST_FAILURE_FIELD_NUMBER: _ClassVar[int]
     job: str
     phase: str
     waiting_for: str
@@ -492,7 +495,36 @@ class JobStatus(_message.Message):
     exit_code: int
     ranks: _containers.RepeatedCompositeFieldContainer[JobRank]
     store: str
-    def __init__(self, job: _Optional[str] = ..., phase: _Optional[str] = ..., waiting_for: _Optional[str] = ..., run: _Optional[int] = ..., generation: _Optional[int] = ..., world_size: _Optional[int] = ..., restarts: _Optional[int] = ..., max_restarts: _Optional[int] = ..., committed_checkpoint: _Optional[int] = ..., committed_step: _Optional[int] = ..., checkpoints: _Optional[int] = ..., reason: _Optional[str] = ..., exit_code: _Optional[int] = ..., ranks: _Optional[_Iterable[_Union[JobRank, _Mapping]]] = ..., store: _Optional[str] = ...) -> None: ...
+    last_failure: Failure
+    def __init__(self, job: _Optional[str] = ..., phase: _Optional[str] = ..., waiting_for: _Optional[str] = ..., run: _Optional[int] = ..., generation: _Optional[int] = ..., world_size: _Optional[int] = ..., restarts: _Optional[int] = ..., max_restarts: _Optional[int] = ..., committed_checkpoint: _Optional[int] = ..., committed_step: _Optional[int] = ..., checkpoints: _Optional[int] = ..., reason: _Optional[str] = ..., exit_code: _Optional[int] = ..., ranks: _Optional[_Iterable[_Union[JobRank, _Mapping]]] = ..., store: _Optional[str] = ..., last_failure: _Optional[_Union[Failure, _Mapping]] = ...) -> None: ...
+
+class Failure(_message.Message):
+    __slots__ = ("generation", "reason", "kind", "traceback", "victims", "time")
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    TRACEBACK_FIELD_NUMBER: _ClassVar[int]
+    VICTIMS_FIELD_NUMBER: _ClassVar[int]
+    TIME_FIELD_NUMBER: _ClassVar[int]
+    generation: int
+    reason: str
+    kind: str
+    traceback: str
+    victims: _containers.RepeatedCompositeFieldContainer[Victim]
+    time: float
+    def __init__(self, generation: _Optional[int] = ..., reason: _Optional[str] = ..., kind: _Optional[str] = ..., traceback: _Optional[str] = ..., victims: _Optional[_Iterable[_Union[Victim, _Mapping]]] = ..., time: _Optional[float] = ...) -> None: ...
+
+class Victim(_message.Message):
+    __slots__ = ("rank", "worker", "exit_code", "error")
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    EXIT_CODE_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    rank: int
+    worker: str
+    exit_code: int
+    error: str
+    def __init__(self, rank: _Optional[int] = ..., worker: _Optional[str] = ..., exit_code: _Optional[int] = ..., error: _Optional[str] = ...) -> None: ...
 
 class JobRank(_message.Message):
     __slots__ = ("worker", "report")

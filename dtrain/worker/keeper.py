@@ -32,8 +32,12 @@ EXIT_CANNOT_RUN = 127  # as a shell says when a program cannot be run
 WATCH_S = 1.0  # how often the agent's lock is tried
 SWEEP_S = 0.02  # pause between two looks for descendants that are being killed
 SWEEPS_MAX = 500  # ten seconds: only a process stuck in the kernel lasts longer
-LOG_TAIL_BYTES = 8192  # of the log's end, read for its last line
-ERROR_MAX_CHARS = 500  # of that line, kept
+LOG_TAIL_BYTES = 32 * 1024  # of the log's end, read for its last words: room for a deep traceback
+ERROR_MAX_CHARS = 500  # of one line, kept
+TRACEBACK_MAX_CHARS = 4000  # of its end, where the error is
+NOISE_MAX_LINES = 20  # what exit handlers may print after a traceback; one further back was survived
+UNCAUGHT = 1  # exit code of a Python program that an exception ended
+TRACEBACK_START = "Traceback (most recent call last):"
 CHILD_SIGNALS = {signal.SIGCHLD, signal.SIGTERM, signal.SIGQUIT, signal.SIGINT, signal.SIGHUP}
 
 
@@ -68,8 +72,10 @@ def keep(folder: str, begin: Callable[[dict], None]) -> int:  # type: ignore[typ
     write_json(folder, "started.json", {**me, "trainer_pid": trainer, "trainer_start": start_time(trainer)})
     status = wait(trainer, plan)
     code = os.waitstatus_to_exitcode(status)
-    error = "" if code == 0 else last_error(plan)
-    write_json(folder, "exited.json", {"code": code, "at_unix_s": time.time(), "error": error})
+    # The wall clock may be set between two exits of one node; this one only grows.
+    seen = {"code": code, "at_unix_s": time.time(), "at_mono_s": time.monotonic()}
+    error, traceback = ("", "") if code == 0 else last_words(plan, code)
+    write_json(folder, "exited.json", {**seen, "error": error, "traceback": traceback})
     end_descendants()
     return 0
 
@@ -192,23 +198,47 @@ def agent_lives(path: str) -> bool:
     return False
 
 
-def last_error(plan: dict) -> str:  # type: ignore[type-arg]
-    """One line on why the trainer failed: its error file's message, else the last line of its log."""
+def last_words(plan: dict, code: int) -> tuple[str, str]:  # type: ignore[type-arg]
+    """One line on why the trainer failed, and its traceback: from its error file, else from the end of its log."""
     try:
         with open(plan["error_file"], encoding="utf-8") as file:
             message = json.load(file)["message"]
-        text = message["message"] if isinstance(message, dict) else str(message)
-        text = text.encode(errors="replace").decode()  # JSON can hold half a character, our wire cannot
-        return text.strip().replace("\n", " ")[:ERROR_MAX_CHARS]
-    except (OSError, ValueError, KeyError, TypeError):
+        text, traceback = str(message), ""
+        if isinstance(message, dict):
+            text, traceback = message["message"], str(message["extraInfo"].get("py_callstack", ""))
+        return sayable(text.strip().replace("\n", " "))[:ERROR_MAX_CHARS], sayable(traceback)[-TRACEBACK_MAX_CHARS:]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass  # no error file, or not one that we can read: the log is the next best witness
     try:
         with open(plan["log"], "rb") as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - LOG_TAIL_BYTES))
-            lines = [line.strip() for line in file.read().decode(errors="replace").splitlines()]
+            lines = [without_rank(line.rstrip()) for line in file.read().decode(errors="replace").splitlines()]
     except OSError:
-        return ""
-    return next((line for line in reversed(lines) if line), "")[:ERROR_MAX_CHARS]
+        return "", ""
+    found = last_traceback(lines) if code == UNCAUGHT else []
+    error = found[-1] if found else next((line for line in reversed(lines) if line), "")
+    return error.strip()[:ERROR_MAX_CHARS], "\n".join(found)[-TRACEBACK_MAX_CHARS:]
+
+
+def sayable(text: str) -> str:
+    """JSON can hold half a character, our wire cannot."""
+    return text.encode(errors="replace").decode()
+
+
+def without_rank(line: str) -> str:
+    """The line without the ``[rank0]: `` that torch puts before a traceback."""
+    return line.partition("]: ")[2] if line.startswith("[rank") and "]: " in line else line
+
+
+def last_traceback(lines: list[str]) -> list[str]:
+    """The log's last traceback, from its first line to the exception's own; empty if it was not what ended it."""
+    starts = [number for number, line in enumerate(lines) if line == TRACEBACK_START]
+    if not starts:
+        return []
+    for number in range(starts[-1] + 1, len(lines)):
+        if lines[number] and not lines[number].startswith(" "):
+            return lines[starts[-1] : number + 1] if len(lines) - number <= NOISE_MAX_LINES else []
+    return []
 
 
 def end_descendants() -> None:

@@ -48,6 +48,25 @@ class Started(msgspec.Struct, frozen=True):
     trainer_start: int
 
 
+# What the monotonic clock's zero was on the wall clock when this agent began. Exits are timed by the clock that only
+# grows, and told as wall time by one rule, so that those of one node stay in order whoever sets its clock.
+_MONOTONIC_ZERO_UNIX_S = time.time() - time.monotonic()
+
+
+class Exited(msgspec.Struct, frozen=True):
+    """``exited.json``: how the trainer ended, as its keeper saw it."""
+
+    code: int | None
+    at_unix_s: float
+    error: str
+    at_mono_s: float = 0.0  # on this boot's monotonic clock; 0: written by who did not see it
+    traceback: str = ""
+
+    def fact(self) -> ExitFact:
+        at_unix_s = _MONOTONIC_ZERO_UNIX_S + self.at_mono_s if self.at_mono_s else self.at_unix_s
+        return ExitFact(code=self.code, at_unix_s=at_unix_s, error=self.error, traceback=self.traceback)
+
+
 class KeeperPlan(msgspec.Struct, frozen=True, kw_only=True):
     """``keeper.json``: what the keeper runs."""
 
@@ -148,7 +167,7 @@ def read_started(folder: Path) -> Started | None:
 
 def read_exited(folder: Path) -> ExitFact | None:
     try:
-        return msgspec.json.decode((folder / "exited.json").read_bytes(), type=ExitFact)
+        return msgspec.json.decode((folder / "exited.json").read_bytes(), type=Exited).fact()
     except FileNotFoundError:
         return None
 

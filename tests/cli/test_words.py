@@ -1,6 +1,7 @@
 """What the command line makes of options, events, statuses and logs, without any process."""
 
 import dataclasses
+import enum
 import types
 import typing
 
@@ -10,7 +11,7 @@ from dtrain.cli.clients import parse_endpoints
 from dtrain.cli.event_words import describe, describe_cause
 from dtrain.cli.job_specs import default_name, parse_env, parse_nnodes, parse_nproc
 from dtrain.cli.log_streams import LINE_MAX_BYTES, LineJoiner
-from dtrain.cli.output import job_view, words_of_bytes
+from dtrain.cli.output import job_view, print_job, words_of_bytes
 from dtrain.cli.progress import progress_words, with_rank
 from dtrain.cli.services import default_worker_id
 from dtrain.common.errors import UserError
@@ -33,7 +34,9 @@ def made_up(kind: type) -> object:
         elif origin in (typing.Union, types.UnionType):
             values[name] = None
         else:
-            values[name] = plain(7) if plain is not str else "words"
+            values[name] = (
+                next(iter(plain)) if issubclass(plain, enum.Enum) else plain(7) if plain is not str else "words"
+            )
     return kind(**values)
 
 
@@ -48,6 +51,22 @@ def test_every_event_is_told_in_one_line(kind: type) -> None:
 def test_a_cause_names_the_fact_and_where_it_was_seen() -> None:
     cause = Cause(fact="trainer_exited", worker="node-1", snapshot=7, detail="ValueError: no")
     assert describe_cause(cause) == "trainer exited, seen in snapshot 7 of node-1, ValueError: no"
+
+
+def test_a_failure_is_told_with_its_victims_and_its_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    job = wire.JobStatus(job="job", phase="running")
+    assert job_view(job)["last_failure"] is None
+    failure = wire.Failure(generation=2, reason="rank 3 on b raised", kind="script", traceback="Traceback\n  x\nE: y\n")
+    failure.victims.add(rank=0, worker="a", exit_code=1, error="lost")
+    job.last_failure.CopyFrom(failure)
+    view = job_view(job)["last_failure"]
+    assert isinstance(view, dict)
+    assert (view["generation"], view["kind"], view["traceback"]) == (2, "script", "Traceback\n  x\nE: y\n")
+    assert view["victims"] == [{"rank": 0, "worker": "a", "exit_code": 1, "error": "lost"}]
+    print_job(job)
+    shown = capsys.readouterr().out
+    assert "generation 2: rank 3 on b raised; its victims: rank 0 on a\n" in shown
+    assert shown.endswith("\n\n    Traceback\n      x\n    E: y\n")
 
 
 @pytest.mark.parametrize(("text", "expected"), [("1", (1, 1)), ("4", (4, 4)), ("1:4", (1, 4)), ("2:2", (2, 2))])

@@ -16,7 +16,10 @@ from tests.coordinator.support.samples import EVENTS
 
 NAME = JobName(JOB)
 KEY = codec.event_key(PREFIX, NAME, 9)
-CAUSES = [Cause(fact="f"), Cause(fact="f", worker="w", snapshot=4, rank=0, exit_code=-9, detail="d")]
+CAUSES = [
+    Cause(fact="f"),
+    Cause(fact="f", worker="w", snapshot=4, rank=0, exit_code=-9, detail="d", traceback="Traceback:\n  a\nb"),
+]
 
 
 def record(event: Event, cause: Cause = CAUSES[0]) -> Entry:

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import json
 import os
 import signal
 import subprocess
@@ -107,6 +108,36 @@ def test_the_error_file_is_preferred_to_the_log(rank: Rank) -> None:
     fact = read_exited(rank.folder)
     assert fact is not None
     assert fact.error == "RuntimeError: the real cause"
+
+
+def test_the_traceback_is_taken_from_the_error_file(rank: Rank) -> None:
+    record = {"message": {"message": "ValueError: x", "extraInfo": {"py_callstack": "Traceback ...\nValueError: x\n"}}}
+    rank.error_file.write_text(json.dumps(record))
+    rank.keep("import sys; sys.exit(1)").wait(DEADLINE_S)
+    fact = read_exited(rank.folder)
+    assert fact is not None
+    assert (fact.error, fact.traceback) == ("ValueError: x", "Traceback ...\nValueError: x\n")
+
+
+def test_the_traceback_of_a_plain_script_is_found_in_its_log_before_what_it_printed_at_its_end(rank: Rank) -> None:
+    script = "import atexit\natexit.register(print, 'good bye')\ndef f(): raise ValueError('no luck')\nf()"
+    rank.keep(script).wait(DEADLINE_S)
+    fact = read_exited(rank.folder)
+    assert fact is not None
+    assert fact.error == "ValueError: no luck"
+    lines = fact.traceback.splitlines()
+    assert (lines[0], lines[-1]) == ("Traceback (most recent call last):", "ValueError: no luck")
+
+
+def test_a_traceback_that_was_survived_is_not_what_ended_the_trainer(rank: Rank) -> None:
+    script = (
+        "import sys, traceback\ntry: 1 / 0\nexcept ZeroDivisionError: traceback.print_exc()\n"
+        f"for n in range({keeper.NOISE_MAX_LINES}): print('step', n, file=sys.stderr)\nsys.exit('gave up')"
+    )
+    rank.keep(script).wait(DEADLINE_S)
+    fact = read_exited(rank.folder)
+    assert fact is not None
+    assert (fact.code, fact.error, fact.traceback) == (1, "gave up", "")
 
 
 def test_a_program_that_cannot_be_run_is_named(rank: Rank) -> None:

@@ -5,9 +5,12 @@ with defaults, because the logs of old runs are replayed for ever.
 """
 
 from dataclasses import dataclass
+from enum import StrEnum
 
 from dtrain.common.names import AttemptNumber, CheckpointNumber, Generation, Step, WorkerId
 from dtrain.common.specs import JobSpec
+
+_NO_STEP = Step(0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,6 +23,7 @@ class Cause:
     rank: int = -1
     exit_code: int = 0
     detail: str = ""
+    traceback: str = ""  # of the exception that is the fact, if it is one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +94,28 @@ class GenerationStarted:
     restore: RestorePoint | None = None  # None: step 0
 
 
+class FailureKind(StrEnum):
+    """Who is to answer for a failure."""
+
+    UNKNOWN = ""  # the log was written before kinds were told apart
+    SCRIPT = "script"  # the user's code: an exception, an exit code, a crash of its own process
+    CONNECTION = "connection"  # ranks lost each other, and nothing else was seen to be wrong
+    KILLED = "killed"  # a signal from outside ended the trainer
+    PREEMPTED = "preempted"  # its worker was shut down, or fenced itself
+    NODE = "node"  # the worker is gone
+    CHECKPOINT = "checkpoint"  # what it was to start from is damaged
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Victim:
+    """A rank that failed as a consequence of another's failure."""
+
+    rank: int
+    worker: WorkerId
+    exit_code: int = 0
+    error: str = ""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationFailed:
     generation: Generation
@@ -98,6 +124,9 @@ class GenerationFailed:
     exit_code: int = 1  # what the job would exit with if it ended now
     error: str = ""  # the failed trainer's last words
     progressed: bool = False  # some rank joined or completed a step in this generation
+    kind: FailureKind = FailureKind.UNKNOWN
+    step: Step = _NO_STEP  # completed by the rank that failed first; for a lost worker, by the furthest rank
+    victims: tuple[Victim, ...] = ()  # as far as known when it was decided; bounded
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -168,6 +168,12 @@ def _generation_failed(state: JobState, record: RecordedEvent, event: Generation
         progressed=event.progressed,
         age_s=record.time - generation.started_time,
         repeats=last.repeats + 1 if last is not None and same else 1,
+        generation=event.generation,
+        time=record.time,
+        kind=event.kind,
+        step=event.step,
+        victims=event.victims,
+        traceback=record.cause.traceback,
     )
     return replace(
         state,

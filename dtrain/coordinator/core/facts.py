@@ -45,6 +45,7 @@ class RankReport:
     exit_unknown: bool = False  # nobody saw the exit
     error: str = ""
     exited_at: float = 0.0  # unix time
+    traceback: str = ""  # of the exception that ended it; empty if none is known
 
     @property
     def failed(self) -> bool:

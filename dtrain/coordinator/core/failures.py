@@ -1,22 +1,30 @@
 """When a generation has failed, why, and whether its job may go on.
 
-A generation fails as a whole: collectives cannot go on without a member. The first failure by time is named
-as the reason; the peers' connection errors that follow it within milliseconds are its consequences.
+A generation fails as a whole: collectives cannot go on without a member. The first cause is named as the reason
+(first_causes.py); the peers' connection errors that follow it within milliseconds are its victims.
 """
 
-import math
 from collections.abc import Iterator
 
+from dtrain.common.names import Step
 from dtrain.coordinator.core.events import (
     Cause,
     CheckpointAborted,
     CheckpointQuarantined,
     Decision,
+    FailureKind,
     GenerationFailed,
     JobFailed,
     Member,
 )
-from dtrain.coordinator.core.facts import AssignmentReport, Now, RankReport, RestorePhase
+from dtrain.coordinator.core.facts import AssignmentReport, Now, RankReport, RankState, RestorePhase
+from dtrain.coordinator.core.first_causes import (
+    FIRST_CAUSE_WAIT_S,
+    SIGNAL_EXIT_BASE,
+    FailedRank,
+    failed_ranks,
+    victims_of,
+)
 from dtrain.coordinator.core.observed import Observed
 from dtrain.coordinator.core.states import GenerationState, InflightCheckpoint, JobState, LastFailure
 
@@ -26,7 +34,6 @@ SAME_ERROR_LIMIT = 3
 # A script that raises within this time of its start and never joined or completed a step cannot start at all.
 CANNOT_START_WITHIN_S = 60.0
 CANNOT_START_EXIT_CODE = 2
-_SIGNAL_EXIT_BASE = 128  # a shell's convention for "ended by a signal"
 _STARTED_PHASES = frozenset({"joined", "restoring", "training", "checkpointing", "holding", "finished"})
 
 
@@ -45,7 +52,7 @@ def failure(job: JobState, generation: GenerationState, observed: Observed, now:
     found = (
         _damaged_restore(job, generation, observed)
         or _refused(job, generation, observed)
-        or _failed_rank(job, generation, observed)
+        or _failed_rank(job, generation, observed, now)
         or _lost_member(job, generation, observed, now)
     )
     if found is None:
@@ -87,6 +94,7 @@ def _damaged_restore(job: JobState, generation: GenerationState, observed: Obser
             generation=generation.number,
             reason=f"checkpoint {restore.checkpoint} is damaged: {report.restore.key}: {report.restore.reason}",
             counted=False,
+            kind=FailureKind.CHECKPOINT,
         )
         return Decision(event=failed, cause=cause)
     return None
@@ -120,35 +128,89 @@ def start_id(job: JobState, generation: GenerationState) -> str:
     return f"{job.name}/g{generation.number}/start"
 
 
-def _failed_rank(job: JobState, generation: GenerationState, observed: Observed) -> Decision | None:
-    failed: list[tuple[float, int, Member, RankReport]] = []
-    progressed = False
-    for member, report in reports(job, generation, observed):
-        for rank in report.ranks:
-            progressed = progressed or rank.completed_step > 0 or rank.phase in _STARTED_PHASES
-            if rank.failed:
-                failed.append((rank.exited_at or math.inf, rank.rank, member, rank))  # 0: nobody saw when
+def _failed_rank(job: JobState, generation: GenerationState, observed: Observed, now: Now) -> Decision | None:
+    failed = failed_ranks(reports(job, generation, observed), observed)
     if not failed:
         return None
-    _, _, member, first = min(failed, key=lambda entry: entry[:2])
-    reason = f"rank {first.rank} on {member.worker} {how_it_ended(first)}"
+    first, *others = failed
+    unreachable = None
+    if first.is_victim:
+        if _cause_may_follow(job, generation, observed, now):
+            return None
+        unreachable = next((m for m in generation.members if not observed.view(m.worker).connected), None)
+    if unreachable is not None:
+        return _lost_with_victims(job, generation, observed, unreachable, failed)
+    rank, worker = first.report, first.member.worker
     event = GenerationFailed(
         generation=generation.number,
-        reason=reason,
+        reason=f"rank {rank.rank} on {worker} {how_it_ended(rank)}",
         counted=True,
-        exit_code=_exit_code(first),
-        error=first.error if first.exit_code > 0 else "",
-        progressed=progressed,
+        exit_code=_exit_code(rank),
+        error=rank.error if rank.exit_code > 0 else "",
+        progressed=_progressed(job, generation, observed),
+        kind=first.kind,
+        step=rank.completed_step,
+        victims=victims_of(others),
     )
     cause = Cause(
         fact="trainer_exited",
-        worker=member.worker,
-        snapshot=_snapshot_number(observed, member),
-        rank=first.rank,
-        exit_code=first.exit_code,
-        detail=first.error,
+        worker=worker,
+        snapshot=_snapshot_number(observed, first.member),
+        rank=rank.rank,
+        exit_code=rank.exit_code,
+        detail=rank.error,
+        traceback=rank.traceback,
     )
     return Decision(event=event, cause=cause)
+
+
+def _cause_may_follow(job: JobState, generation: GenerationState, observed: Observed, now: Now) -> bool:
+    """Whether lost connections are all that is known, and another rank's end may still be reported."""
+    ended = sum(
+        rank.state is RankState.EXITED for _, report in reports(job, generation, observed) for rank in report.ranks
+    )
+    if ended == generation.world_size:
+        return False
+    since = observed.failing_since_s.setdefault((job.name, generation.number), now.mono_s)
+    return now.mono_s - since < FIRST_CAUSE_WAIT_S
+
+
+def _lost_with_victims(
+    job: JobState, generation: GenerationState, observed: Observed, member: Member, failed: list[FailedRank]
+) -> Decision:
+    """Peers lost their connections and a worker cannot be reached: one death explains both."""
+    event = GenerationFailed(
+        generation=generation.number,
+        reason=f"worker {member.worker} cannot be reached, and its peers lost their connections",
+        counted=False,
+        progressed=True,
+        kind=FailureKind.NODE,
+        step=_furthest(job, generation, observed),
+        victims=victims_of(failed),
+    )
+    return Decision(
+        event=event,
+        cause=Cause(
+            fact="worker_unreachable",
+            worker=member.worker,
+            snapshot=_snapshot_number(observed, member),
+            detail=failed[0].report.error,
+        ),
+    )
+
+
+def _progressed(job: JobState, generation: GenerationState, observed: Observed) -> bool:
+    return any(
+        rank.completed_step > 0 or rank.phase in _STARTED_PHASES
+        for _, report in reports(job, generation, observed)
+        for rank in report.ranks
+    )
+
+
+def _furthest(job: JobState, generation: GenerationState, observed: Observed) -> Step:
+    """The furthest step that any rank of the generation is known to have completed."""
+    steps = [rank.completed_step for _, report in reports(job, generation, observed) for rank in report.ranks]
+    return max(steps, default=Step(0))
 
 
 def how_it_ended(rank: RankReport) -> str:
@@ -165,7 +227,7 @@ def how_it_ended(rank: RankReport) -> str:
 def _exit_code(rank: RankReport) -> int:
     if rank.exit_unknown:
         return 1
-    return rank.exit_code if rank.exit_code > 0 else _SIGNAL_EXIT_BASE - rank.exit_code
+    return rank.exit_code if rank.exit_code > 0 else SIGNAL_EXIT_BASE - rank.exit_code
 
 
 def _lost_member(job: JobState, generation: GenerationState, observed: Observed, now: Now) -> Decision | None:
@@ -182,10 +244,16 @@ def _lost_member(job: JobState, generation: GenerationState, observed: Observed,
             cause = Cause(fact="worker_lost", worker=member.worker, snapshot=_snapshot_number(observed, member))
         else:
             continue
-        return Decision(
-            event=GenerationFailed(generation=generation.number, reason=reason, counted=False, progressed=True),
-            cause=cause,
+        event = GenerationFailed(
+            generation=generation.number,
+            reason=reason,
+            counted=False,
+            progressed=True,
+            kind=FailureKind.NODE,
+            step=_furthest(job, generation, observed),
+            victims=victims_of(failed_ranks(reports(job, generation, observed), observed)),
         )
+        return Decision(event=event, cause=cause)
     return None
 
 

@@ -81,6 +81,8 @@ class Observed:
     # When a run of a job began to wait for workers. By run: the wait of one that was cancelled is not the next one's.
     pending_since_s: dict[tuple[JobName, int], float] = field(default_factory=dict)
     reached_since_s: dict[tuple[JobName, AttemptNumber], float] = field(default_factory=dict)
+    # When a generation's first lost connection was seen without its cause; one entry a generation that failed so.
+    failing_since_s: dict[tuple[JobName, Generation], float] = field(default_factory=dict)
 
     def view(self, worker: WorkerId) -> WorkerView:
         """The worker's view; one that was never seen has been absent since the leadership began."""

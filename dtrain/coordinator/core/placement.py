@@ -96,6 +96,7 @@ def start(job: JobState, observed: Observed, jobs: Mapping[JobName, JobState], n
         restore=newest.restore_point if newest is not None else None,
     )
     observed.pending_since_s.pop((job.name, job.run), None)
+    observed.failing_since_s.pop((job.name, Generation(job.last_generation)), None)
     last = job.last_failure
     cause = Cause(
         fact="workers_available",

@@ -27,7 +27,7 @@ from enum import StrEnum
 
 from dtrain.common.names import AttemptNumber, CheckpointNumber, Generation, JobName, Step, Term, WorkerId
 from dtrain.common.specs import JobSpec
-from dtrain.coordinator.core.events import Member, Position, RestorePoint, ShardRecord
+from dtrain.coordinator.core.events import FailureKind, Member, Position, RestorePoint, ShardRecord, Victim
 
 
 class JobPhase(StrEnum):
@@ -118,6 +118,12 @@ class LastFailure:
     progressed: bool
     age_s: float  # of the generation when it failed
     repeats: int  # how many generations in a row failed just so, this one included
+    generation: Generation
+    time: float  # unix time of the decision
+    kind: FailureKind
+    step: Step  # see GenerationFailed
+    victims: tuple[Victim, ...]
+    traceback: str  # of the first cause; empty if it was no exception, or none is known
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

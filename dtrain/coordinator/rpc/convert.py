@@ -24,6 +24,7 @@ from dtrain.coordinator.core.facts import (
     ShardReport,
     WorkerSnapshot,
 )
+from dtrain.coordinator.core.states import LastFailure
 from dtrain.proto import agent_pb2 as wire
 
 SPEC_MAX_BYTES = 128 * 1024  # as JSON it may grow sixfold and still fits into a transaction
@@ -106,6 +107,7 @@ def rank_from_wire(message: wire.RankReport) -> RankReport:
         exit_unknown=message.exit_unknown,
         error=message.error[:TEXT_MAX_CHARS],
         exited_at=message.exited_at,
+        traceback=message.traceback[-TEXT_MAX_CHARS:],
     )
 
 
@@ -124,6 +126,21 @@ def rank_to_wire(rank: RankReport) -> wire.RankReport:
         exit_unknown=rank.exit_unknown,
         error=rank.error,
         exited_at=rank.exited_at,
+        traceback=rank.traceback,
+    )
+
+
+def failure_to_wire(last: LastFailure) -> wire.Failure:
+    return wire.Failure(
+        generation=last.generation,
+        reason=last.reason,
+        kind=last.kind.value,
+        traceback=last.traceback,
+        victims=[
+            wire.Victim(rank=victim.rank, worker=victim.worker, exit_code=victim.exit_code, error=victim.error)
+            for victim in last.victims
+        ],
+        time=last.time,
     )
 
 

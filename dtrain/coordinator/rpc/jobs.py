@@ -16,7 +16,7 @@ from dtrain.coordinator.core.placement import taken_slots, waiting_for
 from dtrain.coordinator.core.states import JobPhase, JobState
 from dtrain.coordinator.loop import LeaderLoop
 from dtrain.coordinator.rpc.agents import NOT_LEADING
-from dtrain.coordinator.rpc.convert import rank_to_wire, spec_from_wire
+from dtrain.coordinator.rpc.convert import failure_to_wire, rank_to_wire, spec_from_wire
 from dtrain.proto import agent_pb2 as wire
 from dtrain.proto import agent_pb2_grpc
 from dtrain.storage.keys import job_prefix
@@ -171,6 +171,8 @@ def _status(loop: LeaderLoop, job: JobState) -> wire.JobStatus:
         exit_code=job.exit_code,
         store=job.spec.store,
     )
+    if job.last_failure is not None:
+        status.last_failure.CopyFrom(failure_to_wire(job.last_failure))
     if job.phase is JobPhase.PENDING:
         status.waiting_for = waiting_for(job, loop.observed, loop.jobs)
     if generation is not None:

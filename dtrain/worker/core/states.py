@@ -167,6 +167,7 @@ class ExitFact:
     code: int | None  # >= 0: exit code; < 0: minus the signal; None: nobody saw it
     at_unix_s: float
     error: str  # one line: what it said last
+    traceback: str = ""  # of the exception that ended it, bounded; empty if none is known
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -137,6 +137,7 @@ def _rank(run: RankRun) -> wire.RankReport:
         message.exit_code = run.exit.code or 0
         message.exit_unknown = run.exit.code is None
         message.error = run.exit.error
+        message.traceback = run.exit.traceback
         message.exited_at = run.exit.at_unix_s
     return message
 

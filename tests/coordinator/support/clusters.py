@@ -247,9 +247,11 @@ class Cluster:
                 )
             self.reports(member.worker)
 
-    def exits(self, rank: int, code: int, *, name: str = JOB, error: str = "", at_s: float = 0.0) -> None:
+    def exits(
+        self, rank: int, code: int, *, name: str = JOB, error: str = "", at_s: float = 0.0, traceback: str = ""
+    ) -> None:
         """One rank ends and its worker reports it."""
-        self._rank(name, rank, state=RankState.EXITED, exit_code=code, error=error, exited_at=at_s)
+        self._rank(name, rank, state=RankState.EXITED, exit_code=code, error=error, exited_at=at_s, traceback=traceback)
         self.reports(self._worker_of(name, rank))
 
     def finish(self, name: str = JOB) -> None:

@@ -32,6 +32,7 @@ class Node:
     slots: int
     journal: str
     incarnation: str
+    phase: str = "idle"
     stream: int = 0
     number: int = 0  # of its last snapshot
     held: dict[str, Held] = field(default_factory=dict)
@@ -62,7 +63,7 @@ class Node:
             address=f"{self.name}.example:4000",
             slots=self.slots,
             rendezvous_port=29500,
-            phase="idle",
+            phase=self.phase,
             assignments=assignments,
             commands=tuple(self.commands),
         )

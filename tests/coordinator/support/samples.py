@@ -13,6 +13,7 @@ from dtrain.coordinator.core.events import (
     CheckpointQuarantined,
     CheckpointStarted,
     Event,
+    FailureKind,
     GenerationFailed,
     GenerationStarted,
     JobCancelled,
@@ -23,6 +24,7 @@ from dtrain.coordinator.core.events import (
     RestorePoint,
     RunInterrupted,
     ShardRecord,
+    Victim,
 )
 from tests.coordinator.support.clusters import DIGEST, spec
 
@@ -56,7 +58,15 @@ EVENTS: tuple[Event, ...] = (
         ),
     ),
     GenerationFailed(
-        generation=_GENERATION, reason=_ODD_TEXT, counted=True, exit_code=137, error=_ODD_TEXT, progressed=True
+        generation=_GENERATION,
+        reason=_ODD_TEXT,
+        counted=True,
+        exit_code=137,
+        error=_ODD_TEXT,
+        progressed=True,
+        kind=FailureKind.KILLED,
+        step=_STEP,
+        victims=(Victim(rank=1, worker=WorkerId("w1"), exit_code=1, error=_ODD_TEXT),),
     ),
     CheckpointStarted(checkpoint=_CHECKPOINT, attempt=_ATTEMPT, generation=_GENERATION, step=_STEP),
     CheckpointAborted(checkpoint=_CHECKPOINT, attempt=_ATTEMPT, reason="missed", missed=True),
