@@ -175,7 +175,9 @@ def _delete_attempt(store: ObjectStore, effect: DeleteAttempt) -> ObjectsDeleted
     if effect.committed:
         store.delete(keys.marker_key(effect.job, effect.checkpoint))  # first: from here on nothing is promised
     store.delete(keys.manifest_key(effect.job, effect.checkpoint, effect.attempt))
-    for info in list(store.list(keys.attempt_prefix(effect.job, effect.checkpoint, effect.attempt))):
+    prefix = keys.attempt_prefix(effect.job, effect.checkpoint, effect.attempt)
+    store.abandon(prefix)  # before the list, which so holds whatever was completed meanwhile
+    for info in list(store.list(prefix)):
         store.delete(info.key)
     return ObjectsDeleted(job=effect.job, attempt=effect.attempt)
 

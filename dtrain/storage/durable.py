@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from dtrain.storage.keys import RESERVED_PART
+from dtrain.storage.metering import Meter
 from dtrain.storage.parts import FileParts
 
 CHUNK_BYTES = 8 * 1024 * 1024  # written at a time: the disk starts on one chunk while the next is copied
@@ -35,9 +36,9 @@ def place(directory: int, name: str, data: memoryview, *, if_absent: bool) -> No
     _place(directory, name, len(data), lambda file: _write(file, data), if_absent=if_absent)
 
 
-def place_file(directory: int, name: str, source: FileParts) -> None:
+def place_file(directory: int, name: str, source: FileParts, meter: Meter) -> None:
     """Like :func:`place`, for parts of an open file; its bytes never leave the kernel."""
-    _place(directory, name, source.size_bytes, lambda file: _send_parts(file, source), if_absent=False)
+    _place(directory, name, source.size_bytes, lambda file: _send_parts(file, source, meter), if_absent=False)
 
 
 def _place(directory: int, name: str, size_bytes: int, fill: Callable[[int], None], *, if_absent: bool) -> None:
@@ -89,23 +90,28 @@ def _reserve(descriptor: int, size_bytes: int) -> None:
                 raise
 
 
-def _send_parts(descriptor: int, source: FileParts) -> None:
-    _write(descriptor, memoryview(source.head))
+def _send_parts(descriptor: int, source: FileParts, meter: Meter) -> None:
     position = len(source.head)
+    meter.before(position)
+    _write(descriptor, memoryview(source.head))
+    meter.moved(position)
     for begin, end in source.ranges:
-        _send(descriptor, source.file, begin, end, position)
+        _send(descriptor, source.file, begin, end, position, meter)
         position += end - begin
 
 
-def _send(descriptor: int, source: int, begin: int, end: int, position: int) -> None:
+def _send(descriptor: int, source: int, begin: int, end: int, position: int, meter: Meter) -> None:
     """Append a range of ``source``; ``position`` is where the target ends so far."""
     at = begin
     while at < end:
-        count = os.sendfile(descriptor, source, at, min(CHUNK_BYTES, end - at))
+        chunk_bytes = min(CHUNK_BYTES, end - at)
+        meter.before(chunk_bytes)
+        count = os.sendfile(descriptor, source, at, chunk_bytes)
         if count == 0:
             raise OSError(errno.EIO, f"the source ends at {at} of {end} bytes")
         _start_writeback(descriptor, position + at - begin, count)
         at += count
+        meter.moved(count)
 
 
 def _write(descriptor: int, data: memoryview) -> None:

@@ -25,6 +25,7 @@ from pathlib import Path
 from dtrain.common.errors import DtrainError, ShardDamagedError
 from dtrain.storage.durable import DIRECTORY, closing, flush, flush_path, place, place_file, sweep
 from dtrain.storage.keys import RESERVED_PART, validate_key, validate_prefix
+from dtrain.storage.metering import UNMETERED, Meter
 from dtrain.storage.objects import (
     AlreadyExists,
     NotFound,
@@ -69,9 +70,21 @@ class LocalFolder:
         with self._prepared_place(key) as (directory, name):
             place(directory, name, memoryview(data).cast("B"), if_absent=if_absent)
 
-    def put_file(self, key: str, source: FileParts) -> None:
+    def put_file(self, key: str, source: FileParts, *, meter: Meter = UNMETERED) -> None:
         with self._prepared_place(key) as (directory, name):
-            place_file(directory, name, source)
+            place_file(directory, name, source, meter)
+
+    def abandon(self, prefix: str) -> None:
+        *folders, start = validate_prefix(prefix).split("/")
+        with _translated(prefix, self._root):
+            try:
+                directory = self._open(folders)
+            except (FileNotFoundError, _ObjectInTheWay):
+                return
+            with closing(directory):
+                if not start:
+                    sweep(directory)
+                _sweep_folders(directory, start)
 
     def get(self, key: str) -> bytes:
         with _translated(key, self._root), self._opened(key) as descriptor:
@@ -231,6 +244,20 @@ def _walk(directory: int, prefix: str, start: str, root: Path) -> Iterator[Objec
                 continue
         with closing(inner):
             yield from _walk(inner, f"{prefix}{name}/", "", root)
+
+
+def _sweep_folders(directory: int, start: str) -> None:
+    """Sweep all folders below the directory, at its own level only those whose names start with ``start``."""
+    for name in os.listdir(directory):
+        if not name.startswith(start):
+            continue
+        try:
+            inner = os.open(name, DIRECTORY | os.O_NOFOLLOW, dir_fd=directory)
+        except OSError:  # an object, a link, or removed meanwhile: nothing of ours lies below it
+            continue
+        with closing(inner):
+            sweep(inner)
+            _sweep_folders(inner, "")
 
 
 @contextlib.contextmanager

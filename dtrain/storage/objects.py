@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from dtrain.common.errors import PermanentError, RetryableError
+from dtrain.storage.metering import UNMETERED, Meter
 from dtrain.storage.parts import FileParts
 
 
@@ -72,10 +73,20 @@ class ObjectStore(Protocol):
         """
         ...
 
-    def put_file(self, key: str, source: FileParts) -> None:
+    def put_file(self, key: str, source: FileParts, *, meter: Meter = UNMETERED) -> None:
         """Store the parts of an open file, as :meth:`put` does.
 
-        For large objects: a store that can leaves the bytes in the kernel.
+        For large objects: a store that can leaves the bytes in the kernel, and goes on with what an earlier call for
+        this key, also one of a process that was killed, has sent already.
+        ``meter`` is asked before each slice and told after it.
+        """
+        ...
+
+    def abandon(self, prefix: str) -> None:
+        """Give back the room of puts that were cut off and whose keys start with ``prefix``.
+
+        For attempts that nobody wants any more, before their objects are listed and deleted: a put under way fails,
+        or has its object listed. Nothing that a reader can see changes.
         """
         ...
 

@@ -7,6 +7,8 @@ from hypothesis import settings
 
 from dtrain.storage.local import LocalFolder
 from dtrain.storage.objects import ObjectStore
+from dtrain.storage.s3 import S3Store
+from dtrain.storage.s3_parts import PART_MIN_BYTES
 from dtrain.storage.uris import open_store
 from tests.support.memory_store import MemoryStore
 from tests.support.s3_server import S3Server, moto, seaweedfs
@@ -46,6 +48,18 @@ def store(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ob
             server: S3Server = request.getfixturevalue("seaweed_server" if kind == "seaweedfs" else "moto_server")
             _set_environment(server, monkeypatch)
             return open_store(server.uri(f"contract/{abs(hash(request.node.name)):x}"))
+
+
+@pytest.fixture
+def small_parts(seaweed: S3Server, request: pytest.FixtureRequest) -> S3Store:
+    """A store on the real server with small parts, so that a few megabytes go the way of many."""
+    return S3Store(
+        bucket=seaweed.bucket,
+        prefix=f"s3/{request.node.name}",
+        endpoint=seaweed.endpoint,
+        region="us-east-1",
+        part_bytes=PART_MIN_BYTES,
+    )
 
 
 def _set_environment(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:

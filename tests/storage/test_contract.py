@@ -10,7 +10,7 @@ import pytest
 
 from dtrain.common.errors import ShardDamagedError
 from dtrain.storage.keys import InvalidKey
-from dtrain.storage.objects import AlreadyExists, NotFound, ObjectInfo, ObjectStore
+from dtrain.storage.objects import AlreadyExists, NotFound, ObjectInfo, ObjectStore, StorageUnavailable
 from dtrain.storage.parts import FileParts
 from dtrain.storage.uris import probe
 
@@ -170,3 +170,42 @@ def test_refuses_to_list_outside_of_itself(store: ObjectStore) -> None:
 def test_a_probe_leaves_nothing_behind(store: ObjectStore) -> None:
     probe(store)
     assert list(store.list("")) == []
+
+
+def test_the_meter_of_an_upload_is_asked_for_every_byte_and_told_of_it(store: ObjectStore, tmp_path: Path) -> None:
+    asked, told = [], []
+
+    class Recording:
+        def before(self, count_bytes: int) -> None:
+            asked.append(count_bytes)
+
+        def moved(self, count_bytes: int) -> None:
+            told.append(count_bytes)
+
+    data = os.urandom(20_000_000)
+    (tmp_path / "file").write_bytes(data)
+    with (tmp_path / "file").open("rb") as file:
+        store.put_file("blob", FileParts(file=file.fileno(), ranges=((0, len(data)),)), meter=Recording())
+    assert sum(asked) == sum(told) == len(data)
+    assert store.get("blob") == data
+
+
+def test_an_upload_ends_by_what_its_meter_raises_and_leaves_no_object(store: ObjectStore, tmp_path: Path) -> None:
+    class Refusing:
+        def before(self, count_bytes: int) -> None:
+            raise StorageUnavailable("not now")
+
+        def moved(self, count_bytes: int) -> None:
+            raise AssertionError("nothing was sent")
+
+    (tmp_path / "file").write_bytes(b"data")
+    with (tmp_path / "file").open("rb") as file, pytest.raises(StorageUnavailable, match="not now"):
+        store.put_file("blob", FileParts(file=file.fileno(), ranges=((0, 4),)), meter=Refusing())
+    assert store.head("blob") is None
+
+
+def test_abandoning_a_prefix_takes_no_object_away(store: ObjectStore) -> None:
+    store.put("jobs/a/blob", b"x")
+    for prefix in ("", "jobs/", "jobs/a/", "jobs/a/b", "jobs/none/"):
+        store.abandon(prefix)
+    assert store.get("jobs/a/blob") == b"x"

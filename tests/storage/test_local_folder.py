@@ -98,6 +98,25 @@ def test_a_living_writer_is_not_swept_away(tmp_path: Path) -> None:
     assert [info.key for info in LocalFolder(tmp_path).list("")] == ["a/before", "a/blob", "a/other"]
 
 
+def test_abandoning_a_prefix_removes_what_killed_writers_left_below_it_and_nothing_of_living_ones(
+    tmp_path: Path,
+) -> None:
+    for root in ("1", "1/deeper", "2"):
+        with halted_writer(tmp_path / root, "flush", "1") as writer:
+            writer.send_signal(signal.SIGKILL)
+    with halted_writer(tmp_path / "1/living", "flush", "1") as writer:
+        store = LocalFolder(tmp_path)
+        store.abandon("1/")
+        assert {path.parent for path in temporaries(tmp_path)} == {tmp_path / "1/living/a", tmp_path / "2/a"}
+        writer.communicate("", timeout=60)
+        assert writer.returncode == 0
+    store.abandon("2/a/b")
+    assert len(temporaries(tmp_path)) == 1, "that is no folder's beginning"
+    store.abandon("2/a")
+    assert temporaries(tmp_path) == []
+    assert store.head("1/living/a/blob") is not None
+
+
 def test_many_stores_that_begin_in_one_folder_do_not_sweep_each_other_away(tmp_path: Path) -> None:
     keys = [f"a/{number}" for number in range(200)]
     with ThreadPoolExecutor(8) as pool:

@@ -12,6 +12,7 @@ from typing import TypeVar
 
 from dtrain.common.errors import ShardDamagedError
 from dtrain.storage.keys import validate_key, validate_prefix
+from dtrain.storage.metering import UNMETERED, Meter
 from dtrain.storage.objects import AlreadyExists, NotFound, ObjectInfo, StorageRefused
 from dtrain.storage.parts import FileParts
 
@@ -75,8 +76,13 @@ class MemoryStore:
 
         self._call("put", validate_key(key), act)
 
-    def put_file(self, key: str, source: FileParts) -> None:
+    def put_file(self, key: str, source: FileParts, *, meter: Meter = UNMETERED) -> None:
+        meter.before(source.size_bytes)
         self.put(key, source.mapped().joined())
+        meter.moved(source.size_bytes)
+
+    def abandon(self, prefix: str) -> None:
+        self._call("abandon", validate_prefix(prefix), lambda: None)
 
     def get(self, key: str) -> bytes:
         return self._call("get", validate_key(key), lambda: self._found(key))

@@ -68,6 +68,12 @@ class S3Server:
         return session.client("s3", endpoint_url=self.endpoint, config=config)
 
 
+def open_uploads(server: S3Server, prefix: str = "") -> list[str]:
+    """The keys of the uploads in parts that were neither completed nor aborted."""
+    listed = server.client().list_multipart_uploads(Bucket=server.bucket, Prefix=prefix)
+    return [upload["Key"] for upload in listed.get("Uploads", [])]
+
+
 @contextmanager
 def seaweedfs(folder: Path, *, bucket: str = "dtrain-test") -> Iterator[S3Server]:
     """Run SeaweedFS with its data in ``folder``; kill it on leaving."""
