@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from dtrain.common.version import VERSION as __version__
 
 if TYPE_CHECKING:
-    from dtrain.trainer import dcp
+    from dtrain.storage import dcp
     from dtrain.trainer.run import Run, join
 
 __all__ = ["Run", "__version__", "dcp", "join"]
@@ -20,7 +20,7 @@ def __getattr__(name: str) -> Any:
 
         return getattr(run, name)
     if name == "dcp":
-        from dtrain.trainer import dcp
+        from dtrain.storage import dcp
 
         return dcp
     raise AttributeError(f"module 'dtrain' has no attribute {name!r}")

@@ -19,6 +19,7 @@ from dtrain.storage.shards import TREE_ENTRY
 
 Json: TypeAlias = bool | int | str | list["Json"] | dict[str, "Json"] | None
 
+OWN_PREFIX = "_rank"  # what a rank's own tensors are named after; no tracked name starts with an underscore
 SECTIONS_BY_NAME = ("objects", "local")  # sections of a tree whose keys are names that people gave
 
 

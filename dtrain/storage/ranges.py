@@ -7,8 +7,9 @@ Pieces that lie side by side are read at once, because a request to S3 costs as 
 """
 
 import mmap
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from dtrain.common.errors import ShardDamagedError
 from dtrain.storage.indexes import IndexedShard, Piece, piece_is_sound
@@ -25,6 +26,10 @@ class NeededRange:
     tensor: str
     begin: int
     end: int
+
+
+# Returns writable memory laid out as the shards are, in which the ranges are there and verified. By shard.
+Bring: TypeAlias = Callable[[set[NeededRange]], Mapping[int, memoryview]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from dtrain.trainer.tensor_codes import CODE_OF_DTYPE, size_bytes, view_bytes
+from dtrain.storage.tensor_codes import CODE_OF_DTYPE, size_bytes, view_bytes
 
 PIECE_BYTES = 8 * 1024 * 1024  # taken at a time: many pieces a thread, and the price of taking one is not seen
 THREAD_MIN_BYTES = 4 * 1024 * 1024  # less for each thread is sooner copied by one than spread over more

@@ -16,15 +16,14 @@ import torch
 
 from dtrain.common.errors import UserError
 from dtrain.storage import shards
-from dtrain.storage.catalogs import Catalog, WholeTensor, catalog_of
+from dtrain.storage.catalogs import OWN_PREFIX, Catalog, WholeTensor, catalog_of
 from dtrain.storage.manifests import Manifest
 from dtrain.storage.objects import ObjectStore
 from dtrain.storage.ranges import read_needed
 from dtrain.storage.shards import ShardPlan, TensorEntry
+from dtrain.storage.tensor_codes import view_bytes
 from dtrain.storage.verify import read_index
-from dtrain.trainer.resharding import copy_all, meetings
-from dtrain.trainer.tensor_codes import view_bytes
-from dtrain.trainer.tracking import OWN_PREFIX
+from dtrain.trainer.resharding import fill
 
 BATCH_BYTES = 1024 * 1024 * 1024  # read before they are copied: a bound on memory, far above what a request costs
 
@@ -85,8 +84,7 @@ def _fill(
         for name in names:
             start = plan.data_start + plan.data_offsets[name][0]
             targets[name] = view_bytes(image, tensors[name].dtype, tensors[name].shape, start)
-        found = meetings(targets, tensors)
-        copy_all(found, read_needed(store, catalog.shards, {meeting.needed for meeting in found}))
+        fill(targets, tensors, lambda needed: read_needed(store, catalog.shards, needed), another_world=False)
     page.flush()
 
 

@@ -33,7 +33,7 @@ from dtrain.storage.uris import open_store, probe
 from dtrain.storage.verify import read_index, read_manifest, read_marker
 from dtrain.trainer.copying import Copier
 from dtrain.trainer.failures import one_line
-from dtrain.trainer.resharding import copy_all, meetings
+from dtrain.trainer.resharding import fill
 from dtrain.trainer.restoring import Plan, saved_state
 from dtrain.trainer.staging import ShardLayouts
 from dtrain.trainer.surroundings import Surroundings
@@ -227,8 +227,12 @@ class LocalStation:
         catalog = catalog_of([read_index(store, entry)[0] for entry in manifest.shards])
         saved = saved_state(catalog, self._surroundings.rank)
         targets = plan(saved)
-        found = meetings(targets, saved.wholes)
-        copy_all(found, read_needed(store, catalog.shards, {meeting.needed for meeting in found}))
+        fill(
+            targets,
+            saved.wholes,
+            lambda needed: read_needed(store, catalog.shards, needed),
+            another_world=saved.world_size != self._surroundings.world_size,
+        )
         return replace(saved, tensors=targets)
 
     def _from_all(self, answer: _T) -> list[_T]:

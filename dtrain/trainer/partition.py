@@ -16,8 +16,8 @@ from dataclasses import dataclass
 
 import torch
 
+from dtrain.storage.tensor_codes import size_bytes
 from dtrain.trainer.parts import TensorPart
-from dtrain.trainer.tensor_codes import size_bytes
 
 CUT_BYTES = 32 * 1024 * 1024  # larger tensors are cut into rows; smaller ones even out among themselves
 

@@ -1,84 +1,79 @@
-"""From the parts that were saved to the parts that are wanted now: boxes cut out of boxes.
+"""From the parts that were saved to the parts that are wanted now.
 
-The saved parts of a tensor and the parts that this rank holds are boxes in the same whole, so what must be copied is
-where they meet; each meeting names the bytes it needs, and only those are fetched. No rank asks another.
+Two ways, and no rank asks another in either:
 
-torch's own planner for this (torch.distributed.checkpoint) gives the same boxes. It is not used here because its
-import costs every restart most of a second; the storage classes in dcp.py are for whoever uses it.
+- *straight*, if this rank holds what was saved: each tensor whole, or exactly the part that one shard has. A restart
+  in the same world is this, and nothing else need be imported for it;
+- by the planner of torch.distributed.checkpoint, in another world or another sharding: it says which range of which
+  part goes where. Importing it takes most of a second where no zygote has done so, so that is put off until here.
+
+Both name the bytes that they need first, and get them from whoever can bring them.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
-from dtrain.storage.catalogs import TensorChunk, WholeTensor, contiguous_range
-from dtrain.storage.ranges import NeededRange
-from dtrain.trainer.tensor_codes import is_sharded, view_bytes
+from dtrain.storage.catalogs import TensorChunk, WholeTensor
+from dtrain.storage.ranges import Bring, NeededRange
+from dtrain.storage.tensor_codes import is_sharded, view_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Meeting:
-    """Where a saved chunk and a target meet."""
+class _Move:
+    """A saved part that is wanted as it is."""
 
     name: str
     dtype: str  # of the saved bytes, safetensors' code
     chunk: TensorChunk
-    local: torch.Tensor  # what of the target is on this rank
-    in_chunk: tuple[int, ...]  # where the box starts in the chunk
-    in_local: tuple[int, ...]  # and in the target
-    shape: tuple[int, ...]
-
-    @property
-    def needed(self) -> NeededRange:
-        """The bytes of the shard that it needs."""
-        begin, end = contiguous_range(self.chunk, self.in_chunk, self.shape)
-        return NeededRange(shard=self.chunk.shard, tensor=self.name, begin=begin, end=end)
-
-    def copy(self, image: memoryview) -> None:
-        """Copy the box out of the shard's bytes (writable memory, laid out as the shard)."""
-        source = view_bytes(image, self.dtype, self.chunk.shape, self.chunk.begin)
-        target = self.local
-        for dimension, (start, into, size) in enumerate(zip(self.in_chunk, self.in_local, self.shape, strict=True)):
-            source = source.narrow(dimension, start, size)
-            target = target.narrow(dimension, into, size)
-        with torch.no_grad():
-            target.copy_(source)
+    into: torch.Tensor  # of the chunk's shape
 
 
-def meetings(targets: Mapping[str, torch.Tensor], wholes: Mapping[str, WholeTensor]) -> list[Meeting]:
-    """Return every copy that fills ``targets``, each of which has the shape of its whole."""
-    found: list[Meeting] = []
+def fill(
+    targets: Mapping[str, torch.Tensor], wholes: Mapping[str, WholeTensor], bring: Bring, *, another_world: bool
+) -> None:
+    """Fill ``targets``, each of which has the shape of its whole. ``another_world``: other ranks than those that saved.
+
+    Raises :class:`~dtrain.common.errors.UserError` naming a tensor that cannot be laid out as it is wanted.
+    """
+    moves = None if another_world else _straight(targets, wholes)
+    if moves is None:
+        from dtrain.storage.planned_reads import read_planned
+
+        read_planned(targets, wholes, bring)
+        return
+    images = bring({_all_of(move) for move in moves})
+    with torch.no_grad():
+        for move in sorted(moves, key=lambda move: (move.chunk.shard, move.chunk.begin)):
+            image = images[move.chunk.shard]
+            move.into.copy_(view_bytes(image, move.dtype, move.chunk.shape, move.chunk.begin))
+
+
+def _straight(targets: Mapping[str, torch.Tensor], wholes: Mapping[str, WholeTensor]) -> list[_Move] | None:
+    """Return the parts that fill the targets; None if some target is laid out in another way than it was saved."""
+    moves: list[_Move] = []
     for name, target in targets.items():
         whole = wholes[name]
         local, offsets = _local_box(target, name)
-        for chunk in whole.chunks:
-            starts = tuple(map(max, chunk.offsets, offsets))
-            stops = (
-                min(at + size, into + extent)
-                for at, size, into, extent in zip(chunk.offsets, chunk.shape, offsets, local.shape, strict=True)
-            )
-            shape = tuple(stop - start for start, stop in zip(starts, stops, strict=True))
-            if any(size <= 0 for size in shape):
-                continue
-            found.append(
-                Meeting(
-                    name=name,
-                    dtype=whole.dtype,
-                    chunk=chunk,
-                    local=local,
-                    in_chunk=tuple(start - at for start, at in zip(starts, chunk.offsets, strict=True)),
-                    in_local=tuple(start - into for start, into in zip(starts, offsets, strict=True)),
-                    shape=shape,
-                )
-            )
-    return found
+        if not local.numel():
+            continue
+        wanted = [chunk for chunk in whole.chunks if chunk.volume]
+        if tuple(local.shape) != whole.shape:
+            wanted = [chunk for chunk in wanted if (chunk.offsets, chunk.shape) == (offsets, tuple(local.shape))]
+        if not wanted:
+            return None
+        for chunk in wanted:
+            into = local
+            for dimension, (at, start, size) in enumerate(zip(chunk.offsets, offsets, chunk.shape, strict=True)):
+                into = into.narrow(dimension, at - start, size)
+            moves.append(_Move(name=name, dtype=whole.dtype, chunk=chunk, into=into))
+    return moves
 
 
-def copy_all(found: Iterable[Meeting], images: Mapping[int, memoryview]) -> None:
-    """Fill the targets. ``images`` holds the bytes of each shard that is needed."""
-    for meeting in sorted(found, key=lambda meeting: (meeting.chunk.shard, meeting.chunk.begin)):
-        meeting.copy(images[meeting.chunk.shard])
+def _all_of(move: _Move) -> NeededRange:
+    chunk = move.chunk
+    return NeededRange(shard=chunk.shard, tensor=move.name, begin=0, end=chunk.end - chunk.begin)
 
 
 def _local_box(target: torch.Tensor, name: str) -> tuple[torch.Tensor, tuple[int, ...]]:

@@ -35,7 +35,7 @@ from dtrain.storage.restore_files import (
     SHARD_FILE,
     encode_needs,
 )
-from dtrain.trainer.resharding import copy_all, meetings
+from dtrain.trainer.resharding import fill
 from dtrain.trainer.tracking import SavedState
 
 POLL_FIRST_S = 0.0005  # what is already there costs nothing
@@ -44,7 +44,9 @@ POLL_MAX_S = 0.02  # what one look may cost a restart in delay
 Plan = Callable[[SavedState], dict[str, torch.Tensor]]  # what of a checkpoint is to be read, and where to
 
 
-def restore_from_worker(rank_dir: Path, mailbox: Mailbox, *, rank: int, plan: Plan) -> SavedState | None:
+def restore_from_worker(
+    rank_dir: Path, mailbox: Mailbox, *, rank: int, world_size: int, plan: Plan
+) -> SavedState | None:
     """Return this rank's state of the checkpoint that the worker names, read; None to start from nothing.
 
     There is no bound on the wait: storage may be away for hours and the worker goes on trying. A worker that is gone
@@ -56,11 +58,13 @@ def restore_from_worker(rank_dir: Path, mailbox: Mailbox, *, rank: int, plan: Pl
         return None
     saved = saved_state(catalog_of(_read_indexes(folder)), rank)
     targets = plan(saved)
-    found = meetings(targets, saved.wholes)
-    needed = {meeting.needed for meeting in found}
-    _write_whole(rank_dir / NEEDS_FILE, encode_needs(needed))
-    wait_until(lambda: mailbox.restore is RestoreState.READY)
-    copy_all(found, _map_shards(folder, needed))
+
+    def bring(needed: set[NeededRange]) -> Mapping[int, memoryview]:
+        _write_whole(rank_dir / NEEDS_FILE, encode_needs(needed))
+        wait_until(lambda: mailbox.restore is RestoreState.READY)
+        return _map_shards(folder, needed)
+
+    fill(targets, saved.wholes, bring, another_world=saved.world_size != world_size)
     return replace(saved, tensors=targets)
 
 

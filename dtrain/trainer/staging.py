@@ -14,9 +14,9 @@ import torch
 
 from dtrain.storage import shards
 from dtrain.storage.shards import ShardLayout, ShardPlan, TensorEntry
+from dtrain.storage.tensor_codes import CODE_OF_DTYPE, size_bytes
 from dtrain.trainer.copying import Copier, copy_tensors
 from dtrain.trainer.parts import TensorPart
-from dtrain.trainer.tensor_codes import CODE_OF_DTYPE, size_bytes
 from dtrain.trainer.tracking import CapturedState
 
 # Headers are padded to a multiple of a page, with this much to spare (a quarter of what they hold now): numbers grow

@@ -27,8 +27,8 @@ import torch
 
 from dtrain.common.errors import PermanentError
 from dtrain.storage.catalogs import Json
+from dtrain.storage.tensor_codes import as_stored, is_sharded, why_not_storable
 from dtrain.trainer.parts import TensorPart
-from dtrain.trainer.tensor_codes import as_stored, is_sharded, why_not_storable
 
 DEPTH_MAX = 64  # nesting deeper than this is a cycle, or will not be read back by common JSON parsers
 BYTES_INLINE_MAX = 1024  # longer byte strings are stored like tensors: base64 in a header is slow and large

@@ -58,7 +58,7 @@ class WorkerStation:
         self._save_last = save_last
         self._steps = Step(0), Step(0)  # where this trainer began, and its last step
         self._tried = Step(0)  # the newest step that was staged, or could not be
-        self._rank = rank
+        self._rank, self._world_size = rank, world_size
         self._map, self._mailbox = _open_mailbox(rank_dir / "mailbox")
         self._layouts = ShardLayouts(rank=rank, world_size=world_size)
         self._slots = StageSlots(rank_dir)
@@ -78,7 +78,9 @@ class WorkerStation:
     def load(self, plan: Plan) -> SavedState | None:
         """Read what this rank starts from into what ``plan`` names, and return it; None for nothing."""
         self._mailbox.phase = TrainerPhase.RESTORING
-        return restore_from_worker(self._rank_dir, self._mailbox, rank=self._rank, plan=plan)
+        return restore_from_worker(
+            self._rank_dir, self._mailbox, rank=self._rank, world_size=self._world_size, plan=plan
+        )
 
     def begin(
         self,

@@ -13,7 +13,7 @@ import torch
 
 from dtrain.common.errors import PermanentError
 from dtrain.storage.catalogs import Json, TensorLeaf, WholeTensor, leaves_below
-from dtrain.trainer.tensor_codes import CODE_OF_DTYPE, DTYPE_OF_CODE, is_sharded, why_not_storable
+from dtrain.storage.tensor_codes import CODE_OF_DTYPE, DTYPE_OF_CODE, is_sharded, why_not_storable
 
 
 class Targets:

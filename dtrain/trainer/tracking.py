@@ -16,7 +16,8 @@ import torch
 
 from dtrain.common.errors import PermanentError, UserError
 from dtrain.common.names import Step
-from dtrain.storage.catalogs import Json, WholeTensor
+from dtrain.storage.catalogs import OWN_PREFIX, Json, WholeTensor
+from dtrain.storage.tensor_codes import is_sharded, size_bytes
 from dtrain.trainer import random_states
 from dtrain.trainer.data_position import DataPosition
 from dtrain.trainer.partition import Partition
@@ -24,11 +25,8 @@ from dtrain.trainer.parts import TensorPart
 from dtrain.trainer.random_states import RandomStates
 from dtrain.trainer.state_tree import Encoder, decode
 from dtrain.trainer.targets import Targets
-from dtrain.trainer.tensor_codes import is_sharded, size_bytes
 
 _log = logging.getLogger("dtrain")
-
-OWN_PREFIX = "_rank"  # what a rank's own tensors are named after; no tracked name starts with an underscore
 
 
 @runtime_checkable

@@ -37,6 +37,7 @@ _MODULES = (
     "torch.nn.parallel",
     "torch.optim",
     "torch.utils.data",
+    "dtrain.storage.dcp",
     "dtrain.trainer.run",
     "dtrain.trainer.supervised",
 )

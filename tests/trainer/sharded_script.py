@@ -96,7 +96,8 @@ def main() -> None:
         for number, values in optimizer.state_dict()["state"].items():
             found |= {f"optimizer.{number}.{what}": whole(value) for what, value in values.items()}
         same_tensor = net.head.weight is net.embedding.weight
-        told = {"restored": run.restored, "own": own.held.tolist(), "tied": same_tensor}
+        planned = "dtrain.storage.planned_reads" in sys.modules
+        told = {"restored": run.restored, "own": own.held.tolist(), "tied": same_tensor, "planned": planned}
         (results / f"rank{run.rank}.json").write_text(json.dumps(told))
         if run.rank == 0:
             save_file(found, results / "whole.safetensors")

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from dtrain.storage.tensor_codes import size_bytes
 from dtrain.trainer.copying import PIECE_BYTES, THREAD_MIN_BYTES, Copier, copy_tensors
-from dtrain.trainer.tensor_codes import size_bytes
 
 GUARD = 0xA5
 

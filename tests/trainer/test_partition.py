@@ -12,13 +12,13 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from dtrain.common.names import Step
+from dtrain.storage.tensor_codes import size_bytes
 from dtrain.trainer import partition
 from dtrain.trainer.data_position import DataPosition
 from dtrain.trainer.dtensors import local_part
 from dtrain.trainer.partition import Partition, Share
 from dtrain.trainer.parts import TensorPart
 from dtrain.trainer.state_tree import Encoder
-from dtrain.trainer.tensor_codes import size_bytes
 from dtrain.trainer.tracking import CapturedState, TrackedState
 
 

@@ -78,6 +78,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], Save
         ("fsdp", 1, "fsdp", 2),
         ("fsdp", 3, "fsdp", 2),
         ("fsdp", 2, "plain", 1),
+        ("fsdp", 2, "fsdp", 2),
     ],
 )
 def test_every_tensor_is_the_same_bits_in_another_world(
@@ -86,6 +87,8 @@ def test_every_tensor_is_the_same_bits_in_another_world(
     before = saved(how, world)
     after, told = run(tmp_path / "then", then, then_world, before.shards)
     assert all(rank["restored"] and rank["tied"] for rank in told)
+    moved = (how, world) != (then, then_world)
+    assert [rank["planned"] for rank in told] == [moved] * then_world, "what did not move needs no planner"
     assert [rank["own"] for rank in told] == [[float(rank % world)] * 3 for rank in range(then_world)]
     assert before.tensors.keys() == after.tensors.keys()
     assert {name.split(".")[0] for name in before.tensors} == {"model", "optimizer"}

@@ -91,7 +91,7 @@ def test_a_modules_versions_survive() -> None:
 
 
 def every_dtype() -> list[torch.dtype]:
-    from dtrain.trainer.tensor_codes import CODE_OF_DTYPE
+    from dtrain.storage.tensor_codes import CODE_OF_DTYPE
 
     return [*CODE_OF_DTYPE, torch.complex128]
 

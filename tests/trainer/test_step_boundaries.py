@@ -21,7 +21,7 @@ from dtrain.common.names import Step
 from dtrain.storage.catalogs import catalog_of
 from dtrain.storage.indexes import index_shard, open_index
 from dtrain.trainer.data_position import DataPosition
-from dtrain.trainer.resharding import copy_all, meetings
+from dtrain.trainer.resharding import fill
 from dtrain.trainer.restoring import saved_state
 from dtrain.trainer.supervised import WorkerStation
 from dtrain.trainer.tracking import SavedState, TrackedState
@@ -72,7 +72,7 @@ def read_alone(path: Path, tracked: TrackedState) -> SavedState:
     index, _ = index_shard(data, key=str(path))
     saved = saved_state(catalog_of([open_index(index, key="index", shard_key=str(path))]), 0)
     targets = tracked.targets(saved, torch.device("cpu"))
-    copy_all(meetings(targets, saved.wholes), {0: data})
+    fill(targets, saved.wholes, lambda _: {0: data}, another_world=False)
     return replace(saved, tensors=targets)
 
 

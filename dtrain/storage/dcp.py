@@ -1,7 +1,9 @@
 """torch.distributed.checkpoint on any of dtrain's stores, for programs that do not run under dtrain.
 
-    dcp.save(state, storage_writer=dtrain.dcp.StoreWriter("s3://bucket/runs", job="mine", checkpoint=7))
-    dcp.load(state, storage_reader=dtrain.dcp.StoreReader("s3://bucket/runs", job="mine"))
+    from dtrain.storage.dcp import StoreReader, StoreWriter      # dtrain.dcp for short
+
+    dcp.save(state, storage_writer=StoreWriter("s3://bucket/runs", job="mine", checkpoint=7))
+    dcp.load(state, storage_reader=StoreReader("s3://bucket/runs", job="mine"))
 
 The reader reads the checkpoints of dtrain's own jobs too: ``{"model": model.state_dict()}`` finds what was tracked as
 ``model``. What is written has the same layout, digests and order as a job's checkpoint: shards, indexes, manifest,
@@ -11,50 +13,34 @@ torch's planner decides who writes what, and pickles what is no tensor before it
 neither. All ranks of the program call save() and load() together, as torch wants it.
 """
 
-import io
 import json
 import mmap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.planner import (
-    LoadItemType,
-    LoadPlan,
-    LoadPlanner,
-    SavePlan,
-    SavePlanner,
-    WriteItem,
-    WriteItemType,
-)
-from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
+from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
 from dtrain.common.digests import blob_digest, chain_digest
 from dtrain.common.errors import UserError
 from dtrain.common.names import AttemptNumber, CheckpointNumber, Generation, Step, job_name
 from dtrain.storage import shards
-from dtrain.storage.catalogs import Catalog, Json, TensorChunk, catalog_of, contiguous_range
+from dtrain.storage.catalogs import OWN_PREFIX, Catalog, Json, catalog_of
 from dtrain.storage.indexes import index_shard
 from dtrain.storage.keys import MARKER_NAME, index_key, job_prefix, manifest_key, marker_key, shard_key
 from dtrain.storage.manifests import CommitMarker, Manifest, ShardEntry, encode
 from dtrain.storage.objects import AlreadyExists, ObjectStore
+from dtrain.storage.planned_reads import RangeReader
 from dtrain.storage.ranges import NeededRange, read_needed
 from dtrain.storage.retrying import with_retries
 from dtrain.storage.shards import TensorEntry
+from dtrain.storage.tensor_codes import CODE_OF_DTYPE, size_bytes, view_bytes, why_not_storable
 from dtrain.storage.uris import open_store
 from dtrain.storage.verify import read_index, read_manifest, read_marker
-from dtrain.trainer.tensor_codes import CODE_OF_DTYPE, DTYPE_OF_CODE, size_bytes, view_bytes, why_not_storable
-from dtrain.trainer.tracking import OWN_PREFIX
 
 DEADLINE_S = 300.0  # for one object, all tries together
 _ATTEMPT = AttemptNumber(1)  # a program that writes a number again is refused, so there is never a second
@@ -185,7 +171,7 @@ class StoreWriter(StorageWriter):
         with_retries(lambda: self._store.put(key, data), deadline_s=DEADLINE_S)
 
 
-class StoreReader(StorageReader):
+class StoreReader(RangeReader):
     """Reads a committed checkpoint: that of this number, or the newest."""
 
     def __init__(self, store: str, *, job: str, checkpoint: int | None = None) -> None:
@@ -193,7 +179,7 @@ class StoreReader(StorageReader):
         self._job = job_name(job)
         self._checkpoint = checkpoint
         self._catalog: Catalog | None = None
-        self._chunks: dict[MetadataIndex, TensorChunk] = {}
+        super().__init__(self._bring_from_store, {})
 
     def reset(self, checkpoint_id: object = None) -> None:
         """Begin: the next read looks for the checkpoint anew."""
@@ -203,63 +189,20 @@ class StoreReader(StorageReader):
         """Return what the checkpoint holds, as torch's planner wants it."""
         manifest = self._manifest()
         self._catalog = catalog = catalog_of([read_index(self._store, entry)[0] for entry in manifest.shards])
-        opaque = {name for tree in catalog.trees for name in _byte_names(tree)}
-        found: dict[str, Any] = {}
-        for name, whole in catalog.tensors.items():
-            if name in opaque:
-                found[name] = BytesStorageMetadata()
-                self._chunks[MetadataIndex(name)] = whole.chunks[0]
-            elif not name.startswith(f"{OWN_PREFIX}."):
-                found[name] = TensorStorageMetadata(
-                    properties=TensorProperties(dtype=DTYPE_OF_CODE[whole.dtype]),
-                    size=torch.Size(whole.shape),
-                    chunks=[_chunk_metadata(chunk) for chunk in whole.chunks],
-                )
-                self._chunks |= {MetadataIndex(name, chunk.offsets): chunk for chunk in whole.chunks}
-        return Metadata(state_dict_metadata=found)
+        self._opaque = {name for tree in catalog.trees for name in _byte_names(tree)}
+        self._tensors = {
+            name: whole for name, whole in catalog.tensors.items() if not name.startswith(f"{OWN_PREFIX}.")
+        }
+        return super().read_metadata()
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         """Read the indexes on ranks that were handed the metadata by another."""
         if self._catalog is None:
             self.read_metadata()
 
-    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        return plan
-
-    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        return plans
-
-    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Bring what the plan needs, verified, and copy it to its targets. Raises ShardDamagedError."""
+    def _bring_from_store(self, needed: set[NeededRange]) -> Mapping[int, memoryview]:
         assert self._catalog is not None
-        needed: set[NeededRange] = set()
-        for item in plan.items:
-            chunk = self._chunks[item.storage_index]
-            begin, end = 0, chunk.end - chunk.begin
-            if item.type is not LoadItemType.BYTE_IO and chunk.volume:
-                begin, end = contiguous_range(chunk, item.storage_offsets, item.lengths)
-            needed.add(NeededRange(shard=chunk.shard, tensor=item.storage_index.fqn, begin=begin, end=end))
-        images = read_needed(self._store, self._catalog.shards, needed)
-        for item in plan.items:
-            chunk = self._chunks[item.storage_index]
-            if item.type is LoadItemType.BYTE_IO:
-                planner.load_bytes(item, io.BytesIO(images[chunk.shard][chunk.begin : chunk.end]))
-                continue
-            target = planner.resolve_tensor(item).detach()
-            code = self._catalog.tensors[item.storage_index.fqn].dtype
-            source = view_bytes(images[chunk.shard], code, chunk.shape, chunk.begin)
-            for dimension, (start, size) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
-                source = source.narrow(dimension, start, size)
-            target.copy_(source)
-            planner.commit_tensor(item, target)
-        done: Future[None] = Future()
-        done.set_result(None)
-        return done
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: object) -> bool:
-        """Where to read is said when this is made, never by an id."""
-        return False
+        return read_needed(self._store, self._catalog.shards, needed)
 
     def _manifest(self) -> Manifest:
         if self._checkpoint is not None:
@@ -303,7 +246,3 @@ def _byte_names(tree: dict[str, Json]) -> Sequence[str]:
     state = objects.get("state") if isinstance(objects, dict) else None
     pairs = state.get("dict", []) if isinstance(state, dict) else []
     return [name for name, node in pairs if isinstance(node, dict) and isinstance(node.get("bytes"), dict)]
-
-
-def _chunk_metadata(chunk: TensorChunk) -> ChunkStorageMetadata:
-    return ChunkStorageMetadata(offsets=torch.Size(chunk.offsets), sizes=torch.Size(chunk.shape))
