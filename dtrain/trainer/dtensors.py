@@ -4,7 +4,10 @@ Importing DTensor takes time that a restart of a plain DDP job need not spend, s
 DTensor was seen, or a checkpoint is to be read into one.
 """
 
+from functools import lru_cache
+
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
 from dtrain.trainer.parts import TensorPart
@@ -13,7 +16,8 @@ from dtrain.trainer.parts import TensorPart
 def local_part(tensor: torch.Tensor, path: str) -> tuple[torch.Tensor, TensorPart]:
     """Return this rank's part of a DTensor, and where it lies. Raises TypeError naming ``path``.
 
-    Of several ranks with the same part only the first of the mesh stores it.
+    Of several ranks with the same part only the first of the mesh stores it; of several meshes with the same part, cut
+    out of one larger mesh (a layer that is not tensor parallel, on each of the tensor parallel ranks), the first mesh.
     """
     assert isinstance(tensor, DTensor)
     if any(placement.is_partial() for placement in tensor.placements):
@@ -32,13 +36,26 @@ def local_part(tensor: torch.Tensor, path: str) -> tuple[torch.Tensor, TensorPar
             f"{path} is a DTensor whose part on this rank is not one box ({tuple(local.shape)} held, "
             f"{tuple(chunk.sizes)} told): give tensor.full_tensor()."
         )
-    first = all(at == 0 for at, placement in zip(coordinate, tensor.placements, strict=True) if is_replica(placement))
+    first = is_first_of_copies(tensor.device_mesh) and all(
+        at == 0 for at, placement in zip(coordinate, tensor.placements, strict=True) if is_replica(placement)
+    )
     part = TensorPart(
         global_shape=tuple(tensor.shape),
         offsets=tuple(chunk.offsets),
         stored_here=first and (local.numel() > 0 or tensor.numel() == 0),
     )
     return local.detach(), part
+
+
+@lru_cache(maxsize=64)  # asked for each tensor at each checkpoint; a job has a handful of meshes
+def is_first_of_copies(mesh: DeviceMesh) -> bool:
+    """Return whether ``mesh`` comes before all others that were cut out of the same mesh in the same way.
+
+    They cover the larger mesh without overlap, and what is tracked is the same on all of them; the first is that with
+    the first rank of all.
+    """
+    first_rank = mesh._get_root_mesh().mesh.reshape(-1)[0]
+    return bool((mesh.mesh == first_rank).any())
 
 
 def is_replica(placement: object) -> bool:

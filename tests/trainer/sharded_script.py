@@ -1,7 +1,8 @@
 """A small training with everything that is awkward to shard: for tests that save in one world and read in another.
 
-Arguments: ``plain``, ``ddp`` or ``fsdp``; the folder for results; the number of steps. At its end rank 0 writes every
-tensor whole to ``whole.safetensors``, and each rank ``rank<n>.json``.
+Arguments: ``plain``, ``ddp``, ``fsdp``, ``tp`` (tensor parallel) or ``fsdp_tp`` (both: a mesh of two dimensions); the
+folder for results; the number of steps. Rank 0 writes every tensor whole to ``begun.safetensors`` before the first step
+of this process, and to ``whole.safetensors`` at its end; each rank writes ``rank<n>.json``.
 """
 
 import json
@@ -63,12 +64,31 @@ def wrapped(model: Net, how: str) -> nn.Module:
 
         fully_shard(model.low)
         fully_shard(model)
+    if how in ("tp", "fsdp_tp"):
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+        mesh = init_device_mesh("cpu", (dist.get_world_size() // 2, 2), mesh_dim_names=("dp", "tp"))
+        # DTensors between the two: a plain tensor would not tell that the five features are cut unevenly.
+        plan = {"body": ColwiseParallel(use_local_output=False), "low": RowwiseParallel()}
+        parallelize_module(model, mesh["tp"], plan)
+        if how == "fsdp_tp":
+            fully_shard(model.low, mesh=mesh["dp"])
+            fully_shard(model, mesh=mesh["dp"])
     return model
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # a collective
     return full.detach().clone().contiguous()
+
+
+def all_whole(net: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    found = {f"model.{name}": whole(tensor) for name, tensor in net.state_dict().items()}
+    for number, values in optimizer.state_dict()["state"].items():
+        found |= {f"optimizer.{number}.{what}": whole(value) for what, value in values.items()}
+    return found
 
 
 def main() -> None:
@@ -80,21 +100,25 @@ def main() -> None:
         for parameter in [*net.parameters(), *net.buffers()]:
             dist.broadcast(parameter.data, 0)
         model = wrapped(net, how)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        # Not foreach: it takes no tensors of several meshes together.
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, foreach=False)
         own = Own(run.rank)
         run.track(model=model, optimizer=optimizer)
         run.track_local(own=own)
-        torch.manual_seed(run.rank)
+        torch.manual_seed(0 if "tp" in how else run.rank)  # tensor parallel ranks see the same batch
         batches = [torch.randint(0, 7, (4,)) for _ in range(until)]
+        inner = model.module if isinstance(model, DistributedDataParallel) else model
+        began = False
         for tokens in run.steps(batches, until=until):
+            begun = {} if began else all_whole(inner, optimizer)
+            if begun and run.rank == 0:
+                save_file(begun, results / "begun.safetensors")
+            began = True
             loss = nn.functional.cross_entropy(model(tokens), tokens)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        inner = model.module if isinstance(model, DistributedDataParallel) else model
-        found = {f"model.{name}": whole(tensor) for name, tensor in inner.state_dict().items()}
-        for number, values in optimizer.state_dict()["state"].items():
-            found |= {f"optimizer.{number}.{what}": whole(value) for what, value in values.items()}
+        found = all_whole(inner, optimizer)
         same_tensor = net.head.weight is net.embedding.weight
         planned = "dtrain.storage.planned_reads" in sys.modules
         told = {"restored": run.restored, "own": own.held.tolist(), "tied": same_tensor, "planned": planned}

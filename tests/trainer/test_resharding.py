@@ -26,8 +26,11 @@ class Saved:
     tensors: dict[str, torch.Tensor]  # each whole
 
 
-def run(folder: Path, how: str, world: int, shards: list[bytes] | None = None) -> tuple[Saved, list[dict[str, Any]]]:
-    """Train until STEPS from ``shards`` (or from nothing), with a checkpoint at the end."""
+def run(
+    folder: Path, how: str, world: int, shards: list[bytes] | None = None, until: int = STEPS
+) -> tuple[Saved, list[dict[str, Any]]]:
+    """Train until ``until`` from ``shards`` (or from nothing), with a checkpoint at the end if there are steps."""
+    steps = until > STEPS or shards is None
     folder.mkdir()
     with ExitStack() as stack:
         ranks = [stack.enter_context(RankFolder(folder / "g1", rank=rank, world_size=world)) for rank in range(world)]
@@ -36,14 +39,15 @@ def run(folder: Path, how: str, world: int, shards: list[bytes] | None = None) -
         for rank in ranks:
             if shards is None:
                 rank.mailbox.restore = RestoreState.NOTHING
-                rank.mailbox.request = pack(1, STEPS)
-            rank.start(SCRIPT, how, str(folder), str(STEPS))
+            if steps:
+                rank.mailbox.request = pack(1, until)
+            rank.start(SCRIPT, how, str(folder), str(until))
         staged = []
         for rank in ranks:
             assert rank.wait_exit() == 0, rank.output()
             word, slot, size_bytes = rank.mailbox.staged
-            if shards is None:
-                assert unpack(word) == (1, STEPS), rank.output()
+            if steps:
+                assert unpack(word) == (1, until), rank.output()
                 staged.append((rank.path / f"slot{slot}").read_bytes()[:size_bytes])
     told = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(world)]
     return Saved(staged, load_file(folder / "whole.safetensors")), told
@@ -70,8 +74,6 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], Save
 @pytest.mark.parametrize(
     ("how", "world", "then", "then_world"),
     [
-        ("ddp", 2, "ddp", 1),
-        ("ddp", 1, "ddp", 3),
         ("ddp", 2, "fsdp", 2),
         ("fsdp", 2, "ddp", 2),
         ("fsdp", 2, "fsdp", 1),
@@ -79,6 +81,9 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], Save
         ("fsdp", 3, "fsdp", 2),
         ("fsdp", 2, "plain", 1),
         ("fsdp", 2, "fsdp", 2),
+        ("tp", 2, "fsdp", 1),
+        ("fsdp_tp", 4, "tp", 2),
+        ("tp", 2, "fsdp_tp", 4),
     ],
 )
 def test_every_tensor_is_the_same_bits_in_another_world(
@@ -90,12 +95,27 @@ def test_every_tensor_is_the_same_bits_in_another_world(
     moved = (how, world) != (then, then_world)
     assert [rank["planned"] for rank in told] == [moved] * then_world, "what did not move needs no planner"
     assert [rank["own"] for rank in told] == [[float(rank % world)] * 3 for rank in range(then_world)]
-    assert before.tensors.keys() == after.tensors.keys()
     assert {name.split(".")[0] for name in before.tensors} == {"model", "optimizer"}
-    for name, tensor in before.tensors.items():
-        found = after.tensors[name]
+    same_bits(before.tensors, after.tensors)
+
+
+def same_bits(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> None:
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        found = after[name]
         assert found.dtype == tensor.dtype and found.shape == tensor.shape, name
         assert torch.equal(found.reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8)), name
+
+
+def test_two_ranks_go_on_as_one_and_then_as_three(saved: Callable[[str, int], Saved], tmp_path: Path) -> None:
+    before = saved("ddp", 2)
+    for number, world in enumerate((1, 3), start=1):
+        folder = tmp_path / str(world)
+        after, told = run(folder, "ddp", world, before.shards, until=STEPS + number)
+        assert all(rank["restored"] and rank["planned"] for rank in told)
+        same_bits(before.tensors, load_file(folder / "begun.safetensors"))
+        assert not torch.equal(after.tensors["model.body.weight"], before.tensors["model.body.weight"]), "it trained on"
+        before = after
 
 
 def test_equal_state_is_stored_once_and_every_rank_stores_its_share(saved: Callable[[str, int], Saved]) -> None:
