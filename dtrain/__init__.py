@@ -9,9 +9,10 @@ from dtrain.common.version import VERSION as __version__
 
 if TYPE_CHECKING:
     from dtrain.storage import dcp
+    from dtrain.trainer.codecs import storable
     from dtrain.trainer.run import Run, join
 
-__all__ = ["Run", "__version__", "dcp", "join"]
+__all__ = ["Run", "__version__", "dcp", "join", "storable"]
 
 
 def __getattr__(name: str) -> Any:
@@ -19,6 +20,10 @@ def __getattr__(name: str) -> Any:
         from dtrain.trainer import run
 
         return getattr(run, name)
+    if name == "storable":
+        from dtrain.trainer.codecs import storable
+
+        return storable
     if name == "dcp":
         from dtrain.storage import dcp
 

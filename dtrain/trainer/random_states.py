@@ -1,8 +1,8 @@
 """Random states: what a resumed run needs to draw the very numbers that the uninterrupted one would have drawn.
 
 Captured: Python's ``random``, NumPy's global generator, torch's CPU generator, and the generators of all CUDA
-devices once CUDA is in use. Not captured: generators that the script made itself (track those, or derive their
-seed from the step) and those inside DataLoader workers (they are replayed; see data_position.py).
+devices once CUDA is in use. Not captured: generators that the script made itself (give them to ``run.track_local()``,
+or derive their seed from the step) and those inside DataLoader workers (they are replayed; see data_position.py).
 
 A rank that starts from another rank's shard must not repeat that rank's numbers: it is reseeded from facts that
 every run repeats (the shard's torch state, the step, the rank, the world size), so even a reshaped run is
@@ -12,7 +12,7 @@ deterministic.
 import hashlib
 import random
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias, assert_never
 
 import numpy as np
 import torch
@@ -53,6 +53,43 @@ class RandomStates:
             torch_cpu=state["torch_cpu"],
             torch_cuda=tuple(state["torch_cuda"]),
         )
+
+
+Generator: TypeAlias = random.Random | np.random.Generator | np.random.RandomState | torch.Generator
+GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
+
+
+class TrackedGenerator:
+    """A generator that the script made, as an object that can tell its state and take it back."""
+
+    def __init__(self, generator: Generator) -> None:
+        self._generator = generator
+
+    def state_dict(self) -> dict[str, Any]:
+        match self._generator:
+            case random.Random() as generator:
+                return {"random": generator.getstate()}
+            case np.random.Generator() as generator:
+                return {"numpy": generator.bit_generator.state}
+            case np.random.RandomState() as generator:
+                return {"numpy": generator.get_state(legacy=False)}
+            case torch.Generator() as generator:
+                return {"torch": generator.get_state()}
+        assert_never(self._generator)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Set the generator. Raises KeyError, TypeError or ValueError for the state of another kind."""
+        match self._generator:
+            case random.Random() as generator:
+                generator.setstate(state["random"])
+            case np.random.Generator() as generator:
+                generator.bit_generator.state = state["numpy"]
+            case np.random.RandomState() as generator:
+                generator.set_state(state["numpy"])
+            case torch.Generator() as generator:
+                generator.set_state(state["torch"].cpu())
+            case _:
+                assert_never(self._generator)
 
 
 def capture() -> RandomStates:

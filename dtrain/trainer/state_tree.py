@@ -7,14 +7,17 @@ it, instead of being stored as something like it.
     null, true, false, "text", 12, [...]     themselves (integers of more than 63 bits as {"int": "0x..."})
     {"float": "0x1.8p+1"}                     exact, by float.hex(); NaNs with their bits
     {"tuple": [...]} {"set": [...]} ...       containers by their exact type
-    {"dict": [[key, value], ...]}             in order; keys may be text, numbers, bools, None, tuples of these
+    {"dict": [[key, value], ...]}             in order; keys may be text, numbers, bools, None, enums, tuples of these
     {"tensor": "model.weight"}                by its name in the checkpoint
+    {"enum": ["module", "Class"], "member": "RED"}
+    {"coded": ..., "by": "name"}              plain data that stands for a value of a registered type (codecs.py)
 
 Two names for one tensor (tied weights) are stored twice, once under each name. Whoever loads gets tensors and arrays
 of its own.
 """
 
 import base64
+import enum
 import json
 import math
 import struct
@@ -28,12 +31,16 @@ import torch
 from dtrain.common.errors import PermanentError
 from dtrain.storage.catalogs import Json
 from dtrain.storage.tensor_codes import as_stored, is_sharded, why_not_storable
+from dtrain.trainer.codecs import codec_for, codec_named, enum_member, enum_place
 from dtrain.trainer.parts import TensorPart
 
 DEPTH_MAX = 64  # nesting deeper than this is a cycle, or will not be read back by common JSON parsers
 BYTES_INLINE_MAX = 1024  # longer byte strings are stored like tensors: base64 in a header is slow and large
 _INT_PLAIN_MAX = 2**63  # larger ones would lose bits in parsers that read numbers as 64 bits
-_HOW = "Give the object state_dict() and load_state_dict() that use plain data."
+_HOW = (
+    "Give the object a state_dict() and load_state_dict() that use plain data, "
+    "or say how this type is stored with dtrain.storable()."
+)
 _SCALARS = "?bBhHiIlLqQefdFD"  # numpy's codes of bools, integers and floats that every machine has alike
 _FACTORIES: dict[str, Callable[[], Any]] = {
     "int": int,
@@ -69,6 +76,8 @@ class Encoder:
         if depth > DEPTH_MAX:
             raise TypeError(f"{path} is nested more than {DEPTH_MAX} levels deep, or contains itself. {_HOW}")
         kind = type(value)
+        if (codec := codec_for(kind)) is not None:
+            return {"coded": self._encode(codec.to_plain(value), path, depth + 1), "by": codec.name}
         if value is None or kind is bool or kind is str:
             return value  # type: ignore[no-any-return]
         if kind is int:
@@ -88,6 +97,8 @@ class Encoder:
             return {kind.__name__: sorted(items, key=json.dumps)}  # sets have no order; a shard's bytes do
         if kind is np.ndarray:
             return self._array(value, path)
+        if isinstance(value, enum.Enum):
+            return self._enum(value, path)
         return self._leaf(value, path)
 
     def _leaf(self, value: Any, path: str) -> Json:
@@ -107,6 +118,18 @@ class Encoder:
             native = value.astype(value.dtype.newbyteorder("="))
             return {"scalar": [native.dtype.str, base64.b64encode(native.tobytes()).decode()]}
         raise TypeError(f"{path} is a {kind.__module__}.{kind.__qualname__}, which a checkpoint cannot hold. {_HOW}")
+
+    def _enum(self, value: enum.Enum, path: str) -> Json:
+        kind = type(value)
+        place: Any = enum_place(value)
+        if place is None:
+            raise TypeError(
+                f"{path} is of the enum {kind.__module__}.{kind.__qualname__}, which cannot be found by that name: "
+                "define it at the top of a module."
+            )
+        if kind.__members__.get(str(value.name)) is value:
+            return {"enum": place, "member": value.name}
+        return {"enum": place, "value": self._encode(value.value, path, 0)}  # flags joined: no member's name
 
     def _items(self, values: Iterable[object], path: str, depth: int) -> list[Json]:
         return [self._encode(value, f"{path}.{index}", depth + 1) for index, value in enumerate(values)]
@@ -131,9 +154,11 @@ class Encoder:
             return self._encode(key, path, 0)
         if type(key) is tuple:
             return {"tuple": [self._key(part, path) for part in key]}
+        if isinstance(key, enum.Enum):
+            return self._enum(key, f"{path}.{key}")
         raise TypeError(
             f"{path} has a key of type {type(key).__module__}.{type(key).__qualname__}; "
-            f"keys may be text, numbers, bools, None and tuples of these. {_HOW}"
+            f"keys may be text, numbers, bools, None, enums and tuples of these. {_HOW}"
         )
 
     def _tensor(self, tensor: torch.Tensor, path: str) -> Json:
@@ -228,6 +253,12 @@ def decode(node: Json, load: Callable[[str], torch.Tensor], device: torch.device
             return torch.device(body)
         case "scalar":
             return np.frombuffer(base64.b64decode(body[1]), dtype=np.dtype(body[0]))[0]
+        case "enum":
+            value = None if "member" in node else decode(node["value"], load, device)
+            member = str(node["member"]) if "member" in node else None
+            return enum_member(str(body[0]), str(body[1]), member=member, value=value)
+        case "coded":
+            return codec_named(str(node["by"])).from_plain(decode(body, load, device))
         case "array":
             return decode(body, load, device).numpy().astype(np.dtype(str(node["dtype"])), copy=False)
         case "tensor":

@@ -81,6 +81,7 @@ class TrackedState:
     def add(self, name: str, item: object) -> None:
         """Track ``item``. Raises :class:`UserError` if the name is taken or the item cannot be tracked."""
         self._check_name(name)
+        item = _tellable(item)
         if isinstance(item, Stateful):
             self._objects[name] = item
         elif hasattr(item, "__iter__"):
@@ -91,6 +92,7 @@ class TrackedState:
     def add_local(self, name: str, item: object) -> None:
         """Track ``item``, which is this rank's own. Raises :class:`UserError` as :meth:`add` does."""
         self._check_name(name)
+        item = _tellable(item)
         if not isinstance(item, Stateful):
             raise UserError(_cannot_keep("track_local", name, item))
         self._local[name] = item
@@ -205,6 +207,11 @@ class TrackedState:
             *(rank, world_size, saved.rank, saved.world_size),
         )
         random_states.reseed(states, step=saved.step, rank=rank, world_size=world_size)
+
+
+def _tellable(item: object) -> object:
+    """Return ``item``, or for a random generator something that tells its state."""
+    return random_states.TrackedGenerator(item) if isinstance(item, random_states.GENERATORS) else item
 
 
 def unwrapped(item: Any) -> Any:

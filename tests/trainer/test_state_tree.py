@@ -1,6 +1,5 @@
 """What goes into a checkpoint comes out of it: the same types, the same order, the same bits."""
 
-import enum
 import json
 import math
 from collections import Counter, OrderedDict, defaultdict
@@ -138,10 +137,6 @@ def test_names_that_collide_are_kept_apart() -> None:
     assert torch.equal(back["a"]["b"], one) and torch.equal(back["a.b"], two)
 
 
-class Colour(enum.IntEnum):
-    RED = 1
-
-
 def a_cycle() -> list[Any]:
     cycle: list[Any] = []
     cycle.append(cycle)
@@ -152,7 +147,6 @@ def a_cycle() -> list[Any]:
     ("value", "says"),
     [
         (lambda: None, "builtins.function"),
-        (Colour.RED, "Colour"),
         (object(), "builtins.object"),
         (np.array(["a"]), "numpy array of <U1"),
         (np.array([object()]), "numpy array of object"),
@@ -171,8 +165,8 @@ def test_what_cannot_be_stored_is_refused_by_its_path_and_type(value: object, sa
 
 
 def test_a_key_of_a_strange_type_is_refused() -> None:
-    with pytest.raises(TypeError, match=r"optimizer has a key of type .*Colour"):
-        Encoder().encode({Colour.RED: 1}, "optimizer")
+    with pytest.raises(TypeError, match=r"optimizer has a key of type builtins\.frozenset"):
+        Encoder().encode({frozenset(): 1}, "optimizer")
 
 
 def test_a_sharded_tensor_of_the_old_kind_is_refused_with_the_mend() -> None:
