@@ -18,6 +18,9 @@ from dtrain.coordinator.core.events import (
     Event,
     GenerationFailed,
     GenerationStarted,
+    HangCleared,
+    HangFound,
+    HangSuspected,
     JobCancelled,
     JobFailed,
     JobSubmitted,
@@ -40,6 +43,8 @@ def describe(event: Event) -> str:
         case GenerationFailed(generation=generation, reason=reason, counted=counted, victims=victims):
             not_counted = "" if counted else " (not counted as a restart)"
             return f"generation {generation} failed: {reason}{words_of_victims(victims)}{not_counted}"
+        case HangSuspected() | HangCleared() | HangFound():
+            return _hang(event)
         case CheckpointStarted() | CheckpointAborted() | CheckpointCommitted() | CheckpointMarked():
             return _checkpoint_made(event)
         case CheckpointQuarantined() | CheckpointPinned() | CheckpointExpired() | CheckpointDeleted() | AttemptSwept():
@@ -63,6 +68,20 @@ def _generation_started(event: GenerationStarted) -> str:
         else f"from checkpoint {event.restore.checkpoint} of step {event.restore.step}"
     )
     return f"generation {event.generation} started: {ranks} on {nodes}, {start}"
+
+
+def _hang(event: HangSuspected | HangCleared | HangFound) -> str:
+    match event:
+        case HangSuspected(generation=generation, idle_s=idle_s):
+            return f"generation {generation} may hang: no step for {idle_s:.0f} s; its ranks are asked where they stand"
+        case HangCleared(generation=generation):
+            return f"generation {generation} moves again"
+        case HangFound(generation=generation, culprit=culprit) if culprit >= 0:
+            return f"generation {generation} hangs: the others seem to wait for rank {culprit}"
+        case HangFound(generation=generation):
+            return f"generation {generation} hangs: all its ranks stand alike"
+        case _:
+            assert_never(event)
 
 
 def _checkpoint_made(event: CheckpointStarted | CheckpointAborted | CheckpointCommitted | CheckpointMarked) -> str:

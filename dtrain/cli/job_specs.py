@@ -34,6 +34,7 @@ class Asked:
     keep_every_seconds: float
     env: tuple[str, ...]
     python: str
+    hang_timeout: str = "auto"
 
 
 def build_spec(asked: Asked, *, default_store: str) -> JobSpec:
@@ -61,6 +62,7 @@ def build_spec(asked: Asked, *, default_store: str) -> JobSpec:
             keep_every_steps=asked.keep_every_steps,
             keep_every_seconds=asked.keep_every_seconds,
         ),
+        hang_timeout_s=parse_hang_timeout(asked.hang_timeout),
     )
 
 
@@ -100,6 +102,17 @@ def parse_nproc(text: str) -> int:
     if not re.fullmatch(r"\d{1,6}", text.strip()) or int(text) < 1:
         raise UserError(f"nproc-per-node {text} is not valid: give a number of 1 or more, or auto, cpu or gpu.")
     return int(text)
+
+
+def parse_hang_timeout(text: str) -> float | None:
+    """Seconds; None for ``auto``, 0 for ``off``. Whether the number is one that may be given, the spec says."""
+    words = {"auto": None, "off": 0.0}
+    if text in words:
+        return words[text]
+    try:
+        return float(text)
+    except ValueError as error:
+        raise UserError(f"hang-timeout {text} is not valid: give seconds, 'auto', or 'off'.") from error
 
 
 def parse_env(entries: tuple[str, ...]) -> dict[str, str]:

@@ -90,6 +90,14 @@ def job_options(command: Command) -> Command:
             ),
             *_KEEP_OPTIONS,
             click.option(
+                "--hang-timeout",
+                default="auto",
+                show_default=True,
+                metavar="S|auto|off",
+                help="Restart the ranks when none completed a step for S seconds. auto: ten times the longest step, "
+                "300 s at least.",
+            ),
+            click.option(
                 "--env", multiple=True, metavar="K=V", help="Set a variable for the script; K alone hands it on."
             ),
             click.option(
@@ -186,6 +194,7 @@ def submission(spec: "JobSpec", *, takes_over: bool) -> "wire.SubmitRequest":
             keep_last=spec.retention.keep_last,
             keep_every_steps=spec.retention.keep_every_steps,
             keep_every_seconds=spec.retention.keep_every_seconds,
+            hang_timeout_s=spec.hang_timeout_s,
         ),
         request=secrets.token_hex(8),
         takes_over=takes_over,

@@ -8,6 +8,8 @@ from dtrain.common.names import JobName
 
 # The log's times have three digits behind the point: shorter spans would all be different, or overflow.
 KEEP_EVERY_SECONDS_MIN = 0.001
+HANG_TIMEOUT_MIN_S = 1.0  # progress is reported twice a second
+HANG_TIMEOUT_MAX_S = 1e6  # eleven days
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +46,7 @@ class JobSpec:
     store: str = ""  # file:///folder or s3://bucket/prefix?endpoint=...
     checkpoints: CheckpointPolicy = field(default_factory=CheckpointPolicy)
     retention: RetentionPolicy = field(default_factory=RetentionPolicy)
+    hang_timeout_s: float | None = None  # no rank completed a step for so long: hung. None: by its steps; 0: never
 
     def __post_init__(self) -> None:
         if self.nnodes_min < 1 or self.nnodes_max < self.nnodes_min:
@@ -55,6 +58,13 @@ class JobSpec:
             raise UserError(f"nproc-per-node {self.nproc_per_node} is not valid: give 1 or more.")
         if self.max_restarts < 0:
             raise UserError(f"max-restarts {self.max_restarts} is not valid: give 0 or more.")
+        if self.hang_timeout_s is not None and not (
+            self.hang_timeout_s == 0 or HANG_TIMEOUT_MIN_S <= self.hang_timeout_s <= HANG_TIMEOUT_MAX_S
+        ):
+            raise UserError(
+                f"hang-timeout {self.hang_timeout_s:g} is not valid: give {HANG_TIMEOUT_MIN_S:g} to "
+                f"{HANG_TIMEOUT_MAX_S:g} seconds, 'auto', or 'off'."
+            )
         if not math.isfinite(self.checkpoints.every_seconds):
             raise UserError("every-seconds must be a finite number: JSON, in which the log is written, has no other.")
         if self.checkpoints.every_steps < 0 or self.checkpoints.every_seconds < 0:

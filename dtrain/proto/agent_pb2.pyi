@@ -123,7 +123,7 @@ class Assignment(_message.Message):
     def __init__(self, job: _Optional[str] = ..., generation: _Optional[int] = ..., phase: _Optional[_Union[WorkerPhase, str]] = ..., ranks: _Optional[_Iterable[_Union[RankReport, _Mapping]]] = ..., shards: _Optional[_Iterable[_Union[ShardReport, _Mapping]]] = ..., restore: _Optional[_Union[RestoreReport, _Mapping]] = ..., position: _Optional[_Union[LogPosition, _Mapping]] = ...) -> None: ...
 
 class RankReport(_message.Message):
-    __slots__ = ("rank", "state", "pid", "phase", "completed_step", "until_step", "tracking", "step_s", "metrics_json", "exit_code", "exit_unknown", "error", "exited_at", "traceback")
+    __slots__ = ("rank", "state", "pid", "phase", "completed_step", "until_step", "tracking", "step_s", "metrics_json", "exit_code", "exit_unknown", "error", "exited_at", "traceback", "stack", "stack_number")
     RANK_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
@@ -138,6 +138,8 @@ class RankReport(_message.Message):
     ERROR_FIELD_NUMBER: _ClassVar[int]
     EXITED_AT_FIELD_NUMBER: _ClassVar[int]
     TRACEBACK_FIELD_NUMBER: _ClassVar[int]
+    STACK_FIELD_NUMBER: _ClassVar[int]
+    STACK_NUMBER_FIELD_NUMBER: _ClassVar[int]
     rank: int
     state: RankState
     pid: int
@@ -152,7 +154,9 @@ class RankReport(_message.Message):
     error: str
     exited_at: float
     traceback: str
-    def __init__(self, rank: _Optional[int] = ..., state: _Optional[_Union[RankState, str]] = ..., pid: _Optional[int] = ..., phase: _Optional[str] = ..., completed_step: _Optional[int] = ..., until_step: _Optional[int] = ..., tracking: _Optional[bool] = ..., step_s: _Optional[float] = ..., metrics_json: _Optional[str] = ..., exit_code: _Optional[int] = ..., exit_unknown: _Optional[bool] = ..., error: _Optional[str] = ..., exited_at: _Optional[float] = ..., traceback: _Optional[str] = ...) -> None: ...
+    stack: str
+    stack_number: int
+    def __init__(self, rank: _Optional[int] = ..., state: _Optional[_Union[RankState, str]] = ..., pid: _Optional[int] = ..., phase: _Optional[str] = ..., completed_step: _Optional[int] = ..., until_step: _Optional[int] = ..., tracking: _Optional[bool] = ..., step_s: _Optional[float] = ..., metrics_json: _Optional[str] = ..., exit_code: _Optional[int] = ..., exit_unknown: _Optional[bool] = ..., error: _Optional[str] = ..., exited_at: _Optional[float] = ..., traceback: _Optional[str] = ..., stack: _Optional[str] = ..., stack_number: _Optional[int] = ...) -> None: ...
 
 class ShardReport(_message.Message):
     __slots__ = ("checkpoint", "attempt", "rank", "state", "step", "key", "size_bytes", "digest", "reason", "index_key", "index_digest")
@@ -221,7 +225,7 @@ class Welcome(_message.Message):
     def __init__(self, leader: _Optional[str] = ...) -> None: ...
 
 class Command(_message.Message):
-    __slots__ = ("id", "job", "generation", "position", "noop", "start_trainers", "stage_checkpoint", "stop_trainers")
+    __slots__ = ("id", "job", "generation", "position", "noop", "start_trainers", "stage_checkpoint", "stop_trainers", "take_stacks")
     ID_FIELD_NUMBER: _ClassVar[int]
     JOB_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
@@ -230,6 +234,7 @@ class Command(_message.Message):
     START_TRAINERS_FIELD_NUMBER: _ClassVar[int]
     STAGE_CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
     STOP_TRAINERS_FIELD_NUMBER: _ClassVar[int]
+    TAKE_STACKS_FIELD_NUMBER: _ClassVar[int]
     id: str
     job: str
     generation: int
@@ -238,7 +243,8 @@ class Command(_message.Message):
     start_trainers: StartTrainers
     stage_checkpoint: StageCheckpoint
     stop_trainers: StopTrainers
-    def __init__(self, id: _Optional[str] = ..., job: _Optional[str] = ..., generation: _Optional[int] = ..., position: _Optional[_Union[LogPosition, _Mapping]] = ..., noop: _Optional[_Union[Noop, _Mapping]] = ..., start_trainers: _Optional[_Union[StartTrainers, _Mapping]] = ..., stage_checkpoint: _Optional[_Union[StageCheckpoint, _Mapping]] = ..., stop_trainers: _Optional[_Union[StopTrainers, _Mapping]] = ...) -> None: ...
+    take_stacks: TakeStacks
+    def __init__(self, id: _Optional[str] = ..., job: _Optional[str] = ..., generation: _Optional[int] = ..., position: _Optional[_Union[LogPosition, _Mapping]] = ..., noop: _Optional[_Union[Noop, _Mapping]] = ..., start_trainers: _Optional[_Union[StartTrainers, _Mapping]] = ..., stage_checkpoint: _Optional[_Union[StageCheckpoint, _Mapping]] = ..., stop_trainers: _Optional[_Union[StopTrainers, _Mapping]] = ..., take_stacks: _Optional[_Union[TakeStacks, _Mapping]] = ...) -> None: ...
 
 class Noop(_message.Message):
     __slots__ = ()
@@ -327,8 +333,14 @@ class StopTrainers(_message.Message):
     keep_arena: bool
     def __init__(self, grace_s: _Optional[float] = ..., keep_arena: _Optional[bool] = ...) -> None: ...
 
+class TakeStacks(_message.Message):
+    __slots__ = ("number",)
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    def __init__(self, number: _Optional[int] = ...) -> None: ...
+
 class Spec(_message.Message):
-    __slots__ = ("name", "python", "script", "args", "cwd", "env", "nnodes_min", "nnodes_max", "nproc_per_node", "max_restarts", "store", "every_steps", "every_seconds", "keep_last", "keep_every_steps", "keep_every_seconds")
+    __slots__ = ("name", "python", "script", "args", "cwd", "env", "nnodes_min", "nnodes_max", "nproc_per_node", "max_restarts", "store", "every_steps", "every_seconds", "keep_last", "keep_every_steps", "keep_every_seconds", "hang_timeout_s")
     class EnvEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -352,6 +364,7 @@ class Spec(_message.Message):
     KEEP_LAST_FIELD_NUMBER: _ClassVar[int]
     KEEP_EVERY_STEPS_FIELD_NUMBER: _ClassVar[int]
     KEEP_EVERY_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    HANG_TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
     name: str
     python: str
     script: str
@@ -368,7 +381,8 @@ class Spec(_message.Message):
     keep_last: int
     keep_every_steps: int
     keep_every_seconds: float
-    def __init__(self, name: _Optional[str] = ..., python: _Optional[str] = ..., script: _Optional[str] = ..., args: _Optional[_Iterable[str]] = ..., cwd: _Optional[str] = ..., env: _Optional[_Mapping[str, str]] = ..., nnodes_min: _Optional[int] = ..., nnodes_max: _Optional[int] = ..., nproc_per_node: _Optional[int] = ..., max_restarts: _Optional[int] = ..., store: _Optional[str] = ..., every_steps: _Optional[int] = ..., every_seconds: _Optional[float] = ..., keep_last: _Optional[int] = ..., keep_every_steps: _Optional[int] = ..., keep_every_seconds: _Optional[float] = ...) -> None: ...
+    hang_timeout_s: float
+    def __init__(self, name: _Optional[str] = ..., python: _Optional[str] = ..., script: _Optional[str] = ..., args: _Optional[_Iterable[str]] = ..., cwd: _Optional[str] = ..., env: _Optional[_Mapping[str, str]] = ..., nnodes_min: _Optional[int] = ..., nnodes_max: _Optional[int] = ..., nproc_per_node: _Optional[int] = ..., max_restarts: _Optional[int] = ..., store: _Optional[str] = ..., every_steps: _Optional[int] = ..., every_seconds: _Optional[float] = ..., keep_last: _Optional[int] = ..., keep_every_steps: _Optional[int] = ..., keep_every_seconds: _Optional[float] = ..., hang_timeout_s: _Optional[float] = ...) -> None: ...
 
 class SubmitRequest(_message.Message):
     __slots__ = ("spec", "request", "takes_over")

@@ -11,6 +11,7 @@ so a marker names, in place of an event, the checkpoint's number and a digest of
 All ranks call load() and boundary() at the same steps: both talk to the peers.
 """
 
+import contextlib
 import logging
 import mmap
 from collections.abc import Callable
@@ -141,6 +142,10 @@ class LocalStation:
 
     def finish(self) -> None:
         """No step will follow."""
+
+    def paused(self) -> contextlib.AbstractContextManager[None]:
+        """Nobody takes this process for stuck."""
+        return contextlib.nullcontext()
 
     def report(self, metrics: dict[str, float | str]) -> None:
         """Nobody watches."""

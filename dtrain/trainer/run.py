@@ -15,6 +15,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Protocol, SupportsFloat, TypeVar
 
@@ -40,8 +41,8 @@ Batch = TypeVar("Batch")
 class Station(Protocol):
     """Who takes progress and keeps checkpoints: a worker, or this process itself.
 
-    Order of calls: track, load, begin, then boundary after each step, finish, close. report and fail at any time
-    before close.
+    Order of calls: track, load, begin, then boundary after each step, finish, close. paused, report and fail at any
+    time before close.
     """
 
     def track(self) -> None: ...
@@ -60,6 +61,8 @@ class Station(Protocol):
     def boundary(self, step: Step) -> None: ...
 
     def finish(self) -> None: ...
+
+    def paused(self) -> AbstractContextManager[None]: ...
 
     def report(self, metrics: dict[str, float | str]) -> None: ...
 
@@ -193,6 +196,14 @@ class Run:
         self._stepping = True
         self._tracked.bind_loader(loader)
         return self._run_steps(DataPosition(loader), Step(until))
+
+    def paused(self) -> AbstractContextManager[None]:
+        """Around what is no step, between steps or within one: an evaluation, a download, a person's prompt.
+
+        A rank that completes no step for too long is taken to hang. What runs in ``with run.paused():`` may take as
+        long as it likes. Every rank that waits for another one inside should say so too.
+        """
+        return self._station.paused()
 
     def report(self, **metrics: SupportsFloat | str) -> None:
         """Show the newest value of each metric to whoever watches the job: numbers, or short text."""

@@ -3,6 +3,8 @@
     JOINED -> RESTORING -> TRAINING <-> CHECKPOINTING
                               +-> HOLDING -> FINISHED
 
+TRAINING is left for PAUSED and entered again wherever the script says so.
+
 At the end of each step the trainer publishes the step it completed, and *then* looks at the request. The worker
 writes a request at any time, for a step that the coordinator believes to be ahead of every rank. Two orders are
 possible at the boundary of step s:
@@ -41,6 +43,7 @@ from dtrain.trainer.arena import ArenaPreparation, StageSlots
 from dtrain.trainer.copying import Copier
 from dtrain.trainer.failures import one_line
 from dtrain.trainer.restoring import Plan, restore_from_worker
+from dtrain.trainer.stacks import answer_with_stacks
 from dtrain.trainer.staging import ShardLayouts
 from dtrain.trainer.tracking import CapturedState, SavedState
 
@@ -69,6 +72,7 @@ class WorkerStation:
         self._answered = 0  # the last request that was staged, missed or failed; 0 before the first
         self._step_began_ns = 0  # perf_counter_ns() at the end of the last boundary
         self._error_shown = False  # whether the error region tells of a failed staging
+        answer_with_stacks(rank_dir)
         self._mailbox.phase = TrainerPhase.JOINED
 
     def track(self) -> None:
@@ -129,6 +133,18 @@ class WorkerStation:
         if request != self._answered:
             self._mailbox.missed = self._answered = request
         self._mailbox.phase = TrainerPhase.FINISHED
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside belongs to no step: it is neither timed nor taken for a hang."""
+        mailbox, before = self._mailbox, self._mailbox.phase
+        began_ns = perf_counter_ns()
+        mailbox.phase = TrainerPhase.PAUSED
+        try:
+            yield
+        finally:
+            mailbox.phase = before
+            self._step_began_ns += perf_counter_ns() - began_ns
 
     def report(self, metrics: dict[str, float | str]) -> None:
         """Show ``metrics`` to whoever watches. Raises ValueError if they do not fit."""

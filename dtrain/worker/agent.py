@@ -55,6 +55,7 @@ from dtrain.worker.rpc.client import CoordinatorClient
 from dtrain.worker.rpc.convert import Identity, to_snapshot
 from dtrain.worker.rpc.leaders import Leaders
 from dtrain.worker.rpc.logs import LogFiles, log_path
+from dtrain.worker.stacks import Stacks
 from dtrain.worker.tasks import Tasks
 from dtrain.worker.uploads import Uploads
 from dtrain.worker.zygotes import Zygotes
@@ -153,6 +154,7 @@ class Agent:
             arenas=arenas,
             uploads=Uploads(self._emit, mailboxes.slot_holds, arenas.keep, self._tasks.begin),
             restores=Restores(self._emit, dirs, self._tasks.begin),
+            stacks=Stacks(self._emit, self._tell_rank, self._tasks.begin),
             port=HeldPort(),
             emit=self._emit,
             send_snapshot=self._client.send_soon,

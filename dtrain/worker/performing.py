@@ -27,6 +27,7 @@ from dtrain.worker.core.actions import (
     RemoveRestore,
     SendSnapshot,
     SpawnTrainer,
+    TakeStack,
     Upload,
 )
 from dtrain.worker.core.inputs import FoldersFailed, FoldersReady, Input
@@ -38,6 +39,7 @@ from dtrain.worker.ports import HeldPort
 from dtrain.worker.rank_dirs import KeeperPlan, RankDirs, RankId
 from dtrain.worker.restores import Restores, forget_needs
 from dtrain.worker.rpc.logs import log_path
+from dtrain.worker.stacks import Stacks
 from dtrain.worker.uploads import Uploads
 
 GRACE_MAX_S = 30.0  # a keeper whose agent died after SIGTERM kills after this by itself
@@ -57,6 +59,7 @@ class Shells:
     arenas: Arenas
     uploads: Uploads
     restores: Restores
+    stacks: Stacks
     port: HeldPort
     emit: Callable[[Input], None]
     send_snapshot: Callable[[], None]
@@ -93,13 +96,15 @@ def perform(shells: Shells, act: Act) -> None:
             shells.arenas.rest(job, generation, time.monotonic())
         case RemoveArena(job=job):
             shells.arenas.remove(job)
+        case TakeStack(number=number):
+            shells.stacks.take(_rank(act), shells.dirs.rank_dir(_rank(act)), number)
         case SendSnapshot():
             shells.send_snapshot()
         case _ as never:
             assert_never(never)
 
 
-def _rank(act: SpawnTrainer | AskStage | Upload | OpenRestore | RemoveRestore) -> RankId:
+def _rank(act: SpawnTrainer | AskStage | Upload | OpenRestore | RemoveRestore | TakeStack) -> RankId:
     return RankId(job=act.job, generation=act.generation, rank=act.rank)
 
 

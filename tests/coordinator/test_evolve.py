@@ -23,6 +23,9 @@ from dtrain.coordinator.core.events import (
     Event,
     GenerationFailed,
     GenerationStarted,
+    HangCleared,
+    HangFound,
+    HangSuspected,
     JobCancelled,
     JobFailed,
     JobSubmitted,
@@ -57,6 +60,18 @@ def generation(number: int, *, state: JobState | None = None) -> GenerationStart
 
 def failed(number: int) -> GenerationFailed:
     return GenerationFailed(generation=Generation(number), reason="why", counted=True)
+
+
+def suspected(number: int, *, of: int = 1) -> HangSuspected:
+    return HangSuspected(generation=Generation(of), number=number, steps_sum=9, idle_s=300.0, timeout_s=300.0)
+
+
+def cleared(number: int) -> HangCleared:
+    return HangCleared(generation=Generation(1), number=number)
+
+
+def found(number: int) -> HangFound:
+    return HangFound(generation=Generation(1), number=number, idle_s=300.0, culprit=-1, victims=(0, 1), stacks=())
 
 
 def checkpoint_started(checkpoint: int, attempt: int, *, of: int = 1) -> CheckpointStarted:
@@ -135,6 +150,9 @@ HISTORIES: dict[str, list[Event]] = {
     "all quarantined": [*TWO_MARKED, quarantined(2), quarantined(1)],
     "aborted": ABORTED,
     "swept": [*ABORTED, swept(1, 1)],
+    "suspected": [*RUNNING, suspected(1)],
+    "cleared": [*RUNNING, suspected(1), cleared(1)],
+    "hung": [*RUNNING, suspected(1), found(1)],
     "pending again": [*RUNNING, failed(1)],
     "cancelling": [*RUNNING, CancelRequested()],
     "cancelling in flight": [*INFLIGHT, CancelRequested()],
@@ -149,7 +167,7 @@ HISTORIES: dict[str, list[Event]] = {
 TWO = {
     "two marked", "two committed", "pinned", "expired", "deleted", "newest quarantined", "all quarantined",
 }  # fmt: skip
-ON = {"running", "committed", "marked", "quarantined", "aborted", "swept", *TWO}
+ON = {"suspected", "cleared", "hung", "running", "committed", "marked", "quarantined", "aborted", "swept", *TWO}
 HAS_ONE = {"committed", "marked", "quarantined", "succeeded", *TWO} - {"deleted"}
 ONE_SOUND = HAS_ONE - {"quarantined", "all quarantined"}
 
@@ -166,7 +184,14 @@ LEGAL: list[tuple[Event, set[str], JobPhase | None]] = [
     (JobSucceeded(), ON, JobPhase.SUCCEEDED),
     (JobFailed(reason="w", exit_code=1), {"pending", "pending again"}, JobPhase.FAILED),
     (RunInterrupted(reason="w"), {"pending", "pending again", "cancelling", *ON}, JobPhase.INTERRUPTED),
-    (checkpoint_started(1, 1), {"running"}, None),
+    (suspected(1), {"in flight", *ON} - {"suspected", "cleared", "hung"}, None),
+    (suspected(2), {"cleared"}, None),
+    (suspected(1, of=2), set(), None),
+    (cleared(1), {"suspected"}, None),
+    (cleared(2), set(), None),
+    (found(1), {"suspected"}, None),
+    (found(2), set(), None),
+    (checkpoint_started(1, 1), {"running", "suspected", "cleared", "hung"}, None),
     (checkpoint_started(2, 2), {"committed", "marked", "quarantined"}, None),
     (checkpoint_started(1, 2), {"aborted", "swept"}, None),
     (checkpoint_started(2, 3), set(), None),

@@ -7,6 +7,7 @@ trained, whatever the system claims. The record is the trainer's own: dtrain nei
 import argparse
 import json
 import os
+import threading
 import time
 from pathlib import Path
 
@@ -25,6 +26,28 @@ def data() -> TensorDataset:
     return TensorDataset(inputs, inputs.pow(2).sum(dim=1, keepdim=True))
 
 
+def wait_for_ever() -> None:
+    threading.Event().wait()
+
+
+class Slow:
+    """Takes long to be saved and loaded, the first time."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def linger(self) -> None:
+        time.sleep(self.seconds)
+        self.seconds = 0.0
+
+    def state_dict(self) -> dict[str, int]:
+        self.linger()
+        return {"nothing": 0}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.linger()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, required=True)
@@ -32,7 +55,10 @@ def main() -> None:
     parser.add_argument("--hurry", type=Path, help="once this file is there, steps take no longer than they must")
     parser.add_argument("--records", type=Path, required=True)
     parser.add_argument("--final", type=Path, required=True)
+    parser.add_argument("--hang-at", type=int, default=0, help="rank 1 of the first generation never ends this step")
+    parser.add_argument("--linger-s", type=float, default=0.0, help="of whatever is no step and may take long")
     args = parser.parse_args()
+    time.sleep(args.linger_s)
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     with dtrain.join() as run:
@@ -45,10 +71,22 @@ def main() -> None:
         loader = DataLoader(dataset, batch_size=16, sampler=sampler)
         torch.manual_seed(100 + run.rank)  # dropout differs by rank
         run.track(model=model, optimizer=optimizer, scheduler=scheduler, data=loader)
+        if args.linger_s:
+            run.track_local(slow=Slow(args.linger_s))
+        time.sleep(args.linger_s)
+        first = True
         record = os.open(args.records / f"rank{run.rank}.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         for inputs, targets in run.steps(loader, until=args.steps):
             line = {"generation": run.generation, "step": run.step + 1, "pid": os.getpid(), "sum": float(inputs.sum())}
             os.write(record, json.dumps(line).encode() + b"\n")
+            if first:
+                time.sleep(args.linger_s)
+                first = False
+            if args.linger_s and run.step + 1 == args.hang_at - 2:
+                with run.paused():
+                    time.sleep(args.linger_s)
+            if run.generation == 1 and run.rank == 1 and run.step + 1 == args.hang_at:
+                wait_for_ever()
             loss = nn.functional.mse_loss(model(inputs), targets)
             optimizer.zero_grad()
             loss.backward()

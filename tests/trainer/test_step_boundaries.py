@@ -104,6 +104,30 @@ def test_a_request_for_this_step_is_staged_and_training_goes_on(stages: Stages) 
     assert load_file(stage.staged_file())["model.weight"].tolist() == [0, 1, 2, 3]
 
 
+def test_what_the_script_does_in_a_pause_is_no_step(stages: Stages) -> None:
+    stage = stages(model=Holder(1))
+    with stage.station.paused():
+        assert stage.mailbox.phase is TrainerPhase.PAUSED
+        time.sleep(0.2)
+    assert stage.mailbox.phase is TrainerPhase.TRAINING
+    stage.station.boundary(Step(1))
+    assert stage.mailbox.step_ns < 150_000_000, "the pause was taken for a part of the step"
+
+
+def test_a_state_that_takes_long_to_copy_is_announced_as_a_checkpoint(stages: Stages) -> None:
+    phases: list[TrainerPhase] = []
+
+    class Watched(Holder):
+        def state_dict(self) -> Any:
+            phases.append(stage.mailbox.phase)
+            return self.state
+
+    stage = stages(model=Watched(1))
+    stage.mailbox.request = pack(1, 1)
+    stage.station.boundary(Step(1))
+    assert phases and set(phases) == {TrainerPhase.CHECKPOINTING}
+
+
 def test_a_request_for_a_step_that_is_over_is_reported_as_missed(stages: Stages) -> None:
     stage = stages(model=Holder(1))
     stage.station.boundary(Step(5))

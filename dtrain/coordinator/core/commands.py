@@ -11,6 +11,7 @@ from dtrain.common.names import Generation, JobName, Term
 from dtrain.coordinator.core.events import Member, Position
 from dtrain.coordinator.core.facts import AssignmentReport
 from dtrain.coordinator.core.failures import stage_id, start_id
+from dtrain.coordinator.core.hangs import stacks_id
 from dtrain.coordinator.core.observed import WorkerView
 from dtrain.coordinator.core.reconcile import stop_id
 from dtrain.coordinator.core.states import GenerationState, InflightCheckpoint, JobPhase, JobState
@@ -46,7 +47,16 @@ class StopTrainers:
     position: Position
 
 
-Command = StartTrainers | StageCheckpoint | StopTrainers
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TakeStacks:
+    id: str
+    job: JobName
+    generation: Generation
+    number: int  # of the suspicion
+    position: Position
+
+
+Command = StartTrainers | StageCheckpoint | StopTrainers | TakeStacks
 
 
 def commands_for(job: JobState, view: WorkerView, term: Term) -> list[Command]:
@@ -74,6 +84,19 @@ def commands_for(job: JobState, view: WorkerView, term: Term) -> list[Command]:
             owed.append(
                 StageCheckpoint(
                     id=stage, job=job, generation=generation.number, inflight=inflight, position=inflight.position
+                )
+            )
+    suspicion = generation.suspicion
+    if suspicion is not None:
+        stacks = stacks_id(job, generation, suspicion.number)
+        if stacks not in taken:
+            owed.append(
+                TakeStacks(
+                    id=stacks,
+                    job=job.name,
+                    generation=generation.number,
+                    number=suspicion.number,
+                    position=job.position,
                 )
             )
     return owed

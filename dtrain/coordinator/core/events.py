@@ -104,6 +104,7 @@ class FailureKind(StrEnum):
     PREEMPTED = "preempted"  # its worker was shut down, or fenced itself
     NODE = "node"  # the worker is gone
     CHECKPOINT = "checkpoint"  # what it was to start from is damaged
+    HANG = "hang"  # nothing failed and nothing moved
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,6 +128,47 @@ class GenerationFailed:
     kind: FailureKind = FailureKind.UNKNOWN
     step: Step = _NO_STEP  # completed by the rank that failed first; for a lost worker, by the furthest rank
     victims: tuple[Victim, ...] = ()  # as far as known when it was decided; bounded
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HangSuspected:
+    """No rank completed a step for too long: every rank is asked where it stands."""
+
+    generation: Generation
+    number: int  # counts the suspicions of this generation, from 1
+    steps_sum: int  # completed steps of all its ranks together: any progress changes it
+    idle_s: float
+    timeout_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HangCleared:
+    """The suspicion was wrong."""
+
+    generation: Generation
+    number: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankStack:
+    """Where a rank stood."""
+
+    rank: int
+    worker: str
+    step: int  # completed
+    stack: str  # its main thread's newest frames, newest first; or why they are not known
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HangFound:
+    """The generation hangs. It fails next."""
+
+    generation: Generation
+    number: int
+    idle_s: float
+    culprit: int  # the rank that the others seem to wait for; -1: they all stand alike
+    victims: tuple[int, ...]  # the other ranks; bounded
+    stacks: tuple[RankStack, ...]  # of the culprit first, then of some others
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -227,6 +269,9 @@ Event = (
     | CancelRequested
     | GenerationStarted
     | GenerationFailed
+    | HangSuspected
+    | HangCleared
+    | HangFound
     | CheckpointStarted
     | CheckpointAborted
     | CheckpointCommitted

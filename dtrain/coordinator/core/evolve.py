@@ -19,6 +19,9 @@ from dtrain.coordinator.core.events import (
     CheckpointStarted,
     GenerationFailed,
     GenerationStarted,
+    HangCleared,
+    HangFound,
+    HangSuspected,
     JobCancelled,
     JobFailed,
     JobSubmitted,
@@ -26,6 +29,7 @@ from dtrain.coordinator.core.events import (
     RecordedEvent,
     RunInterrupted,
 )
+from dtrain.coordinator.core.hang_folds import fold_hang
 from dtrain.coordinator.core.states import (
     GenerationState,
     JobPhase,
@@ -89,6 +93,8 @@ def _lifecycle_event(state: JobState, record: RecordedEvent) -> JobState:
             return _generation_started(state, record, event)
         case GenerationFailed() as event:
             return _generation_failed(state, record, event)
+        case HangSuspected() | HangCleared() | HangFound():
+            return fold_hang(state, record)
         case JobSucceeded():
             require(state.phase is JobPhase.RUNNING and state.inflight is None, state, record, "not running")
             return _end(state, JobPhase.SUCCEEDED, "", 0)

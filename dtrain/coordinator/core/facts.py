@@ -46,6 +46,8 @@ class RankReport:
     error: str = ""
     exited_at: float = 0.0  # unix time
     traceback: str = ""  # of the exception that ended it; empty if none is known
+    stack: str = ""  # where it stands, newest frame first; or why that is not known
+    stack_number: int = 0  # of the suspicion that ``stack`` answers; 0: none yet
 
     @property
     def failed(self) -> bool:

@@ -34,7 +34,7 @@ SAME_ERROR_LIMIT = 3
 # A script that raises within this time of its start and never joined or completed a step cannot start at all.
 CANNOT_START_WITHIN_S = 60.0
 CANNOT_START_EXIT_CODE = 2
-_STARTED_PHASES = frozenset({"joined", "restoring", "training", "checkpointing", "holding", "finished"})
+_STARTED_PHASES = frozenset({"joined", "restoring", "training", "checkpointing", "holding", "paused", "finished"})
 
 
 def reports(

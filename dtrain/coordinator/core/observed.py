@@ -25,6 +25,7 @@ from dtrain.coordinator.core.facts import (
     WorkerSnapshot,
     WorkerUnregistered,
 )
+from dtrain.coordinator.core.step_clocks import StepClocks
 
 # How long a worker must be seen without a lease and without a stream before it counts as lost. Covers an agent
 # that is restarted at once, and the moment in which a new leader has not been called by its workers yet.
@@ -83,6 +84,9 @@ class Observed:
     reached_since_s: dict[tuple[JobName, AttemptNumber], float] = field(default_factory=dict)
     # When a generation's first lost connection was seen without its cause; one entry a generation that failed so.
     failing_since_s: dict[tuple[JobName, Generation], float] = field(default_factory=dict)
+    clocks: dict[JobName, StepClocks] = field(default_factory=dict)  # of the newest generation that was reported
+    # (generation, number of the suspicion, since when stacks are waited for)
+    stacks_since_s: dict[JobName, tuple[Generation, int, float]] = field(default_factory=dict)
 
     def view(self, worker: WorkerId) -> WorkerView:
         """The worker's view; one that was never seen has been absent since the leadership began."""
@@ -153,11 +157,20 @@ class Observed:
         if before is not None and before.incarnation == snapshot.incarnation and before.number >= snapshot.number:
             return set()
         touched = self._jobs_of(view)
+        self._note_progress(snapshot, now.mono_s - view.snapshot_at_s if before is not None else 0.0)
         view.stream = stream
         view.snapshot = snapshot
         view.snapshot_at_s = now.mono_s
         view.absent_since_s = None
         return touched | self._jobs_of(view)
+
+    def _note_progress(self, snapshot: WorkerSnapshot, gap_s: float) -> None:
+        for report in snapshot.assignments:
+            clocks = self.clocks.get(report.job)
+            if clocks is None or clocks.generation < report.generation:
+                clocks = self.clocks[report.job] = StepClocks(generation=report.generation)
+            if clocks.generation == report.generation:
+                clocks.note(report, gap_s)
 
     @staticmethod
     def _jobs_of(view: WorkerView) -> set[JobName]:

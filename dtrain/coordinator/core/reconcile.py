@@ -8,7 +8,7 @@ and the first that applies wins:
     ended        nothing else
     CANCELLING   abort the attempt in flight; end once nothing of the job runs any more
     PENDING      fail for good if its failures say so; else start a generation as soon as workers allow
-    RUNNING      fail the generation; settle the attempt in flight; succeed; start a checkpoint
+    RUNNING      fail the generation, also one that hangs; settle the attempt in flight; succeed; start a checkpoint
 """
 
 from collections.abc import Callable, Mapping
@@ -16,7 +16,7 @@ from typing import assert_never
 
 from dtrain.common.errors import InvariantError
 from dtrain.common.names import Generation, JobName
-from dtrain.coordinator.core import checkpoints, failures, placement, retention
+from dtrain.coordinator.core import checkpoints, failures, hangs, placement, retention
 from dtrain.coordinator.core.events import Cause, CheckpointAborted, Decision, JobCancelled, JobSucceeded, Member
 from dtrain.coordinator.core.facts import Now, RankState
 from dtrain.coordinator.core.observed import Observed
@@ -70,6 +70,7 @@ def decide(
 def _running(job: JobState, generation: GenerationState, observed: Observed, now: Now) -> Decision | None:
     return (
         failures.failure(job, generation, observed, now)
+        or hangs.hang(job, generation, observed, now)
         or checkpoints.settle(job, generation, observed, now)
         or _success(job, generation, observed)
         or (checkpoints.start(job, generation, observed, now) if job.inflight is None else None)

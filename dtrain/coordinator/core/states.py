@@ -6,6 +6,8 @@
     PENDING       GenerationStarted                       RUNNING
     PENDING       JobFailed                               FAILED
     RUNNING       GenerationFailed                        PENDING
+    RUNNING       HangSuspected, then HangCleared or      RUNNING
+                  HangFound, then GenerationFailed
     RUNNING       JobSucceeded                            SUCCEEDED
     PENDING,
     RUNNING       CancelRequested                         CANCELLING
@@ -27,7 +29,16 @@ from enum import StrEnum
 
 from dtrain.common.names import AttemptNumber, CheckpointNumber, Generation, JobName, Step, Term, WorkerId
 from dtrain.common.specs import JobSpec
-from dtrain.coordinator.core.events import FailureKind, Member, Position, RestorePoint, ShardRecord, Victim
+from dtrain.coordinator.core.events import (
+    FailureKind,
+    HangFound,
+    HangSuspected,
+    Member,
+    Position,
+    RestorePoint,
+    ShardRecord,
+    Victim,
+)
 
 
 class JobPhase(StrEnum):
@@ -54,6 +65,9 @@ class GenerationState:
     position: Position  # of its GenerationStarted
     started_time: float  # unix time of that event
     restarts: int  # generations of this run that failed before it
+    suspicions: int = 0  # how often it was suspected to hang
+    suspicion: HangSuspected | None = None  # the open one
+    hang: HangFound | None = None  # what the open suspicion came to
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

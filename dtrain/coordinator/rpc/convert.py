@@ -11,7 +11,8 @@ from dtrain.common import names
 from dtrain.common.errors import UserError
 from dtrain.common.names import AttemptNumber, CheckpointNumber, Generation, Step, Term
 from dtrain.common.specs import CheckpointPolicy, JobSpec, RetentionPolicy
-from dtrain.coordinator.core.commands import Command, StageCheckpoint, StartTrainers, StopTrainers
+from dtrain.common.stacks import STACK_MAX_CHARS
+from dtrain.coordinator.core.commands import Command, StageCheckpoint, StartTrainers, StopTrainers, TakeStacks
 from dtrain.coordinator.core.events import Position
 from dtrain.coordinator.core.facts import (
     AssignmentReport,
@@ -108,6 +109,8 @@ def rank_from_wire(message: wire.RankReport) -> RankReport:
         error=message.error[:TEXT_MAX_CHARS],
         exited_at=message.exited_at,
         traceback=message.traceback[-TEXT_MAX_CHARS:],
+        stack=message.stack[:STACK_MAX_CHARS],
+        stack_number=message.stack_number,
     )
 
 
@@ -127,6 +130,8 @@ def rank_to_wire(rank: RankReport) -> wire.RankReport:
         error=rank.error,
         exited_at=rank.exited_at,
         traceback=rank.traceback,
+        stack=rank.stack,
+        stack_number=rank.stack_number,
     )
 
 
@@ -168,6 +173,7 @@ def spec_from_wire(message: wire.Spec) -> JobSpec:
             keep_every_steps=message.keep_every_steps,
             keep_every_seconds=message.keep_every_seconds,
         ),
+        hang_timeout_s=message.hang_timeout_s if message.HasField("hang_timeout_s") else None,
     )
 
 
@@ -203,6 +209,14 @@ def command_to_wire(command: Command) -> wire.Command:
                 generation=command.generation,
                 position=_position(command.position),
                 stop_trainers=wire.StopTrainers(grace_s=command.grace_s, keep_arena=command.keep_arena),
+            )
+        case TakeStacks():
+            return wire.Command(
+                id=command.id,
+                job=command.job,
+                generation=command.generation,
+                position=_position(command.position),
+                take_stacks=wire.TakeStacks(number=command.number),
             )
         case unreachable:
             assert_never(unreachable)

@@ -159,6 +159,16 @@ class RemoveArena:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TakeStack:
+    """Find out where the rank stands. Answered by StackTaken."""
+
+    job: JobName
+    generation: Generation
+    rank: int
+    number: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SendSnapshot:
     """Something changed that the coordinator should not wait a heartbeat for."""
 
@@ -176,6 +186,7 @@ Act = (
     | DropTransfers
     | CleanGeneration
     | RemoveArena
+    | TakeStack
     | SendSnapshot
 )
 Action = JournalEntry | Act

@@ -11,8 +11,22 @@ from dataclasses import replace
 from typing import assert_never
 
 from dtrain.common.mailbox import pack
-from dtrain.worker.core.actions import AskStage, CleanGeneration, DropTransfers, EndTrainers, PrepareFolders
-from dtrain.worker.core.inputs import CommandReceived, Noop, StageCheckpoint, StartTrainers, StopTrainers
+from dtrain.worker.core.actions import (
+    AskStage,
+    CleanGeneration,
+    DropTransfers,
+    EndTrainers,
+    PrepareFolders,
+    TakeStack,
+)
+from dtrain.worker.core.inputs import (
+    CommandReceived,
+    Noop,
+    StageCheckpoint,
+    StartTrainers,
+    StopTrainers,
+    TakeStacks,
+)
 from dtrain.worker.core.states import (
     GENERATION_MOVES,
     SHARD_MOVES,
@@ -54,6 +68,8 @@ def command_received(turn: Turn, received: CommandReceived) -> None:
                 _stage(turn, received, request)
             case StopTrainers() as stop:
                 _stop(turn, received, stop)
+            case TakeStacks(number=number):
+                _take_stacks(turn, received, number)
             case _ as never:
                 assert_never(never)
     elif known.term < received.term:
@@ -71,12 +87,20 @@ def _kind(received: CommandReceived) -> CommandKind:
             return CommandKind.STAGE
         case StopTrainers():
             return CommandKind.STOP
+        case TakeStacks():
+            return CommandKind.STACKS
         case _ as never:
             assert_never(never)
 
 
 def _record(received: CommandReceived, stage: CommandStage, reason: str = "") -> CommandRecord:
-    attempt = received.body.request.attempt if isinstance(received.body, StageCheckpoint) else 0
+    match received.body:
+        case StageCheckpoint(request=request):
+            attempt = int(request.attempt)
+        case TakeStacks(number=number):
+            attempt = number
+        case _:
+            attempt = 0
     return CommandRecord(
         id=received.id,
         kind=_kind(received),
@@ -171,18 +195,33 @@ def _fresh_assignment(received: CommandReceived, spec: TrainersSpec, old: Assign
 # ---- stage -----------------------------------------------------------------------------------------------
 
 
-def _stage(turn: Turn, received: CommandReceived, request: CheckpointRequest) -> None:
+def _for_running(turn: Turn, received: CommandReceived) -> Assignment | None:
+    """Accept a command for a generation that runs here and return what it is about; None: it was refused."""
     assignment = turn.assignment(received.job)
     if reason := _older(assignment, received):
         _refuse(turn, received, reason)
-        return
+        return None
     if assignment is None or assignment.generation != received.generation or assignment.spec is None:
         _refuse(turn, received, f"generation {received.generation} was never started here")
-        return
+        return None
     if assignment.stopped:
         _refuse(turn, received, f"generation {received.generation} was stopped")
-        return
+        return None
     _accept(turn, received)
+    return assignment
+
+
+def _take_stacks(turn: Turn, received: CommandReceived, number: int) -> None:
+    assignment = _for_running(turn, received)
+    for run in assignment.ranks if assignment is not None else ():
+        if run.stage is RankStage.RUNNING:
+            turn.act(TakeStack(job=received.job, generation=received.generation, rank=run.rank, number=number))
+
+
+def _stage(turn: Turn, received: CommandReceived, request: CheckpointRequest) -> None:
+    assignment = _for_running(turn, received)
+    if assignment is None:
+        return
     if assignment.checkpoint is not None and request.attempt <= assignment.checkpoint.attempt:
         return
     shards = tuple(_fresh_shard(request, run) for run in assignment.ranks)

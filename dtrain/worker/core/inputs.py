@@ -27,7 +27,12 @@ class StopTrainers:
     keep_arena: bool = False  # the job's next generation may start here
 
 
-CommandBody = Noop | StartTrainers | StageCheckpoint | StopTrainers
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TakeStacks:
+    number: int  # >= 1
+
+
+CommandBody = Noop | StartTrainers | StageCheckpoint | StopTrainers | TakeStacks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,6 +140,17 @@ class RestoreDamaged:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StackTaken:
+    """Where a rank stands, or why that cannot be said."""
+
+    job: JobName
+    generation: Generation
+    rank: int
+    number: int  # of the TakeStacks that asked
+    stack: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TermSeen:
     """A leader of this term speaks to us."""
 
@@ -169,6 +185,7 @@ Input = (
     | UploadFailed
     | RestoreReady
     | RestoreDamaged
+    | StackTaken
     | TermSeen
     | CoordinatorSeen
     | Tick

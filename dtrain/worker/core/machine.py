@@ -26,6 +26,7 @@ from dtrain.worker.core.inputs import (
     MailboxSeen,
     RestoreDamaged,
     RestoreReady,
+    StackTaken,
     StopRequested,
     TermSeen,
     Tick,
@@ -113,6 +114,8 @@ def _handle(turn: Turn, fact: Input) -> None:
             checkpoints.restore_ready(turn, fact)
         case RestoreDamaged():
             checkpoints.restore_damaged(turn, fact)
+        case StackTaken():
+            trainers.stack_taken(turn, fact)
         case TermSeen(term=term):
             if term >= turn.state.term:  # an older leader's word does not keep the trainers from their fence
                 turn.see_term(term)
@@ -160,5 +163,9 @@ def _is_done(turn: Turn, record: CommandRecord) -> bool:
             return overtaken or all(shard.is_settled for shard in assignment.shards)
         case CommandKind.STOP:
             return assignment.stage is GenerationStage.OVER and not assignment.retiring
+        case CommandKind.STACKS:
+            return all(
+                run.stage is not RankStage.RUNNING or run.stack_number >= record.attempt for run in assignment.ranks
+            )
         case _ as never:
             assert_never(never)

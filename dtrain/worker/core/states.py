@@ -66,6 +66,7 @@ class CommandKind(StrEnum):
     START = "start trainers"
     STAGE = "stage checkpoint"
     STOP = "stop trainers"
+    STACKS = "take stacks"
 
 
 RANK_MOVES: Mapping[RankStage, frozenset[RankStage]] = {
@@ -183,6 +184,8 @@ class RankRun:
     tracking: bool = False
     step_s: float = 0.0  # duration of its last step
     metrics_json: str = ""
+    stack: str = ""  # where it stood when stacks were asked for last, or why that is not known
+    stack_number: int = 0  # of the asking that ``stack`` answers; 0: none yet
     exit: ExitFact | None = None  # set exactly when EXITED
 
     @property
@@ -269,7 +272,7 @@ class CommandRecord:
     kind: CommandKind
     job: str  # empty for Noop
     generation: int
-    attempt: int  # of StageCheckpoint, else 0
+    attempt: int  # of StageCheckpoint; the number of TakeStacks; else 0
     stage: CommandStage
     term: Term  # of the leader whose command this answers; of several copies, the newest
     reason: str = ""  # set once REFUSED

@@ -21,7 +21,7 @@ from dtrain.worker.core.actions import (
     SpawnTrainer,
 )
 from dtrain.worker.core.commands import end_generation
-from dtrain.worker.core.inputs import FoldersFailed, FoldersReady, TrainerExited, TrainerStarted
+from dtrain.worker.core.inputs import FoldersFailed, FoldersReady, StackTaken, TrainerExited, TrainerStarted
 from dtrain.worker.core.states import (
     GENERATION_MOVES,
     RANK_MOVES,
@@ -80,6 +80,12 @@ def trainer_started(turn: Turn, started: TrainerStarted) -> None:
                 committed_attempt=request.committed_attempt,
             )
         )
+
+
+def stack_taken(turn: Turn, taken: StackTaken) -> None:
+    assignment, run = _find(turn, taken.job, taken.generation, taken.rank)
+    if assignment is not None and run is not None and taken.number > run.stack_number:
+        turn.put(turn.put_rank(assignment, replace(run, stack=taken.stack, stack_number=taken.number)))
 
 
 def trainer_exited(turn: Turn, exited: TrainerExited) -> None:

@@ -16,6 +16,7 @@ from dtrain.worker.core.inputs import (
     StageCheckpoint,
     StartTrainers,
     StopTrainers,
+    TakeStacks,
 )
 from dtrain.worker.core.snapshots import AssignmentSnapshot, NodeSnapshot, Phase
 from dtrain.worker.core.states import (
@@ -132,6 +133,8 @@ def _rank(run: RankRun) -> wire.RankReport:
         tracking=run.tracking,
         step_s=run.step_s,
         metrics_json=run.metrics_json,
+        stack=run.stack,
+        stack_number=run.stack_number,
     )
     if run.exit is not None:
         message.exit_code = run.exit.code or 0
@@ -218,6 +221,10 @@ def _body(command: wire.Command) -> CommandBody:
         case "stop_trainers":
             stop = command.stop_trainers
             return StopTrainers(grace_s=stop.grace_s, keep_arena=stop.keep_arena)
+        case "take_stacks":
+            if command.take_stacks.number < 1:
+                raise BadCommandError(f"command {command.id} has no number")
+            return TakeStacks(number=command.take_stacks.number)
         case unknown:
             raise BadCommandError(f"command {command.id} is of a kind this worker does not know: {unknown}")
 

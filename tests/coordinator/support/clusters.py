@@ -51,6 +51,7 @@ from tests.coordinator.support.nodes import Held, Node
 PREFIX = "/test"
 JOB = "mnist"
 WALL_START_S = 1_700_000_000.0
+HEARTBEAT_S = 0.5
 DIGEST = "xxh3-128:" + "0" * 32
 
 
@@ -246,6 +247,18 @@ class Cluster:
                     step_s=step_s,
                 )
             self.reports(member.worker)
+
+    def says(self, rank: int, *, name: str = JOB, **changes: object) -> None:
+        """One rank reports these changes."""
+        self._rank(name, rank, **changes)
+        self.reports(self._worker_of(name, rank))
+
+    def stands_still(self, seconds: float) -> None:
+        """Time passes, and every worker reports at each heartbeat that nothing has changed."""
+        for _ in range(round(seconds / HEARTBEAT_S)):
+            self.passes(HEARTBEAT_S)
+            for worker in self.nodes:
+                self.reports(worker)
 
     def exits(
         self, rank: int, code: int, *, name: str = JOB, error: str = "", at_s: float = 0.0, traceback: str = ""

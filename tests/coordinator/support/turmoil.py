@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from dtrain.common.errors import UserError
 from dtrain.common.names import AttemptNumber, CheckpointNumber, JobName, Step
 from dtrain.common.specs import RetentionPolicy
-from dtrain.coordinator.core.commands import StageCheckpoint, StartTrainers, StopTrainers
+from dtrain.coordinator.core.commands import StageCheckpoint, StartTrainers, StopTrainers, TakeStacks
 from dtrain.coordinator.core.effects import DeleteAttempt
 from dtrain.coordinator.core.facts import (
     ManifestRefused,
@@ -81,7 +81,8 @@ class Turmoil:
         given = spec(
             JOBS[x % 2], nnodes_min=1 + y % nodes, nnodes_max=nodes, nproc_per_node=1 + x % 2, max_restarts=3 * (y % 4),
             every_steps=5 if y % 2 else 0,
-            every_seconds=0.0 if y % 2 else 3.0, retention=RETENTION[y % len(RETENTION)],
+            every_seconds=0.0 if y % 2 else 3.0, hang_timeout_s=(2.0, None, 0.0)[x % 3],
+            retention=RETENTION[y % len(RETENTION)],
         )  # fmt: skip
         self._refusable(lambda: self.cluster.submits(given, request=f"r{y % 3}", takes_over=x % 4 == 0))
 
@@ -152,6 +153,8 @@ class Turmoil:
                         pass
                     case StopTrainers():
                         node.held.pop(job, None)
+                    case TakeStacks():
+                        pass
                 answer = "refused" if y % 11 == 0 else "done"
                 self.cluster.answers(node.name, command.id, answer, term=self.cluster.term - y % 2)
 
@@ -261,15 +264,30 @@ class Turmoil:
         owed = [e for e in self.cluster.owes(job) if isinstance(e, DeleteAttempt)] if job in self.cluster.jobs else []
         self.cluster.objects_deleted(owed[0].attempt if owed and y % 5 else 1 + y % 4, job)
 
+    def stand_still(self, x: int, y: int) -> None:
+        """Nothing moves for a while."""
+        for _ in range(2):
+            self.cluster.stands_still(2.5)
+            self.cluster.decides()
+
+    def say_where(self, x: int, y: int) -> None:
+        """A worker says where its ranks stand."""
+        found = self._held(x, y)
+        if found is not None:
+            for rank, report in found[2].ranks.items():
+                found[2].ranks[rank] = replace(report, stack=f"frame {y % 3}", stack_number=report.stack_number + 1)
+            self.cluster.reports(found[0].name)
+
 
 HAPPENINGS: tuple[Callable[[Turmoil, int, int], None], ...] = (
     Turmoil.submit, Turmoil.cancel, Turmoil.checkpoint, Turmoil.time, Turmoil.failover, Turmoil.join, Turmoil.lose,
     Turmoil.forget, Turmoil.restore, Turmoil.exit, Turmoil.obey, Turmoil.train, Turmoil.shard, Turmoil.manifest,
     Turmoil.marker, Turmoil.pin, Turmoil.delete, Turmoil.quarantine, Turmoil.save, Turmoil.save,
+    Turmoil.stand_still, Turmoil.say_where,
 )  # fmt: skip
 # So that a random walk gets somewhere: what throws a job back is rarer than what moves it forward.
 _RARE = (Turmoil.cancel, Turmoil.failover, Turmoil.lose, Turmoil.forget, Turmoil.exit, Turmoil.quarantine)
-_OF_ONE_WORKER = (Turmoil.obey, Turmoil.train, Turmoil.shard, Turmoil.join)
+_OF_ONE_WORKER = (Turmoil.obey, Turmoil.train, Turmoil.shard, Turmoil.join, Turmoil.say_where)
 
 
 def seeded(seed: int, count: int) -> list[Happening]:
