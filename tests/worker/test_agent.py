@@ -95,6 +95,34 @@ def _exits(snapshot: wire.Snapshot) -> list[tuple[int, bool]]:
     return [(rank.exit_code, rank.exit_unknown) for rank in ranks if rank.state == wire.EXITED]
 
 
+def test_trainers_whose_agent_does_not_come_back_end_themselves_and_the_next_agent_says_why(node: Node) -> None:
+    node.start(orphan_after_s=1.0)
+    node.start_trainers()
+    pids = node.wait_training()
+    node.kill()
+    wait_for("the trainers' end", lambda: not any(alive(pid) for pid in pids.values()), deadline_s=10)
+    assert all("ended, because its worker was gone for 1 s" in node.log(rank) for rank in pids)
+    node.start()
+
+    def look(snapshot: wire.Snapshot) -> bool:
+        ranks = [rank for assignment in snapshot.assignments for rank in assignment.ranks]
+        return [(rank.state, rank.exit_code) for rank in ranks] == [(wire.EXITED, -signal.SIGKILL)] * 2
+
+    node.wait("both exits", look)
+
+
+def test_an_agent_that_comes_back_in_time_finds_trainers_that_stay(node: Node) -> None:
+    node.start(orphan_after_s=3.0)
+    node.start_trainers()
+    before = node.wait_training()
+    node.kill()
+    node.start()
+    assert node.wait_training() == before
+    furthest = max(node.steps().values())
+    node.wait("steps for longer than the trainers would wait", lambda _: min(node.steps().values()) > furthest + 400)
+    assert node.wait_training() == before
+
+
 def test_an_agent_killed_before_storage_confirmed_acknowledges_after_its_return(node: Node) -> None:
     node.start()
     node.start_trainers()
