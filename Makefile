@@ -23,10 +23,10 @@ INSTALLED := $(VENV)/.installed
 # A virtual environment of the caller's must not leak into ours.
 unexport VIRTUAL_ENV PYTHONPATH PYTHONHOME
 
-.PHONY: help install demo test test-fast lint format proto bench bench-recovery clean
+.PHONY: help install demo test test-fast lint format proto bench bench-checkpoint bench-recovery clean
 
 help:
-	@sed -n 's/^#   //p' Makefile; echo 'make lint | format | proto | bench | bench-recovery | clean'
+	@sed -n 's/^#   //p' Makefile; echo 'make lint | format | proto | bench | bench-checkpoint | bench-recovery | clean'
 
 $(BIN)/python:
 	@if [ -z "$(PYTHON)" ]; then echo 'dtrain needs Python 3.11 or newer: install it, or say make PYTHON=/path/to/python.' >&2; exit 1; fi
@@ -65,6 +65,10 @@ proto: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/startup.py
+
+bench-checkpoint: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[bench]'
+	$(BIN)/python -m benchmarks.checkpoint --plot docs/checkpoint.svg
 
 bench-recovery: $(INSTALLED)
 	$(BIN)/python benchmarks/recovery.py
