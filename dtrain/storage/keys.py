@@ -8,10 +8,12 @@ the order of keys stays the order of numbers. Every store checks every key again
     jobs/<job>/checkpoints/<checkpoint>/attempt-<attempt>/rank-<rank>.index.json
     jobs/<job>/checkpoints/<checkpoint>/attempt-<attempt>/manifest.json
     jobs/<job>/checkpoints/<checkpoint>/COMMITTED
+    jobs/<job>/packs/attempt-<attempt>/rank-<rank>-<digest>.bin
 """
 
 from dtrain.common.errors import PermanentError
 from dtrain.common.names import AttemptNumber, CheckpointNumber, JobName, job_name
+from dtrain.common.packs import packs_prefix
 
 KEY_MAX_BYTES = 1024  # S3's limit for a key
 PART_MAX_BYTES = 255  # what common file systems allow for one name
@@ -51,6 +53,16 @@ def shard_key(job: JobName, checkpoint: CheckpointNumber, attempt: AttemptNumber
 def index_key(job: JobName, checkpoint: CheckpointNumber, attempt: AttemptNumber, rank: int) -> str:
     """Return the key of the index of one rank's shard."""
     return f"{attempt_prefix(job, checkpoint, attempt)}rank-{_number('rank', rank, 0, RANK_MAX):05d}.index.json"
+
+
+def pack_prefix(job: JobName, attempt: AttemptNumber) -> str:
+    """Return the prefix (with its last slash) of the packs that an attempt made."""
+    return packs_prefix(job_name(job), _number("attempt", attempt, 1, ATTEMPT_MAX))
+
+
+def pack_key(job: JobName, attempt: AttemptNumber, rank: int, digest: str) -> str:
+    """Return the key of a pack that an attempt made for a rank; ``digest`` is 32 hex digits."""
+    return f"{pack_prefix(job, attempt)}rank-{_number('rank', rank, 0, RANK_MAX):05d}-{digest}.bin"
 
 
 def manifest_key(job: JobName, checkpoint: CheckpointNumber, attempt: AttemptNumber) -> str:

@@ -15,9 +15,11 @@ import msgspec
 from dtrain.common.digests import BLOB_ALGORITHM
 from dtrain.common.errors import DtrainError, ShardDamagedError
 from dtrain.common.names import AttemptNumber, CheckpointNumber, Generation, JobName, Step
+from dtrain.common.packs import PACKS_MAX, Pack
 from dtrain.storage.keys import job_prefix, manifest_key, shard_key, validate_key
 
-MANIFEST_VERSION = 2  # 1 knew no indexes
+MANIFEST_VERSION = 3  # 1 knew no indexes, 2 no packs
+OLDER_MANIFEST_VERSION = 2  # read for ever
 MARKER_VERSION = 1
 _DIGEST = re.compile(re.escape(BLOB_ALGORITHM) + ":[0-9a-f]{32}")
 
@@ -32,6 +34,12 @@ class ShardEntry:
     digest: str  # "xxh3-128:<hex>" of the whole blob
     index_key: str
     index_digest: str  # "xxh3-128:<hex>" of the index's bytes
+    packs: tuple[Pack, ...] = ()  # by key, each once: what else the rank's state lies in
+
+    @property
+    def objects(self) -> "tuple[ShardEntry | Pack, ...]":
+        """Everything that holds bytes of the rank's state."""
+        return (self, *self.packs)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,24 +81,30 @@ _Record = TypeVar("_Record", Manifest, CommitMarker)
 def encode(record: Manifest | CommitMarker) -> bytes:
     """Return the canonical JSON. The same record gives the same bytes, always. Raises ValueError on nonsense."""
     _check(record)
+    if isinstance(record, Manifest) and record.version == OLDER_MANIFEST_VERSION:
+        document = msgspec.to_builtins(record)
+        for shard in document["shards"]:
+            del shard["packs"]
+        return msgspec.json.encode(document, order="sorted")
     return msgspec.json.encode(record, order="sorted")
 
 
 def decode_manifest(data: bytes, *, key: str = "manifest") -> Manifest:
     """Return the manifest in ``data``; raise :class:`ShardDamagedError` naming ``key`` if it is not one."""
-    return _decode(data, Manifest, MANIFEST_VERSION, key)
+    return _decode(data, Manifest, (OLDER_MANIFEST_VERSION, MANIFEST_VERSION), key)
 
 
 def decode_marker(data: bytes, *, key: str = "commit marker") -> CommitMarker:
     """Return the commit marker in ``data``; raise :class:`ShardDamagedError` naming ``key`` if it is not one."""
-    return _decode(data, CommitMarker, MARKER_VERSION, key)
+    return _decode(data, CommitMarker, (MARKER_VERSION,), key)
 
 
-def _decode(data: bytes, kind: type[_Record], version: int, key: str) -> _Record:
+def _decode(data: bytes, kind: type[_Record], versions: tuple[int, ...], key: str) -> _Record:
     try:
         found = msgspec.json.decode(data, type=_Version).version
-        if found != version:
-            raise ShardDamagedError(key, f"has version {found}; this dtrain reads version {version}")
+        if found not in versions:
+            readable = " and ".join(map(str, versions))
+            raise ShardDamagedError(key, f"has version {found}; this dtrain reads version {readable}")
         record = msgspec.json.decode(data, type=kind)
         canonical = encode(record)
     except (msgspec.DecodeError, UnicodeDecodeError, ValueError) as error:
@@ -131,3 +145,16 @@ def _check_manifest(manifest: Manifest) -> None:
                 raise ValueError(f"key {key!r} is not under {folder}")
             if entry.size_bytes < 1 or not _DIGEST.fullmatch(digest):
                 raise ValueError(f"size or digest of {key} is not valid")
+        _check_packs(entry, folder, manifest.version)
+
+
+def _check_packs(entry: ShardEntry, folder: str, version: int) -> None:
+    if len(entry.packs) > (PACKS_MAX if version == MANIFEST_VERSION else 0):
+        raise ValueError(f"rank {entry.rank} names {len(entry.packs)} packs, which is too many")
+    if [pack.key for pack in entry.packs] != sorted({pack.key for pack in entry.packs}):
+        raise ValueError(f"the packs of rank {entry.rank} are not in order, or one is named twice")
+    for pack in entry.packs:
+        if not validate_key(pack.key).startswith(f"{folder}packs/"):
+            raise ValueError(f"pack {pack.key!r} is not under {folder}packs/")
+        if pack.size_bytes < 1 or not _DIGEST.fullmatch(pack.digest):
+            raise ValueError(f"size or digest of {pack.key} is not valid")

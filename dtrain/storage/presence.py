@@ -6,7 +6,7 @@ For that see :mod:`dtrain.storage.verify`, which reads every byte.
 
 from dtrain.common.errors import ShardDamagedError
 from dtrain.storage.objects import ObjectStore
-from dtrain.storage.verify import read_index, read_manifest, read_marker
+from dtrain.storage.verify import read_index, read_manifest, read_marker, see_object
 
 
 def missing_parts(store: ObjectStore, manifest_key: str, manifest_digest: str) -> list[ShardDamagedError]:
@@ -20,12 +20,11 @@ def missing_parts(store: ObjectStore, manifest_key: str, manifest_digest: str) -
         return [finding]
     found = []
     for entry in manifest.shards:
-        info = store.head(entry.key)
-        if info is None:
-            found.append(ShardDamagedError(entry.key, "is missing"))
-        elif info.size_bytes != entry.size_bytes:
-            why = f"has {info.size_bytes} bytes, but {entry.size_bytes} are recorded"
-            found.append(ShardDamagedError(entry.key, why))
+        for part in entry.objects:
+            try:
+                see_object(store, part)
+            except ShardDamagedError as finding:
+                found.append(finding)
         try:
             read_index(store, entry)
         except ShardDamagedError as finding:

@@ -34,10 +34,20 @@ Bring: TypeAlias = Callable[[set[NeededRange]], Mapping[int, memoryview]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """Pieces of one shard that lie side by side."""
+    """Pieces of one shard that lie side by side, in its image and in one object."""
 
     shard: int
     pieces: tuple[Piece, ...]  # not empty
+
+    @property
+    def key(self) -> str:
+        """Of the object."""
+        return self.pieces[0].key
+
+    @property
+    def at(self) -> int:
+        """Position in the object."""
+        return self.pieces[0].at
 
     @property
     def begin(self) -> int:
@@ -61,7 +71,7 @@ def runs_of(shard: int, pieces: Iterable[Piece]) -> list[Run]:
     runs: list[Run] = []
     joined: list[Piece] = []
     for piece in sorted(pieces, key=lambda piece: piece.begin):
-        if joined and (piece.begin != joined[-1].end or piece.end - joined[0].begin > RUN_BYTES):
+        if joined and (not _touch(joined[-1], piece) or piece.end - joined[0].begin > RUN_BYTES):
             runs.append(Run(shard=shard, pieces=tuple(joined)))
             joined = []
         joined.append(piece)
@@ -70,29 +80,34 @@ def runs_of(shard: int, pieces: Iterable[Piece]) -> list[Run]:
     return runs
 
 
-def read_run(store: ObjectStore, shard: IndexedShard, run: Run, image: memoryview) -> None:
-    """Read the run to its place in ``image``, which is laid out as the shard, and verify it.
+def _touch(one: Piece, other: Piece) -> bool:
+    length = one.end - one.begin
+    return one.end == other.begin and one.key == other.key and one.at + length == other.at
 
-    Raises :class:`ShardDamagedError` naming the shard and the tensor.
+
+def read_run(store: ObjectStore, run: Run, image: memoryview) -> None:
+    """Read the run to its place in ``image`` and verify it.
+
+    Raises :class:`ShardDamagedError` naming the object and the tensor.
     """
-    read_range(store, shard.key, image[run.begin : run.end], offset=run.begin)
+    read_range(store, run.key, image[run.begin : run.end], offset=run.at)
     for piece in run.pieces:
         if not piece_is_sound(piece, image[piece.begin : piece.end]):
-            raise ShardDamagedError(shard.key, f"tensor {piece.tensor!r} does not match its digest")
+            raise ShardDamagedError(run.key, f"tensor {piece.tensor!r} does not match its digest")
 
 
-def read_header(store: ObjectStore, shard: IndexedShard, image: memoryview) -> None:
-    """Read the shard's header to its place in ``image``. Raises :class:`ShardDamagedError` if it is another."""
-    expected = shard.header_bytes
-    read_range(store, shard.key, image[: len(expected)], offset=0)
-    if image[: len(expected)] != expected:
+def read_header(store: ObjectStore, shard: IndexedShard) -> None:
+    """Read the header of the shard as stored. Raises :class:`ShardDamagedError` if it is another."""
+    found = memoryview(bytearray(shard.stored_header_bytes))
+    read_range(store, shard.key, found, offset=0)
+    if not shard.stored_header_is_sound(found):
         raise ShardDamagedError(shard.key, "its header does not match its digest: it is not the one in its index")
 
 
 def read_needed(
     store: ObjectStore, shards: Sequence[IndexedShard], needed: Iterable[NeededRange]
 ) -> dict[int, memoryview]:
-    """Return memory laid out as the shards are, in which what is needed was read and verified.
+    """Return the images of the shards, in which what is needed was read and verified.
 
     What is not needed is never touched, and so takes no memory.
     """
@@ -100,9 +115,10 @@ def read_needed(
     for number, pieces in pieces_of(shards, needed).items():
         shard = shards[number]
         images[number] = memoryview(mmap.mmap(-1, shard.header.total_bytes))
-        read_header(store, shard, images[number])
+        read_header(store, shard)
+        images[number][: shard.header.data_start] = shard.header_bytes
         for run in runs_of(number, pieces):
-            read_run(store, shard, run, images[number])
+            read_run(store, run, images[number])
     return images
 
 

@@ -9,6 +9,7 @@ import xxhash
 
 from dtrain.common.digests import BLOB_ALGORITHM, blob_digest
 from dtrain.common.errors import ShardDamagedError
+from dtrain.common.packs import Pack
 from dtrain.storage.indexes import IndexedShard, open_index, piece_is_sound
 from dtrain.storage.keys import MARKER_NAME
 from dtrain.storage.manifests import CommitMarker, Manifest, ShardEntry, decode_manifest, decode_marker
@@ -31,11 +32,16 @@ def verify_checkpoint(
         manifest = _read_from(store, key, expected_manifest_digest)
     except ShardDamagedError as finding:
         return [finding]
-    buffer = memoryview(bytearray(min(CHUNK_BYTES, max(entry.size_bytes for entry in manifest.shards))))
+    largest_bytes = max(part.size_bytes for entry in manifest.shards for part in entry.objects)
+    buffer = memoryview(bytearray(min(CHUNK_BYTES, largest_bytes)))
     found: list[ShardDamagedError] = []
     for entry in manifest.shards:
+        for part in entry.objects:
+            try:
+                _verify_object(store, entry, part, buffer)
+            except ShardDamagedError as finding:
+                found.append(finding)
         try:
-            _verify_shard(store, entry, buffer)
             read_index(store, entry)
         except ShardDamagedError as finding:
             found.append(finding)
@@ -61,8 +67,10 @@ def read_index(store: ObjectStore, entry: ShardEntry) -> tuple[IndexedShard, byt
     if (digest := blob_digest(data)) != entry.index_digest:
         raise ShardDamagedError(entry.index_key, f"has digest {digest}, but {entry.index_digest} is recorded")
     shard = open_index(data, key=entry.index_key, shard_key=entry.key)
-    if shard.header.total_bytes != entry.size_bytes:
+    if shard.stored_bytes != entry.size_bytes:
         raise ShardDamagedError(entry.index_key, f"is of a shard of other size than the {entry.size_bytes} recorded")
+    if shard.index.packs != entry.packs:
+        raise ShardDamagedError(entry.index_key, "names other packs than are recorded")
     return shard, data
 
 
@@ -88,41 +96,50 @@ def _get(store: ObjectStore, key: str) -> bytes:
         raise ShardDamagedError(key, "is missing") from error
 
 
-def _verify_shard(store: ObjectStore, entry: ShardEntry, buffer: memoryview) -> None:
-    found = store.head(entry.key)
+def see_object(store: ObjectStore, part: ShardEntry | Pack) -> None:
+    """Raise :class:`ShardDamagedError` if the object is missing or has another size than recorded."""
+    found = store.head(part.key)
     if found is None:
-        raise ShardDamagedError(entry.key, "is missing")
-    if found.size_bytes != entry.size_bytes:
-        raise ShardDamagedError(entry.key, f"has {found.size_bytes} bytes, but {entry.size_bytes} are recorded")
+        raise ShardDamagedError(part.key, "is missing")
+    if found.size_bytes != part.size_bytes:
+        raise ShardDamagedError(part.key, f"has {found.size_bytes} bytes, but {part.size_bytes} are recorded")
+
+
+def _verify_object(store: ObjectStore, entry: ShardEntry, part: ShardEntry | Pack, buffer: memoryview) -> None:
+    """Read a rank's shard or one of its packs."""
+    see_object(store, part)
     hasher = xxhash.xxh3_128()
-    for start in range(0, entry.size_bytes, len(buffer)):
-        part = buffer[: min(len(buffer), entry.size_bytes - start)]
+    for start in range(0, part.size_bytes, len(buffer)):
+        chunk = buffer[: min(len(buffer), part.size_bytes - start)]
         try:
-            store.read_into(entry.key, part, offset=start)
+            store.read_into(part.key, chunk, offset=start)
         except NotFound as error:
-            raise ShardDamagedError(entry.key, "went missing while it was read") from error
-        hasher.update(part)
+            raise ShardDamagedError(part.key, "went missing while it was read") from error
+        hasher.update(chunk)
     digest = f"{BLOB_ALGORITHM}:{hasher.hexdigest()}"
-    if digest != entry.digest:
-        where = _damaged_parts(store, entry)
-        raise ShardDamagedError(entry.key, f"has digest {digest}, but {entry.digest} is recorded; damaged: {where}")
+    if digest != part.digest:
+        where = _damaged_parts(store, entry, part.key)
+        raise ShardDamagedError(part.key, f"has digest {digest}, but {part.digest} is recorded; damaged: {where}")
 
 
-def _damaged_parts(store: ObjectStore, entry: ShardEntry) -> str:
-    """Name the tensors of a shard that do not match their own digests. Reads it once more."""
+def _damaged_parts(store: ObjectStore, entry: ShardEntry, key: str) -> str:
+    """Name the tensors of a rank that lie in this object and do not match their digests. Reads it once more."""
     try:
         shard, _ = read_index(store, entry)
     except ShardDamagedError as error:
         return f"unknown, for its index is damaged too ({error.why})"
     found: dict[str, None] = {}
-    try:
-        read_header(store, shard, memoryview(bytearray(shard.header.data_start)))
-    except ShardDamagedError:
-        found["its header"] = None
+    if key == entry.key:
+        try:
+            read_header(store, shard)
+        except ShardDamagedError:
+            found["its header"] = None
     for name, span in shard.header.tensors.items():
+        if shard.places[name][0] != key:
+            continue
         for piece in shard.pieces(name, 0, span.end - span.begin):
             part = memoryview(bytearray(piece.end - piece.begin))
-            read_range(store, entry.key, part, offset=piece.begin)
+            read_range(store, key, part, offset=piece.at)
             if not piece_is_sound(piece, part):
                 found[f"tensor {name!r}"] = None
     return ", ".join(found) or "nothing that it holds"

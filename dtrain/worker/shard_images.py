@@ -1,4 +1,4 @@
-"""A shard as it grows in shared memory: as large as in storage, with holes where nothing is needed.
+"""A shard as it grows in shared memory: as large as it was staged, with holes where nothing is needed.
 
 Where this node staged that very attempt and still holds it, its bytes come from memory instead of from storage; they
 are verified all the same, piece by piece, and whatever does not verify is read from storage.
@@ -51,8 +51,7 @@ class ShardImage:
             os.close(file)
         self._staged = _staged(self._slots, self._attempt, self._shard)
         if self._staged is None:
-            with memoryview(page) as image:
-                read_header(store, self._shard, image)
+            read_header(store, self._shard)
         page[:start] = self._shard.header_bytes
         self._page = page
 
@@ -66,7 +65,7 @@ class ShardImage:
                 os.posix_fallocate(file.fileno(), run.begin, run.end - run.begin)
             with memoryview(self._page) as image:
                 if not self._copy_staged(run, image):
-                    read_run(store, self._shard, run, image)
+                    read_run(store, run, image)
             with self._lock:
                 self.there.update(run.pieces)
 

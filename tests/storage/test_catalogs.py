@@ -159,7 +159,7 @@ def test_a_flipped_bit_names_its_tensor(byte: int, named: str) -> None:
     "damage",
     [
         lambda text: text[:-1],
-        lambda text: text.replace(b'"version":1', b'"version":9'),
+        lambda text: text.replace(b'"version":2', b'"version":9'),
         lambda text: text.replace(b'"data_start":', b'"data_start":1'),
         lambda text: text.replace(b'"size_bytes":', b'"size_bytes":1'),
         lambda text: text.replace(b'"digests":{"w"', b'"digests":{"x"'),

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import msgspec
 import pytest
 
 from dtrain.common.errors import ShardDamagedError
@@ -12,6 +13,7 @@ from dtrain.storage.manifests import CommitMarker, Manifest, ShardEntry, decode_
 
 JOB, CHECKPOINT, ATTEMPT = JobName("mnist"), CheckpointNumber(2), AttemptNumber(3)
 DIGEST = "xxh3-128:" + "0f" * 16
+PACK = {"key": "jobs/mnist/packs/attempt-000001/rank-00000-0f.bin", "size_bytes": 10, "digest": DIGEST}
 
 MANIFEST = Manifest(
     job=JOB,
@@ -58,7 +60,18 @@ def test_encoding_is_json_with_sorted_keys_and_no_white_space() -> None:
     assert set(json.loads(data)) == {
         "version", "job", "checkpoint", "attempt", "generation", "step", "world_size", "shards"
     }  # fmt: skip
-    assert set(json.loads(data)["shards"][0]) == {"rank", "key", "size_bytes", "digest", "index_key", "index_digest"}
+    assert set(json.loads(data)["shards"][0]) == {
+        "rank", "key", "size_bytes", "digest", "index_key", "index_digest", "packs"
+    }  # fmt: skip
+
+
+def test_a_manifest_from_before_there_were_packs_is_read_and_written_back_as_it_was() -> None:
+    document = json.loads(encode(MANIFEST)) | {"version": 2}
+    for shard in document["shards"]:
+        del shard["packs"]
+    data = json.dumps(document, sort_keys=True, separators=(",", ":")).encode()
+    assert decode_manifest(data) == replace(MANIFEST, version=2)
+    assert encode(decode_manifest(data)) == data
 
 
 def changed(change: dict[str, object]) -> bytes:
@@ -76,7 +89,7 @@ def changed(change: dict[str, object]) -> bytes:
         (encode(MANIFEST) + b"\n", "not in canonical form"),
         (encode(MANIFEST).replace(b'"step":', b'"step": '), "not in canonical form"),
         (changed({"extra": 1}), "not in canonical form"),
-        (changed({"version": 1}), "has version 1; this dtrain reads version 2"),
+        (changed({"version": 1}), "has version 1; this dtrain reads version 2 and 3"),
         (changed({"version": "1"}), "cannot be read"),
         (changed({"step": -1}), "negative"),
         (changed({"step": 1.5}), "cannot be read"),
@@ -102,6 +115,12 @@ def test_a_damaged_manifest_is_refused_by_name(data: bytes, why: str) -> None:
         {"size_bytes": 0},
         {"digest": "md5:00"},
         {"digest": DIGEST.upper()},
+        {"packs": [PACK | {"key": "jobs/mnist/checkpoints/pack"}]},
+        {"packs": [PACK | {"key": "jobs/other/packs/pack"}]},
+        {"packs": [PACK | {"size_bytes": 0}]},
+        {"packs": [PACK | {"digest": "none"}]},
+        {"packs": [PACK, PACK]},
+        {"packs": [PACK | {"key": f"{PACK['key']}{number}"} for number in range(9)]},
     ],
 )
 def test_a_manifest_with_a_bad_entry_is_neither_written_nor_read(change: dict[str, object]) -> None:
@@ -109,7 +128,7 @@ def test_a_manifest_with_a_bad_entry_is_neither_written_nor_read(change: dict[st
     document["shards"][1].update(change)
     with pytest.raises(ShardDamagedError):
         decode_manifest(json.dumps(document, sort_keys=True, separators=(",", ":")).encode())
-    entry = ShardEntry(**document["shards"][1])
+    entry = msgspec.convert(document["shards"][1], type=ShardEntry)
     with pytest.raises(ValueError, match=r"."):
         encode(replace(MANIFEST, shards=(MANIFEST.shards[0], entry)))
 
