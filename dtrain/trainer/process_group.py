@@ -77,7 +77,7 @@ def join_group(surroundings: Surroundings, device: torch.device, *, timeout_s: f
                 world_size=surroundings.world_size,
                 timeout=timeout,
             )
-    except dist.DistError as error:
+    except RuntimeError as error:  # a DistError, or what a file store raises
         raise PermanentError(
             f"rank {surroundings.rank} could not join the process group of {surroundings.world_size} "
             f"within {timeout_s:g} s: {error}"

@@ -18,6 +18,10 @@ ROLE = "default"  # torchrun's name for its only role
 # three quarters of the cache's size, and smaller ones take nearly twice as long. Half a MiB is past what a cache helps.
 NON_TEMPORAL = "glibc.cpu.x86_non_temporal_threshold"
 NON_TEMPORAL_BYTES = 0x80000
+# torch's TCP store asks the name server for the name of each peer's address, written as ::ffff:a.b.c.d, which no hosts
+# file holds. One lost packet costs 5 s, a name server that is away 10 s, with the resolver's own settings; as many
+# tries of a second each cost 1 s and 2 s.
+RESOLVER_OPTIONS = "timeout:1 attempts:2"
 
 
 def trainer_environment(
@@ -47,6 +51,7 @@ def zygote_environment(inherited: Mapping[str, str]) -> dict[str, str]:
 
 def _set_for_every_start(env: dict[str, str]) -> None:
     env.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")
+    env.setdefault("RES_OPTIONS", RESOLVER_OPTIONS)
     tunables = env.get("GLIBC_TUNABLES", "")
     if NON_TEMPORAL not in tunables:
         env["GLIBC_TUNABLES"] = ":".join(filter(None, (tunables, f"{NON_TEMPORAL}={NON_TEMPORAL_BYTES:#x}")))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dtrain.common.names import Generation
-from dtrain.worker.environment import trainer_environment
+from dtrain.worker.environment import trainer_environment, zygote_environment
 from dtrain.worker.ports import HeldPort
 from dtrain.worker.rank_dirs import RankId
 from tests.worker.facts_of_trainers import JOB, spec
@@ -76,6 +76,16 @@ def test_large_copies_go_past_the_cache_unless_the_user_said_otherwise(given: st
     settings = {} if given is None else {"GLIBC_TUNABLES": given}
     assert _environment(settings)["GLIBC_TUNABLES"] == expected
     assert _environment(env=settings)["GLIBC_TUNABLES"] == expected
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, "timeout:1 attempts:2"), ("ndots:2", "ndots:2")])
+def test_a_name_server_that_is_away_is_not_waited_for_unless_the_user_said_otherwise(
+    given: str | None, expected: str
+) -> None:
+    inherited = {} if given is None else {"RES_OPTIONS": given}
+    assert _environment(inherited)["RES_OPTIONS"] == expected
+    assert zygote_environment(inherited)["RES_OPTIONS"] == expected
+    assert _environment({}, env=inherited)["RES_OPTIONS"] == expected
 
 
 def test_ranks_on_several_nodes_meet_at_rank_0() -> None:
