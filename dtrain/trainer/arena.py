@@ -109,6 +109,7 @@ class ArenaPreparation:
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._needed_bytes = 0  # of one slot; set before _wanted
+        self._mapped_bytes = 0  # of one slot, once both are mapped; set by the thread
 
     def begin(self, estimate: Callable[[], int]) -> None:
         """Start the thread. It sleeps until :meth:`look`, then asks ``estimate`` how large the state is."""
@@ -116,13 +117,17 @@ class ArenaPreparation:
         self._thread.start()
 
     def look(self) -> None:
-        """The state has its lasting size: the first step is over."""
+        """The state has its lasting size, the first step being over; or a checkpoint failed for want of a slot."""
         self._wanted.set()
 
     def want(self, needed_bytes: int) -> None:
-        """A shard of this size was staged: both slots should have room for it."""
+        """A shard of this size was staged: both slots should have room for it.
+
+        What a worker could not give before is asked for again, for the room may be there by now.
+        """
         if needed_bytes > self._needed_bytes:
             self._needed_bytes = with_spare(needed_bytes)
+        if self._mapped_bytes < self._needed_bytes:
             self._wanted.set()
 
     def close(self) -> None:
@@ -155,6 +160,7 @@ class ArenaPreparation:
             if size_bytes >= needed_bytes:
                 _give_way()  # not before: a thread that gave way while it held the GIL would hold training up
                 self._slots.map_pair(first, size_bytes, self._stop)
+                self._mapped_bytes = size_bytes
                 return
             if self._stop.wait(wait_s):
                 return

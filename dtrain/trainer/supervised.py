@@ -208,6 +208,7 @@ class WorkerStation:
             self._error_shown = True
             mailbox.stall_ns = perf_counter_ns() - began_ns
             mailbox.stage_failed = request
+            self._preparation.look()  # it may have been a slot that was missing
             return
         if self._error_shown:
             mailbox.error = ""

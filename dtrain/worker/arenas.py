@@ -82,7 +82,9 @@ class Arenas:
         self._jobs: dict[JobName, _Job] = {}
         self._asked: dict[tuple[JobName, int], int] = {}  # the slot that each rank was asked to stage into last
         self._providing: set[RankId] = set()
-        self._refused: dict[RankId, int] = {}  # how many bytes could not be had: asked again only for others
+        # How many bytes could not be had. Not tried again for as many until the rank's next checkpoint.
+        self._refused: dict[RankId, int] = {}
+        self._complained: set[RankId] = set()  # whose log says that they could not be had
         self._stop = threading.Event()
         self._threads = yielding_threads("arena", 1)  # one: the second rank's look at memory sees the first's share
 
@@ -109,7 +111,8 @@ class Arenas:
         self._begin(self._provide(of, needed_bytes))
 
     def choose(self, of: RankId, committed_attempt: int) -> int:
-        """Return the slot for the next state, and forget what it held."""
+        """Return the slot for the next state, and forget what it held. Memory that was refused may be there by now."""
+        self._refused.pop(of, None)
         known = self._jobs.get(of.job)
         first = PAIR_SLOTS if known is not None and known.in_files else 0
         pair = range(first, first + PAIR_SLOTS)
@@ -144,6 +147,7 @@ class Arenas:
         for key in [key for key in self._asked if key[0] == job]:
             del self._asked[key]
         self._refused = {of: size for of, size in self._refused.items() if of.job != job}
+        self._complained = {of for of in self._complained if of.job != job}
         held: list[int] = []
         for folder in (self._dirs.arena(job), self._dirs.arena_in_files(job)):
             _remove(folder, held)
@@ -179,13 +183,25 @@ class Arenas:
             done = await loop.run_in_executor(self._threads, _allocate, paths, needed_bytes, self._stop)
             if done and self._jobs.get(of.job) is known:
                 self._provided(of, first, needed_bytes)
+                if of in self._complained:
+                    self._complained.discard(of)
+                    self._say(of, f"the stage slots of rank {of.rank} are allocated now")
         except OSError as error:
             self._refused[of] = needed_bytes
-            text = f"the stage slots of rank {of.rank} could not be allocated ({needed_bytes} bytes each): {error}"
-            logger.warning("%s: %s", of.job, text)
-            self._tell(of, text)
+            if of not in self._complained:
+                self._complained.add(of)
+                self._say(
+                    of,
+                    f"the stage slots of rank {of.rank}, {PAIR_SLOTS} of {_mib(needed_bytes)}, could not be allocated: "
+                    f"{error}. Training goes on, without checkpoints for as long as there is no room; "
+                    "it is tried again whenever one is asked for.",
+                )
         finally:
             self._providing.discard(of)
+
+    def _say(self, of: RankId, text: str) -> None:
+        logger.warning("%s: %s", of.job, text)
+        self._tell(of, text)
 
     def _say_too_little(self, known: _Job, needed_bytes: int, missing_bytes: int, free: Free) -> None:
         text = (
@@ -247,8 +263,9 @@ def _allocate(paths: list[Path], needed_bytes: int, stop: threading.Event) -> bo
     folder = paths[0].parent
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     stats = os.statvfs(folder)
-    if _missing_bytes(paths, needed_bytes) > stats.f_bavail * stats.f_frsize:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+    missing_bytes, free_bytes = _missing_bytes(paths, needed_bytes), stats.f_bavail * stats.f_frsize
+    if missing_bytes > free_bytes:
+        raise OSError(errno.ENOSPC, f"{_mib(missing_bytes)} more are needed, {_mib(free_bytes)} are free", str(folder))
     for path in paths:
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:

@@ -3,7 +3,8 @@
 import mmap
 import os
 import signal
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from safetensors.torch import load
 
 from dtrain.common.mailbox import PAIR_SLOTS, STAGE_SLOTS, TrainerPhase, pack
 from dtrain.common.names import Step
+from dtrain.trainer import arena
 from dtrain.trainer.arena import StageSlots, with_spare
 from dtrain.trainer.data_position import DataPosition
 from dtrain.trainer.supervised import WorkerStation
@@ -117,6 +119,30 @@ def test_a_state_that_outgrew_its_slots_asks_for_larger_ones(folder: RankFolder,
     assert folder.mailbox.staged[0] == pack(2, 2)
     wait_for(lambda: folder.mailbox.needed_bytes > first_bytes, "the trainer wants more")
     assert folder.mailbox.needed_bytes >= folder.mailbox.staged[2]
+
+
+def test_a_trainer_that_got_no_slots_asks_again_at_its_next_checkpoint(
+    folder: RankFolder, trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(arena, "WAITS_MAX", 1)
+    monkeypatch.setattr(arena, "WAIT_FIRST_S", 0.0)
+    gave_up = threading.Semaphore(0)
+    prepare = trainer.station._preparation._prepare
+
+    def counted(estimate: Callable[[], int]) -> None:
+        prepare(estimate)
+        gave_up.release()
+
+    monkeypatch.setattr(trainer.station._preparation, "_prepare", counted)
+    trainer.station.boundary(Step(1))
+    assert gave_up.acquire(timeout=60), "the worker did not answer"
+    allocate(folder, 0)  # too late for the first wait
+    (folder.path / "slot1").unlink()
+    (folder.path / "slot1").mkdir()  # nobody could write there
+    folder.mailbox.ask(pack(1, 2), slot=1)
+    trainer.station.boundary(Step(2))
+    assert folder.mailbox.stage_failed == pack(1, 2)
+    wait_for(lambda: mapped(folder.path / "slot0"), "it looked again, and found what there is")
 
 
 def test_a_slot_says_whose_state_it_holds_only_while_it_does(folder: RankFolder, trainer: Trainer) -> None:

@@ -1,6 +1,8 @@
 """The agent's stage slots: which one is written next, where they lie, and how long they stay."""
 
 import asyncio
+import errno
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from dtrain.common.names import Generation, JobName
+from dtrain.worker import arenas
 from dtrain.worker.arenas import KEEP_S, Arenas, Kept
 from dtrain.worker.free_memory import Free
 from dtrain.worker.rank_dirs import RankDirs, RankId
@@ -161,13 +164,38 @@ def test_what_is_already_there_is_not_asked_for_again(tmp_path: Path) -> None:
     assert node.provided[-1] == (ranks(2, 0)[0], 0, SIZE + 1000)
 
 
-def test_a_size_that_no_disk_has_is_told_once(node: Node) -> None:
+def test_a_size_that_no_disk_has_is_told_once_with_figures(node: Node) -> None:
     (zero,) = ranks(1, 0)
     node.claim(zero)
     for _ in range(3):
         node.provide(zero, (1 << 63) - 1)
+        node.arenas.choose(zero, 0)
     failures = [text for _, text in node.told if "could not be allocated" in text]
     assert len(failures) == 1 and not node.provided
+    assert "MiB more are needed" in failures[0] and str(node.dirs.arena_in_files(JOB)) in failures[0]
+
+
+def test_what_was_refused_is_tried_again_at_the_next_checkpoint_and_not_before(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (zero,) = ranks(1, 0)
+    node.claim(zero)
+    allocate, tries = arenas._allocate, list[int]()
+
+    def full_at_first(paths: list[Path], needed_bytes: int, stop: threading.Event) -> bool:
+        tries.append(needed_bytes)
+        if len(tries) == 1:
+            raise OSError(errno.ENOSPC, "no room")
+        return allocate(paths, needed_bytes, stop)
+
+    monkeypatch.setattr(arenas, "_allocate", full_at_first)
+    for _ in range(3):  # the mailbox is looked at many times a second
+        node.provide(zero)
+    assert len(tries) == 1 and not node.provided
+    node.arenas.choose(zero, 0)
+    node.provide(zero)
+    assert node.provided == [(zero, 0, SIZE)]
+    assert [text.rpartition(" ")[2] for _, text in node.told] == ["for.", "now"], "the log says how it went on"
 
 
 def test_ranks_that_are_elsewhere_now_give_their_memory_back(node: Node) -> None:
