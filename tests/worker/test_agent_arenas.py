@@ -1,11 +1,18 @@
 """A whole agent: the staged bytes outlive its trainers, and go when their job does."""
 
 import os
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 from dtrain.proto import agent_pb2 as wire
 from tests.support.facts import wait_for
 from tests.worker.nodes import JOB, Node, alive
+from tests.worker.scripts import large_state_trainer
+
+SMALL_BYTES = 4 * 1024 * 1024  # room for mailboxes, not for half of a state
 
 
 def arena(node: Node) -> Path:
@@ -77,3 +84,33 @@ def test_what_a_dead_agent_left_of_jobs_it_does_not_know_is_swept(node: Node) ->
     node.wait_training()
     assert not stranger.parent.exists() and not in_files.parent.exists()
     assert (arena(node) / "rank0").is_dir()
+
+
+@pytest.fixture
+def small_memory(tmp_path: Path) -> Iterator[Path]:
+    """A shared memory of SMALL_BYTES. Named before ``node``, so that it goes after all who use it."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={SMALL_BYTES}", "dtrain-test", str(folder)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a file system")
+    yield folder
+    # Lazily: processes that were killed just now may still be giving their memory back.
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_too_little_memory_is_in_the_ranks_log_at_the_start_and_checkpoints_are_stored_all_the_same(
+    small_memory: Path, node: Node
+) -> None:
+    node.start(shared_memory=str(small_memory))
+    node.start_trainers(script=large_state_trainer.__file__, args=[])
+    node.wait_training()
+    for rank in (0, 1):
+        wait_for("the log says it", lambda rank=rank: "not enough shared memory" in node.log(rank), deadline_s=20)
+    text = node.log(0)
+    files = node.folder / "node" / "arenas" / JOB
+    assert f"has {SMALL_BYTES >> 20} MiB" in text or "has 3 MiB" in text, "what there is"
+    assert "for each of 2 ranks on this node need " in text and f"Files in {files} are used instead" in text
+    wait_for("the slots are there", lambda: len(list(files.rglob("slot?"))) == 4, deadline_s=20)
+    checkpoint(node, 1)
+    assert sorted(path.name for path in files.rglob("*.json")) == ["slot2.json", "slot2.json"]
