@@ -36,7 +36,7 @@ from dtrain.storage.objects import (
 from dtrain.storage.parts import FileParts, Scattered
 from dtrain.storage.s3_abilities import Trial, abilities_of
 from dtrain.storage.s3_bodies import Checksum, add_checksum, body
-from dtrain.storage.s3_errors import S3Place, translated
+from dtrain.storage.s3_errors import S3Place, refuse_empty_answer, translated
 from dtrain.storage.s3_parts import PART_BYTES, PartUploads
 
 if TYPE_CHECKING:
@@ -239,7 +239,9 @@ def _make_client(endpoint: str | None, region: str | None) -> "S3Client":
         response_checksum_validation="when_required",
         s3={"payload_signing_enabled": False, "addressing_style": "path" if endpoint else "auto"},
     )
-    return session.client("s3", endpoint_url=endpoint, config=config)
+    client = session.client("s3", endpoint_url=endpoint, config=config)
+    client.meta.events.register("before-parse.s3", refuse_empty_answer)
+    return client
 
 
 def _uri(bucket: str, prefix: str, endpoint: str | None, region: str | None) -> str:

@@ -7,6 +7,7 @@ looked at first and the status decides the rest: 5xx (but 501, not implemented) 
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from botocore.exceptions import (
     BotoCoreError,
@@ -21,6 +22,7 @@ from botocore.exceptions import (
     PartialCredentialsError,
     ResponseStreamingError,
 )
+from botocore.model import OperationModel
 from botocore.parsers import ResponseParserError
 
 from dtrain.common.errors import DtrainError, ShardDamagedError
@@ -46,6 +48,14 @@ _PASSING = {
     "XAmzContentSHA256Mismatch",
 }
 _PASSING_STATUS = {408, 409, 425, 429}
+# Operations that are answered by a document, so that an empty body is never the whole answer.
+_ANSWERED_IN_BODY = {
+    "ListObjectsV2",
+    "ListMultipartUploads",
+    "ListParts",
+    "CreateMultipartUpload",
+    "CompleteMultipartUpload",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +64,16 @@ class S3Place:
 
     bucket: str
     endpoint: str  # as a person wrote it, or "AWS"
+
+
+def refuse_empty_answer(operation_model: OperationModel, response_dict: dict[str, Any], **_: object) -> None:
+    """Before botocore reads an answer: let one that broke off before its first byte be a server's error.
+
+    botocore reads a connection that ends between head and body as an answer without a body, and an empty body as a
+    list of nothing. Objects that are there would seem not to be.
+    """
+    if operation_model.name in _ANSWERED_IN_BODY and response_dict["status_code"] == 200 and not response_dict["body"]:
+        response_dict["status_code"] = 500
 
 
 @contextlib.contextmanager

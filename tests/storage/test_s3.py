@@ -29,6 +29,30 @@ def store(small_parts: S3Store) -> S3Store:
     return small_parts
 
 
+@pytest.mark.parametrize("length", ["Content-Length: 1306", "Transfer-Encoding: chunked"])
+def test_a_list_that_broke_off_before_its_first_byte_is_not_a_list_of_nothing(
+    length: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "any")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "thing")
+    head = f"HTTP/1.1 200 OK\r\nContent-Type: application/xml\r\n{length}\r\n\r\n".encode()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer() -> None:
+            for _ in range(s3.TRIES):
+                connection, _ = listener.accept()
+                with connection:
+                    connection.recv(65536)
+                    connection.sendall(head)
+
+        server = threading.Thread(target=answer)
+        server.start()
+        store = S3Store(bucket="any", endpoint=f"http://127.0.0.1:{listener.getsockname()[1]}", region="us-east-1")
+        with pytest.raises(StorageUnavailable):
+            list(store.list("jobs/"))
+        server.join()
+
+
 def test_a_large_object_goes_up_in_parts_and_comes_down_in_ranges(
     store: S3Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
