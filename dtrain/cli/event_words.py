@@ -41,8 +41,8 @@ def describe(event: Event) -> str:
         case GenerationStarted():
             return _generation_started(event)
         case GenerationFailed(generation=generation, reason=reason, counted=counted, victims=victims):
-            not_counted = "" if counted else " (not counted as a restart)"
-            return f"generation {generation} failed: {reason}{words_of_victims(victims)}{not_counted}"
+            uses_none = "" if counted else " (uses no restart)"
+            return f"generation {generation} failed: {reason}{words_of_victims(victims)}{uses_none}"
         case HangSuspected() | HangCleared() | HangFound():
             return _hang(event)
         case CheckpointStarted() | CheckpointAborted() | CheckpointCommitted() | CheckpointMarked():

@@ -26,6 +26,7 @@ class Asked:
     nnodes: str
     nproc_per_node: str
     max_restarts: int
+    restart_window: float
     store: str | None
     every_steps: int | None
     every_seconds: float | None
@@ -55,6 +56,7 @@ def build_spec(asked: Asked, *, default_store: str) -> JobSpec:
         nnodes_max=nnodes_max,
         nproc_per_node=parse_nproc(asked.nproc_per_node),
         max_restarts=asked.max_restarts,
+        restart_window_s=asked.restart_window,
         store=store,
         checkpoints=_policy(asked, store),
         retention=RetentionPolicy(

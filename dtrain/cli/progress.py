@@ -133,7 +133,8 @@ def progress_words(job: "wire.JobStatus", steps_per_s: float | None) -> str:
     if job.committed_checkpoint:
         parts.append(f"saved step {job.committed_step}")
     if job.restarts:
-        parts.append(f"{job.restarts} of {job.max_restarts} restarts used")
+        failures = "1 failure" if job.restarts == 1 else f"{job.restarts} failures"
+        parts.append(f"{failures}, {job.restarts_used} of {job.max_restarts} restarts used")
     return ", ".join(parts)
 
 

@@ -73,7 +73,14 @@ def job_options(command: Command) -> Command:
                 type=int,
                 default=DEFAULT_MAX_RESTARTS,
                 show_default=True,
-                help="How many failures of its ranks the job survives.",
+                help="How many failures of its own the job survives; lost machines are not counted.",
+            ),
+            click.option(
+                "--restart-window",
+                type=float,
+                default=0.0,
+                metavar="S",
+                help="Count --max-restarts over the last S seconds. Default: over the whole run.",
             ),
             click.option(
                 "--store",
@@ -188,6 +195,7 @@ def submission(spec: "JobSpec", *, takes_over: bool) -> "wire.SubmitRequest":
             nnodes_max=spec.nnodes_max,
             nproc_per_node=spec.nproc_per_node,
             max_restarts=spec.max_restarts,
+            restart_window_s=spec.restart_window_s,
             store=spec.store,
             every_steps=spec.checkpoints.every_steps,
             every_seconds=spec.checkpoints.every_seconds,

@@ -43,6 +43,7 @@ class JobSpec:
     nnodes_max: int = 1
     nproc_per_node: int = 1  # >= 1; each takes one slot of a worker
     max_restarts: int = 10  # >= 0; generations after the first that a failure of a trainer may cost
+    restart_window_s: float = 0.0  # >= 0; over how long max_restarts is counted; 0: over the whole run
     store: str = ""  # file:///folder or s3://bucket/prefix?endpoint=...
     checkpoints: CheckpointPolicy = field(default_factory=CheckpointPolicy)
     retention: RetentionPolicy = field(default_factory=RetentionPolicy)
@@ -64,6 +65,10 @@ class JobSpec:
             raise UserError(
                 f"hang-timeout {self.hang_timeout_s:g} is not valid: give {HANG_TIMEOUT_MIN_S:g} to "
                 f"{HANG_TIMEOUT_MAX_S:g} seconds, 'auto', or 'off'."
+            )
+        if not math.isfinite(self.restart_window_s) or self.restart_window_s < 0:
+            raise UserError(
+                f"restart-window {self.restart_window_s:g} is not valid: give seconds, or 0 for the whole run."
             )
         if not math.isfinite(self.checkpoints.every_seconds):
             raise UserError("every-seconds must be a finite number: JSON, in which the log is written, has no other.")

@@ -95,6 +95,10 @@ class LeaderLoop:
     def term(self) -> Term:
         return self._log.term
 
+    @staticmethod
+    def now() -> Now:
+        return Now(wall_s=time.time(), mono_s=time.monotonic())
+
     async def tell(self, fact: Fact) -> None:
         """Bring a fact. Waits while the inbox is full."""
         await self._inbox.put(fact)
@@ -144,7 +148,7 @@ class LeaderLoop:
         return batch
 
     async def _round(self, batch: list[Fact | Asked]) -> None:
-        now = Now(wall_s=time.time(), mono_s=time.monotonic())
+        now = self.now()
         this = Round(now=now)
         touched = self._due(now)
         workers: set[WorkerId] = set()

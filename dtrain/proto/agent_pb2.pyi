@@ -340,7 +340,7 @@ class TakeStacks(_message.Message):
     def __init__(self, number: _Optional[int] = ...) -> None: ...
 
 class Spec(_message.Message):
-    __slots__ = ("name", "python", "script", "args", "cwd", "env", "nnodes_min", "nnodes_max", "nproc_per_node", "max_restarts", "store", "every_steps", "every_seconds", "keep_last", "keep_every_steps", "keep_every_seconds", "hang_timeout_s")
+    __slots__ = ("name", "python", "script", "args", "cwd", "env", "nnodes_min", "nnodes_max", "nproc_per_node", "max_restarts", "store", "every_steps", "every_seconds", "keep_last", "keep_every_steps", "keep_every_seconds", "hang_timeout_s", "restart_window_s")
     class EnvEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -365,6 +365,7 @@ class Spec(_message.Message):
     KEEP_EVERY_STEPS_FIELD_NUMBER: _ClassVar[int]
     KEEP_EVERY_SECONDS_FIELD_NUMBER: _ClassVar[int]
     HANG_TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    RESTART_WINDOW_S_FIELD_NUMBER: _ClassVar[int]
     name: str
     python: str
     script: str
@@ -382,7 +383,8 @@ class Spec(_message.Message):
     keep_every_steps: int
     keep_every_seconds: float
     hang_timeout_s: float
-    def __init__(self, name: _Optional[str] = ..., python: _Optional[str] = ..., script: _Optional[str] = ..., args: _Optional[_Iterable[str]] = ..., cwd: _Optional[str] = ..., env: _Optional[_Mapping[str, str]] = ..., nnodes_min: _Optional[int] = ..., nnodes_max: _Optional[int] = ..., nproc_per_node: _Optional[int] = ..., max_restarts: _Optional[int] = ..., store: _Optional[str] = ..., every_steps: _Optional[int] = ..., every_seconds: _Optional[float] = ..., keep_last: _Optional[int] = ..., keep_every_steps: _Optional[int] = ..., keep_every_seconds: _Optional[float] = ..., hang_timeout_s: _Optional[float] = ...) -> None: ...
+    restart_window_s: float
+    def __init__(self, name: _Optional[str] = ..., python: _Optional[str] = ..., script: _Optional[str] = ..., args: _Optional[_Iterable[str]] = ..., cwd: _Optional[str] = ..., env: _Optional[_Mapping[str, str]] = ..., nnodes_min: _Optional[int] = ..., nnodes_max: _Optional[int] = ..., nproc_per_node: _Optional[int] = ..., max_restarts: _Optional[int] = ..., store: _Optional[str] = ..., every_steps: _Optional[int] = ..., every_seconds: _Optional[float] = ..., keep_last: _Optional[int] = ..., keep_every_steps: _Optional[int] = ..., keep_every_seconds: _Optional[float] = ..., hang_timeout_s: _Optional[float] = ..., restart_window_s: _Optional[float] = ...) -> None: ...
 
 class SubmitRequest(_message.Message):
     __slots__ = ("spec", "request", "takes_over")
@@ -477,7 +479,7 @@ class StatusReply(_message.Message):
     def __init__(self, term: _Optional[int] = ..., leader: _Optional[str] = ..., jobs: _Optional[_Iterable[_Union[JobStatus, _Mapping]]] = ...) -> None: ...
 
 class JobStatus(_message.Message):
-    __slots__ = ("job", "phase", "waiting_for", "run", "generation", "world_size", "restarts", "max_restarts", "committed_checkpoint", "committed_step", "checkpoints", "reason", "exit_code", "ranks", "store", "last_failure")
+    __slots__ = ("job", "phase", "waiting_for", "run", "generation", "world_size", "restarts", "max_restarts", "committed_checkpoint", "committed_step", "checkpoints", "reason", "exit_code", "ranks", "store", "last_failure", "restarts_used")
     JOB_FIELD_NUMBER: _ClassVar[int]
     PHASE_FIELD_NUMBER: _ClassVar[int]
     WAITING_FOR_FIELD_NUMBER: _ClassVar[int]
@@ -494,6 +496,7 @@ class JobStatus(_message.Message):
     RANKS_FIELD_NUMBER: _ClassVar[int]
     STORE_FIELD_NUMBER: _ClassVar[int]
     LAST_FAILURE_FIELD_NUMBER: _ClassVar[int]
+    RESTARTS_USED_FIELD_NUMBER: _ClassVar[int]
     job: str
     phase: str
     waiting_for: str
@@ -510,7 +513,8 @@ class JobStatus(_message.Message):
     ranks: _containers.RepeatedCompositeFieldContainer[JobRank]
     store: str
     last_failure: Failure
-    def __init__(self, job: _Optional[str] = ..., phase: _Optional[str] = ..., waiting_for: _Optional[str] = ..., run: _Optional[int] = ..., generation: _Optional[int] = ..., world_size: _Optional[int] = ..., restarts: _Optional[int] = ..., max_restarts: _Optional[int] = ..., committed_checkpoint: _Optional[int] = ..., committed_step: _Optional[int] = ..., checkpoints: _Optional[int] = ..., reason: _Optional[str] = ..., exit_code: _Optional[int] = ..., ranks: _Optional[_Iterable[_Union[JobRank, _Mapping]]] = ..., store: _Optional[str] = ..., last_failure: _Optional[_Union[Failure, _Mapping]] = ...) -> None: ...
+    restarts_used: int
+    def __init__(self, job: _Optional[str] = ..., phase: _Optional[str] = ..., waiting_for: _Optional[str] = ..., run: _Optional[int] = ..., generation: _Optional[int] = ..., world_size: _Optional[int] = ..., restarts: _Optional[int] = ..., max_restarts: _Optional[int] = ..., committed_checkpoint: _Optional[int] = ..., committed_step: _Optional[int] = ..., checkpoints: _Optional[int] = ..., reason: _Optional[str] = ..., exit_code: _Optional[int] = ..., ranks: _Optional[_Iterable[_Union[JobRank, _Mapping]]] = ..., store: _Optional[str] = ..., last_failure: _Optional[_Union[Failure, _Mapping]] = ..., restarts_used: _Optional[int] = ...) -> None: ...
 
 class Failure(_message.Message):
     __slots__ = ("generation", "reason", "kind", "traceback", "victims", "time")

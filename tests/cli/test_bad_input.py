@@ -40,6 +40,8 @@ def assert_refused(answer: Answer, *words: str) -> None:
         (["run", "--nproc-per-node", "0", "script.py"], ["nproc-per-node 0", "1 or more"]),
         (["run", "--nproc_per_node", "many", "script.py"], ["nproc-per-node many", "auto"]),
         (["run", "--max-restarts", "-1", "script.py"], ["max-restarts -1", "0 or more"]),
+        (["run", "--restart-window", "-1", "script.py"], ["restart-window -1", "0 for the whole run"]),
+        (["run", "--restart-window", "inf", "script.py"], ["restart-window inf", "0 for the whole run"]),
         (["run", "--nproc-per-node", "2", "--slots", "1", "script.py"], ["slots (1)", "--slots"]),
         (["run", "--name", "../up", "script.py"], ["'../up' is not valid", "lower-case"]),
         (["run", "--name", "", "script.py"], ["is not valid", "lower-case"]),

@@ -134,6 +134,7 @@ def test_a_store_that_is_not_there_condemns_nothing(folder: Path) -> None:
 def asked(script: Path, **changes: Any) -> Asked:
     given: dict[str, Any] = {
         "script": str(script), "args": (), "name": "job", "nnodes": "1", "nproc_per_node": "1", "max_restarts": 0,
+        "restart_window": 0.0,
         "store": None, "every_steps": None, "every_seconds": None, "env": (), "python": "python",
         "keep_last": 0, "keep_every_steps": 0, "keep_every_seconds": 0.0,
     }  # fmt: skip

@@ -1,10 +1,7 @@
 """When a generation starts, on which workers, why it fails, and when its job may not go on."""
 
-import pytest
-
 from dtrain.coordinator.core.events import GenerationFailed, GenerationStarted, JobFailed
 from dtrain.coordinator.core.facts import RestorePhase, StreamClosed, WorkerUnregistered
-from dtrain.coordinator.core.failures import CANNOT_START_WITHIN_S, SAME_ERROR_LIMIT
 from dtrain.coordinator.core.observed import LOST_AFTER_S
 from dtrain.coordinator.core.placement import GATHER_S, waiting_for
 from dtrain.coordinator.core.states import JobPhase
@@ -36,7 +33,7 @@ def test_a_job_waits_for_its_workers_and_starts_when_they_are_there() -> None:
     cluster.submits(spec(nnodes_min=2, nnodes_max=2))
     cluster.joins("w1")
     assert cluster.decides() == []
-    words = waiting_for(cluster.job(), cluster.observed, cluster.jobs)
+    words = waiting_for(cluster.job(), cluster.observed, cluster.jobs, cluster.now)
     assert words == "2 worker(s) with 2 free slot(s) each; 1 there"
     cluster.joins("w2")
     assert cluster.decides() == ["GenerationStarted"]
@@ -142,7 +139,7 @@ def test_a_failed_rank_ends_the_generation_and_the_next_starts_in_the_same_round
     assert cluster.decides() == ["CheckpointAborted", *RESTARTED]
     assert failed(cluster).reason == "rank 1 on w1 was ended by signal 9"
     assert failed(cluster).exit_code == 137
-    assert failed(cluster).counted
+    assert not failed(cluster).counted, "it had got further than ever, and the script did nothing wrong"
     event = started(cluster)
     assert event.generation == 2
     assert event.restore is not None and event.restore.checkpoint == 2
@@ -239,23 +236,6 @@ def test_a_worker_that_comes_back_with_a_new_journal_has_lost_its_ranks() -> Non
     assert started(cluster).members[0].journal == "another journal"
 
 
-def test_a_job_fails_when_its_restarts_are_used() -> None:
-    cluster = Cluster()
-    cluster.joins("w1")
-    cluster.runs(spec(max_restarts=2), step=5)
-    for _ in range(2):
-        cluster.exits(0, 3, error="boom")
-        assert cluster.decides() == RESTARTED
-        cluster.starts()
-        cluster.trains(step=5)
-    cluster.exits(0, 3, error="boom")
-    assert cluster.decides() == ["GenerationFailed", "JobFailed"]
-    event = job_failed(cluster)
-    assert event.exit_code == 3
-    assert event.reason == "rank 0 on w1 exited with code 3: boom (all 2 restarts are used)"
-    assert cluster.job().phase is JobPhase.FAILED
-
-
 def test_lost_workers_and_damaged_checkpoints_use_no_restarts() -> None:
     cluster = Cluster()
     cluster.joins("w1", "w2")
@@ -271,58 +251,6 @@ def test_lost_workers_and_damaged_checkpoints_use_no_restarts() -> None:
         cluster.connects(worker)
     assert cluster.job().restarts == 2
     assert cluster.job().restarts_used == 0
-
-
-def test_a_script_that_cannot_start_is_given_up_after_the_same_words_a_few_times() -> None:
-    cluster = Cluster()
-    cluster.joins("w1")
-    cluster.runs(spec(max_restarts=10))
-    for _ in range(SAME_ERROR_LIMIT - 1):
-        cluster.exits(0, 1, error="ModuleNotFoundError: No module named 'nothing'")
-        assert cluster.decides() == RESTARTED
-        cluster.starts()
-    cluster.exits(0, 1, error="ModuleNotFoundError: No module named 'nothing'")
-    assert cluster.decides() == ["GenerationFailed", "JobFailed"]
-    assert job_failed(cluster).exit_code == 2
-    assert "3 times in a row before it got anywhere" in job_failed(cluster).reason
-
-
-def test_a_script_that_cannot_start_and_may_not_be_restarted_exits_with_2() -> None:
-    cluster = Cluster()
-    cluster.joins("w1")
-    cluster.runs(spec(max_restarts=0))
-    cluster.exits(0, 1, error="SyntaxError")
-    assert cluster.decides() == ["GenerationFailed", "JobFailed"]
-    assert job_failed(cluster).exit_code == 2
-    assert "no restarts allowed" in job_failed(cluster).reason
-
-
-@pytest.mark.parametrize("why", ["other words", "it trained in between", "it ran long"])
-def test_failures_that_are_not_the_same_hopeless_one_do_not_end_a_job_early(why: str) -> None:
-    cluster = Cluster()
-    cluster.joins("w1")
-    cluster.runs(spec(max_restarts=10))
-    for turn in range(SAME_ERROR_LIMIT):
-        if why == "it trained in between" and turn == SAME_ERROR_LIMIT - 1:
-            cluster.trains(step=1)
-        if why == "it ran long" and turn == SAME_ERROR_LIMIT - 1:
-            cluster.passes(CANNOT_START_WITHIN_S)
-        error = f"error {turn}" if why == "other words" else "error"
-        cluster.exits(0, 1, error=error)
-        assert cluster.decides() == RESTARTED
-        cluster.starts()
-
-
-def test_a_failure_after_progress_is_not_the_first_of_a_row_of_hopeless_ones() -> None:
-    cluster = Cluster()
-    cluster.joins("w1")
-    cluster.runs(spec(max_restarts=10), step=1000)
-    for _ in range(SAME_ERROR_LIMIT):
-        cluster.exits(0, 1, error="CUDA error")
-        assert cluster.decides() == RESTARTED
-        cluster.starts()
-    cluster.exits(0, 1, error="CUDA error")
-    assert cluster.decides() == ["GenerationFailed", "JobFailed"]
 
 
 def test_a_refused_start_fails_the_generation_if_it_answers_this_leader() -> None:

@@ -127,6 +127,7 @@ class GenerationFailed:
     progressed: bool = False  # some rank joined or completed a step in this generation
     kind: FailureKind = FailureKind.UNKNOWN
     step: Step = _NO_STEP  # completed by the rank that failed first; for a lost worker, by the furthest rank
+    furthest_step: Step = _NO_STEP  # completed by any rank
     victims: tuple[Victim, ...] = ()  # as far as known when it was decided; bounded
 
 
@@ -214,6 +215,7 @@ class CheckpointQuarantined:
     checkpoint: CheckpointNumber
     key: str  # the damaged blob
     reason: str
+    suspect: bool = False  # its bytes are sound; what it leads to says that its state is not
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -256,6 +258,7 @@ class JobSucceeded:
 class JobFailed:
     reason: str
     exit_code: int
+    cleared: CheckpointNumber | None = None  # it was suspected, was not at fault, and may be restored from again
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -29,12 +29,12 @@ from dtrain.coordinator.core.events import (
     RecordedEvent,
     RunInterrupted,
 )
+from dtrain.coordinator.core.failure_folds import fold_clearing, fold_failure, fold_suspicion
 from dtrain.coordinator.core.hang_folds import fold_hang
 from dtrain.coordinator.core.states import (
     GenerationState,
     JobPhase,
     JobState,
-    LastFailure,
 )
 
 _ACTIVE = (JobPhase.PENDING, JobPhase.RUNNING)
@@ -50,7 +50,8 @@ def evolve(state: JobState | None, record: RecordedEvent) -> JobState:
     if state is None:
         raise InvariantError(f"{record.key}: {record.type} cannot be a job's first event")
     state = replace(state, position=record.position, term=Term(record.term))
-    return fold_checkpoint(state, record) or fold_retention(state, record) or _lifecycle_event(state, record)
+    folded = fold_checkpoint(state, record) or fold_retention(state, record) or _lifecycle_event(state, record)
+    return fold_suspicion(folded, record.event) if isinstance(record.event, CheckpointQuarantined) else folded
 
 
 def _submitted(state: JobState | None, record: RecordedEvent, event: JobSubmitted) -> JobState:
@@ -70,6 +71,7 @@ def _submitted(state: JobState | None, record: RecordedEvent, event: JobSubmitte
     )
     if state is None:
         return fresh
+    newest = state.newest_restorable
     return replace(
         fresh,
         last_generation=state.last_generation,
@@ -78,6 +80,7 @@ def _submitted(state: JobState | None, record: RecordedEvent, event: JobSubmitte
         aborted=state.aborted,
         last_attempt=state.last_attempt,
         placed=state.placed,
+        furthest_step=newest.step if newest is not None else fresh.furthest_step,
     )
 
 
@@ -100,7 +103,7 @@ def _lifecycle_event(state: JobState, record: RecordedEvent) -> JobState:
             return _end(state, JobPhase.SUCCEEDED, "", 0)
         case JobFailed() as event:
             require(state.phase is JobPhase.PENDING, state, record, "not pending")
-            return _end(state, JobPhase.FAILED, event.reason, event.exit_code)
+            return _end(fold_clearing(state, event), JobPhase.FAILED, event.reason, event.exit_code)
         case JobCancelled():
             require(state.phase is JobPhase.CANCELLING and state.inflight is None, state, record, "not cancelling")
             return _end(state, JobPhase.CANCELLED, "cancelled", 130)
@@ -164,28 +167,4 @@ def _generation_failed(state: JobState, record: RecordedEvent, event: Generation
     )
     require(state.inflight is None, state, record, "a checkpoint is in flight")
     assert generation is not None
-    last = state.last_failure
-    hopeless = event.error != "" and not event.progressed
-    same = last is not None and hopeless and not last.progressed and last.error == event.error
-    failure = LastFailure(
-        reason=event.reason,
-        error=event.error,
-        exit_code=event.exit_code,
-        progressed=event.progressed,
-        age_s=record.time - generation.started_time,
-        repeats=last.repeats + 1 if last is not None and same else 1,
-        generation=event.generation,
-        time=record.time,
-        kind=event.kind,
-        step=event.step,
-        victims=event.victims,
-        traceback=record.cause.traceback,
-    )
-    return replace(
-        state,
-        phase=JobPhase.PENDING,
-        generation=None,
-        restarts=state.restarts + 1,
-        restarts_used=state.restarts_used + int(event.counted),
-        last_failure=failure,
-    )
+    return fold_failure(state, generation, record, event)

@@ -1,4 +1,4 @@
-"""When a generation has failed, why, and whether its job may go on.
+"""When a generation has failed, and why. Whether its job may go on is the subject of restarts.py.
 
 A generation fails as a whole: collectives cannot go on without a member. The first cause is named as the reason
 (first_causes.py); the peers' connection errors that follow it within milliseconds are its victims.
@@ -14,26 +14,19 @@ from dtrain.coordinator.core.events import (
     Decision,
     FailureKind,
     GenerationFailed,
-    JobFailed,
     Member,
 )
 from dtrain.coordinator.core.facts import AssignmentReport, Now, RankReport, RankState, RestorePhase
 from dtrain.coordinator.core.first_causes import (
     FIRST_CAUSE_WAIT_S,
-    SIGNAL_EXIT_BASE,
     FailedRank,
     failed_ranks,
     victims_of,
 )
 from dtrain.coordinator.core.observed import Observed
-from dtrain.coordinator.core.states import GenerationState, InflightCheckpoint, JobState, LastFailure
+from dtrain.coordinator.core.restarts import counts
+from dtrain.coordinator.core.states import SIGNAL_EXIT_BASE, GenerationState, InflightCheckpoint, JobState
 
-# Generations in a row that die with the same words before any rank got anywhere: the script is at fault, and
-# trying again will not help.
-SAME_ERROR_LIMIT = 3
-# A script that raises within this time of its start and never joined or completed a step cannot start at all.
-CANNOT_START_WITHIN_S = 60.0
-CANNOT_START_EXIT_CODE = 2
 _STARTED_PHASES = frozenset({"joined", "restoring", "training", "checkpointing", "holding", "paused", "finished"})
 
 
@@ -141,15 +134,17 @@ def _failed_rank(job: JobState, generation: GenerationState, observed: Observed,
     if unreachable is not None:
         return _lost_with_victims(job, generation, observed, unreachable, failed)
     rank, worker = first.report, first.member.worker
+    furthest = _furthest(job, generation, observed)
     event = GenerationFailed(
         generation=generation.number,
         reason=f"rank {rank.rank} on {worker} {how_it_ended(rank)}",
-        counted=True,
+        counted=counts(first.kind, further=job.got_further(furthest)),
         exit_code=_exit_code(rank),
         error=rank.error if rank.exit_code > 0 else "",
         progressed=_progressed(job, generation, observed),
         kind=first.kind,
         step=rank.completed_step,
+        furthest_step=furthest,
         victims=victims_of(others),
     )
     cause = Cause(
@@ -179,13 +174,15 @@ def _lost_with_victims(
     job: JobState, generation: GenerationState, observed: Observed, member: Member, failed: list[FailedRank]
 ) -> Decision:
     """Peers lost their connections and a worker cannot be reached: one death explains both."""
+    furthest = _furthest(job, generation, observed)
     event = GenerationFailed(
         generation=generation.number,
         reason=f"worker {member.worker} cannot be reached, and its peers lost their connections",
         counted=False,
         progressed=True,
         kind=FailureKind.NODE,
-        step=_furthest(job, generation, observed),
+        step=furthest,
+        furthest_step=furthest,
         victims=victims_of(failed),
     )
     return Decision(
@@ -244,38 +241,16 @@ def _lost_member(job: JobState, generation: GenerationState, observed: Observed,
             cause = Cause(fact="worker_lost", worker=member.worker, snapshot=_snapshot_number(observed, member))
         else:
             continue
+        furthest = _furthest(job, generation, observed)
         event = GenerationFailed(
             generation=generation.number,
             reason=reason,
             counted=False,
             progressed=True,
             kind=FailureKind.NODE,
-            step=_furthest(job, generation, observed),
+            step=furthest,
+            furthest_step=furthest,
             victims=victims_of(failed_ranks(reports(job, generation, observed), observed)),
         )
         return Decision(event=event, cause=cause)
     return None
-
-
-def verdict(job: JobState) -> Decision | None:
-    """JobFailed for a pending job whose failures leave no hope or no budget; None if it may be restarted."""
-    last = job.last_failure
-    if last is None:
-        return None
-    cannot_start = not last.progressed and last.error != "" and last.age_s < CANNOT_START_WITHIN_S
-    exit_code = CANNOT_START_EXIT_CODE if cannot_start and last.exit_code == 1 else last.exit_code
-    if last.repeats >= SAME_ERROR_LIMIT and cannot_start:
-        reason = (
-            f"{last.reason} ({last.repeats} times in a row before it got anywhere): mend the script and run it again"
-        )
-    elif job.restarts_used > job.spec.max_restarts:
-        reason = f"{last.reason}{_budget_words(job, last)}"
-    else:
-        return None
-    cause = Cause(fact="restarts_exhausted", exit_code=last.exit_code, detail=last.error)
-    return Decision(event=JobFailed(reason=reason, exit_code=exit_code), cause=cause)
-
-
-def _budget_words(job: JobState, last: LastFailure) -> str:
-    budget = job.spec.max_restarts
-    return f" (all {budget} restarts are used)" if budget else " (no restarts allowed)"

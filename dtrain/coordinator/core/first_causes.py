@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from dtrain.coordinator.core.events import FailureKind, Member, Victim
 from dtrain.coordinator.core.facts import AssignmentReport, RankReport
 from dtrain.coordinator.core.observed import Observed
+from dtrain.coordinator.core.states import SIGNAL_EXIT_BASE
 
 # How long lost connections alone may wait for their cause. A process with a GPU closes its sockets a good while
 # before it is gone, so its peers may be heard first; a second covers that and the way of a snapshot.
@@ -25,7 +26,6 @@ FIRST_CAUSE_WAIT_S = 1.0
 VICTIMS_MAX = 16  # kept in an event: enough to see the pattern, and an event stays small in the largest world
 VICTIM_ERROR_MAX_CHARS = 200
 
-SIGNAL_EXIT_BASE = 128  # a shell's convention for "ended by a signal"
 _SIGINT, _SIGABRT, _SIGKILL, _SIGTERM, _SIGHUP = 2, 6, 9, 15, 1
 # Nothing that a script does to itself by mistake: an operator, a scheduler, the kernel short of memory.
 _SENT_FROM_OUTSIDE = frozenset({_SIGHUP, _SIGINT, _SIGKILL, _SIGTERM})

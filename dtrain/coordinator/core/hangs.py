@@ -198,6 +198,7 @@ def _failed(job: JobState, generation: GenerationState, found: HangFound) -> Dec
         progressed=True,
         kind=FailureKind.HANG,
         step=Step(min((stack.step for stack in found.stacks), default=0)),
+        furthest_step=Step(max((stack.step for stack in found.stacks), default=0)),
         victims=_victims(generation, found),
     )
     return Decision(event=event, cause=cause)

@@ -12,6 +12,7 @@ from dtrain.common.names import Generation, JobName, WorkerId
 from dtrain.coordinator.core.events import Cause, Decision, GenerationStarted, Member
 from dtrain.coordinator.core.facts import Now, RankState
 from dtrain.coordinator.core.observed import Observed, WorkerView
+from dtrain.coordinator.core.restarts import backoff_left_s
 from dtrain.coordinator.core.states import JobState
 
 # How long a job that could start with fewer nodes than it may have waits for more of them.
@@ -46,10 +47,12 @@ def candidates(job: JobState, observed: Observed, jobs: Mapping[JobName, JobStat
     return sorted(found, key=lambda view: (-job.placed.get(view.worker, 0), view.worker))
 
 
-def waiting_for(job: JobState, observed: Observed, jobs: Mapping[JobName, JobState]) -> str:
+def waiting_for(job: JobState, observed: Observed, jobs: Mapping[JobName, JobState], now: Now) -> str:
     """What a pending job waits for, in words."""
     if job.spec.store and (job.name, job.spec.store) not in observed.audited:
         return f"the store's commit markers to be read: {job.spec.store}"
+    if (left_s := backoff_left_s(job, now)) > 0:
+        return f"{left_s:.0f} s more, because {job.stalls} failures in a row got no further"
     have, need = len(candidates(job, observed, jobs)), job.spec.nnodes_min
     if have >= need:
         return f"more workers, up to {job.spec.nnodes_max}, for a moment"
@@ -66,6 +69,8 @@ def start(job: JobState, observed: Observed, jobs: Mapping[JobName, JobState], n
     """GenerationStarted for a pending job, or None while it must wait."""
     if job.spec.store and (job.name, job.spec.store) not in observed.audited:
         return None  # whether the log is whole is not known yet
+    if backoff_left_s(job, now) > 0:
+        return None
     since = observed.pending_since_s.setdefault((job.name, job.run), now.mono_s)
     found = candidates(job, observed, jobs)
     if len(found) < job.spec.nnodes_min:

@@ -7,7 +7,7 @@ and the first that applies wins:
     any          note what storage has confirmed; expire what nobody wants
     ended        nothing else
     CANCELLING   abort the attempt in flight; end once nothing of the job runs any more
-    PENDING      fail for good if its failures say so; else start a generation as soon as workers allow
+    PENDING      fail for good if its failures say so; else start a generation as soon as they and workers allow
     RUNNING      fail the generation, also one that hangs; settle the attempt in flight; succeed; start a checkpoint
 """
 
@@ -16,7 +16,7 @@ from typing import assert_never
 
 from dtrain.common.errors import InvariantError
 from dtrain.common.names import Generation, JobName
-from dtrain.coordinator.core import checkpoints, failures, hangs, placement, retention
+from dtrain.coordinator.core import checkpoints, failures, hangs, placement, restarts, retention
 from dtrain.coordinator.core.events import Cause, CheckpointAborted, Decision, JobCancelled, JobSucceeded, Member
 from dtrain.coordinator.core.facts import Now, RankState
 from dtrain.coordinator.core.observed import Observed
@@ -36,7 +36,7 @@ def reconcile(job: JobState, observed: Observed, jobs: Jobs, now: Now) -> Decisi
         return settled
     match job.phase:
         case JobPhase.PENDING:
-            return failures.verdict(job) or placement.start(job, observed, jobs, now)
+            return restarts.verdict(job) or placement.start(job, observed, jobs, now)
         case JobPhase.RUNNING:
             assert job.generation is not None
             return _running(job, job.generation, observed, now)

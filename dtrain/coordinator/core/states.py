@@ -24,6 +24,7 @@
 written by these rules is refused at replay.
 """
 
+import re
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
@@ -39,6 +40,9 @@ from dtrain.coordinator.core.events import (
     ShardRecord,
     Victim,
 )
+
+SIGNAL_EXIT_BASE = 128  # a shell's convention for "ended by a signal"
+_NO_STEP = Step(0)
 
 
 class JobPhase(StrEnum):
@@ -131,13 +135,44 @@ class LastFailure:
     exit_code: int
     progressed: bool
     age_s: float  # of the generation when it failed
-    repeats: int  # how many generations in a row failed just so, this one included
+    repeats: int  # errors of the script in a row that are this very one at this very place
     generation: Generation
     time: float  # unix time of the decision
     kind: FailureKind
     step: Step  # see GenerationFailed
+    restored: CheckpointNumber | None  # what that generation had started from; None: from step 0
+    restored_step: Step | None
     victims: tuple[Victim, ...]
     traceback: str  # of the first cause; empty if it was no exception, or none is known
+
+    @property
+    def right_after_restore(self) -> bool:
+        """Whether no step was completed after the restore, or the restore itself failed."""
+        return self.restored_step is not None and self.step <= self.restored_step
+
+    def same_error(self, other: "LastFailure") -> bool:
+        """Whether both died of the same. Without words only a signal says what it was."""
+        said = self.error != "" or self.exit_code > SIGNAL_EXIT_BASE
+        return said and (_without_addresses(self.error), self.exit_code) == (
+            _without_addresses(other.error),
+            other.exit_code,
+        )
+
+    def same_place(self, other: "LastFailure") -> bool:
+        """Whether both died at the same step from the same checkpoint: nothing was gained between them."""
+        return (self.step, self.restored) == (other.step, other.restored)
+
+
+def _without_addresses(error: str) -> str:
+    return re.sub(r"0x[0-9a-fA-F]+", "0x", error)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Suspicion:
+    """A checkpoint whose bytes are sound and whose state is in doubt."""
+
+    checkpoint: CheckpointNumber
+    failure: LastFailure  # what generations that started from it died of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,9 +188,14 @@ class JobState:
     phase: JobPhase
     generation: GenerationState | None = None  # Invariant: set iff RUNNING, or CANCELLING with trainers to stop
     last_generation: int = 0  # number of the newest generation ever started
-    restarts_used: int = 0  # counted failures of this run
+    restarts_used: int = 0  # counted failures of this run, within the spec's window at the newest failure
+    restart_times: tuple[float, ...] = ()  # unix times of these; Invariant: restarts_used of them
     restarts: int = 0  # failed generations of this run, counted or not
+    stalls: int = 0  # failures in a row since one that came after progress
+    furthest_step: Step = _NO_STEP  # that any failed generation of this run completed, or this run began with
     last_failure: LastFailure | None = None  # of this run
+    last_error: LastFailure | None = None  # newest one of the script's own, unless a later generation got further
+    suspicion: Suspicion | None = None  # the one checkpoint that this run has left aside for its state
     inflight: InflightCheckpoint | None = None
     committed: dict[CheckpointNumber, CommittedCheckpoint] = field(default_factory=dict)  # until deleted
     last_checkpoint: int = 0  # newest number ever committed; numbers are not used twice
@@ -170,6 +210,12 @@ class JobState:
     @property
     def ended(self) -> bool:
         return self.phase in ENDED
+
+    def got_further(self, furthest: Step) -> bool:
+        """Whether the active generation, which got to ``furthest``, gained anything on those before it."""
+        number = self.generation.number if self.generation is not None else 0
+        committed = any(checkpoint.generation == number for checkpoint in self.committed.values())
+        return committed or furthest > self.furthest_step
 
     @property
     def newest_restorable(self) -> CommittedCheckpoint | None:

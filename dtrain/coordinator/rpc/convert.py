@@ -166,6 +166,7 @@ def spec_from_wire(message: wire.Spec) -> JobSpec:
         nnodes_max=message.nnodes_max,
         nproc_per_node=message.nproc_per_node,
         max_restarts=message.max_restarts,
+        restart_window_s=message.restart_window_s,
         store=message.store,
         checkpoints=CheckpointPolicy(every_steps=message.every_steps, every_seconds=message.every_seconds),
         retention=RetentionPolicy(

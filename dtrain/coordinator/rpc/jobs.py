@@ -163,6 +163,7 @@ def _status(loop: LeaderLoop, job: JobState) -> wire.JobStatus:
         generation=job.last_generation,
         world_size=generation.world_size if generation is not None else 0,
         restarts=job.restarts,
+        restarts_used=job.restarts_used,
         max_restarts=job.spec.max_restarts,
         committed_checkpoint=newest.number if newest is not None else 0,
         committed_step=newest.step if newest is not None else 0,
@@ -174,7 +175,7 @@ def _status(loop: LeaderLoop, job: JobState) -> wire.JobStatus:
     if job.last_failure is not None:
         status.last_failure.CopyFrom(failure_to_wire(job.last_failure))
     if job.phase is JobPhase.PENDING:
-        status.waiting_for = waiting_for(job, loop.observed, loop.jobs)
+        status.waiting_for = waiting_for(job, loop.observed, loop.jobs, loop.now())
     if generation is not None:
         for member, report in reports(job, generation, loop.observed):
             status.ranks.extend(wire.JobRank(worker=member.worker, report=rank_to_wire(rank)) for rank in report.ranks)
