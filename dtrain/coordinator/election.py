@@ -20,7 +20,7 @@ import msgspec
 from dtrain.common.errors import RetryableError
 from dtrain.common.names import Term
 from dtrain.etcd.client import EtcdClient, KeyValue
-from dtrain.etcd.errors import LeaseLost
+from dtrain.etcd.errors import Compacted, LeaseLost
 from dtrain.etcd.leases import Lease
 from dtrain.etcd.transactions import absent, create_revision_is, delete, put
 from dtrain.etcd.watches import ChangeKind, watch
@@ -142,7 +142,7 @@ async def campaign(client: EtcdClient, prefix: str, record: LeaderRecord) -> Lea
                 )
             await lease.revoke()
             await _wait_for_vacancy(client, key)
-        except (RetryableError, LeaseLost) as error:
+        except (RetryableError, LeaseLost, Compacted) as error:  # Compacted: between the reading and the watch
             logger.warning("campaign goes on: %s", error)
             await asyncio.sleep(_RETRY_S)
 
@@ -163,7 +163,8 @@ async def _try_to_lead(client: EtcdClient, key: str, record: LeaderRecord, lease
 
 async def _wait_for_vacancy(client: EtcdClient, key: str) -> None:
     """Return when the leader key is gone, or might be."""
-    kv = await client.get(key)
+    found, revision = await client.range_prefix(key)
+    kv = next((kv for kv in found if kv.key == key), None)
     if kv is None:
         return
     if _has_died(kv):
@@ -172,7 +173,8 @@ async def _wait_for_vacancy(client: EtcdClient, key: str) -> None:
         return
     try:
         async with asyncio.timeout(_LOOK_AGAIN_S):
-            async for batch in watch(client, key, from_revision=kv.mod_revision + 1):
+            # From the reading on, not from the key's own revision: that of a leader in office for long is compacted.
+            async for batch in watch(client, key, from_revision=revision + 1):
                 if any(change.kind is ChangeKind.DELETE and change.kv.key == key for change in batch.events):
                     return
     except TimeoutError:

@@ -59,6 +59,27 @@ def test_a_standby_waits_while_another_leads_and_leads_at_once_when_it_resigns(e
     asyncio.run(run())
 
 
+def test_a_standby_waits_though_the_leaders_revision_is_compacted(etcd: EtcdServer) -> None:
+    """A leader in office for longer than etcd keeps old revisions is the usual case, not an error."""
+
+    async def run() -> None:
+        async with EtcdClient([etcd.endpoint]) as one, EtcdClient([etcd.endpoint]) as two:
+            first = await campaign(one, PREFIX, leader_record("one"))
+            for number in range(3):
+                newest = await one.put(f"{PREFIX}/other", b"%d" % number)
+            await one.compact(newest)
+            standing_by = asyncio.create_task(campaign(two, PREFIX, leader_record("two")))
+            done, _ = await asyncio.wait({standing_by}, timeout=1.0)
+            assert not done, f"it did not wait: {done.pop()}"
+            await first.resign()
+            async with asyncio.timeout(DEADLINE_S):
+                second = await standing_by
+            assert second.term > first.term
+            await second.resign()
+
+    asyncio.run(run())
+
+
 def test_many_candidates_give_one_leader(etcd: EtcdServer) -> None:
     async def run() -> None:
         async with EtcdClient([etcd.endpoint]) as client:
