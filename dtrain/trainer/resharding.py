@@ -10,6 +10,7 @@ Two ways, and no rank asks another in either:
 Both name the bytes that they need first, and get them from whoever can bring them.
 """
 
+import ctypes
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -17,7 +18,8 @@ import torch
 
 from dtrain.storage.catalogs import TensorChunk, WholeTensor
 from dtrain.storage.ranges import Bring, NeededRange
-from dtrain.storage.tensor_codes import is_sharded, view_bytes
+from dtrain.storage.tensor_codes import CODE_OF_DTYPE, is_sharded, view_bytes
+from dtrain.trainer.copying import Copier, Span
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,10 +46,11 @@ def fill(
         read_planned(targets, wholes, bring)
         return
     images = bring({_all_of(move) for move in moves})
-    with torch.no_grad():
-        for move in sorted(moves, key=lambda move: (move.chunk.shard, move.chunk.begin)):
-            image = images[move.chunk.shard]
-            move.into.copy_(view_bytes(image, move.dtype, move.chunk.shape, move.chunk.begin))
+    copier = Copier()
+    try:
+        _move_all(sorted(moves, key=lambda move: (move.chunk.shard, move.chunk.begin)), images, copier)
+    finally:
+        copier.close()
 
 
 def _straight(targets: Mapping[str, torch.Tensor], wholes: Mapping[str, WholeTensor]) -> list[_Move] | None:
@@ -69,6 +72,21 @@ def _straight(targets: Mapping[str, torch.Tensor], wholes: Mapping[str, WholeTen
                 into = into.narrow(dimension, at - start, size)
             moves.append(_Move(name=name, dtype=whole.dtype, chunk=chunk, into=into))
     return moves
+
+
+def _move_all(moves: list[_Move], images: Mapping[int, memoryview], copier: Copier) -> None:
+    """Copy: at the speed of one large copy where both sides are dense and alike, and by torch elsewhere."""
+    held = {shard: ctypes.c_char.from_buffer(image) for shard, image in images.items()}
+    spans: list[Span] = []
+    for move in moves:
+        into, chunk = move.into, move.chunk
+        alike = into.device.type == "cpu" and CODE_OF_DTYPE.get(into.dtype) == move.dtype
+        if alike and into.is_contiguous() and not (into.is_conj() or into.is_neg()):
+            spans.append((into.data_ptr(), ctypes.addressof(held[chunk.shard]) + chunk.begin, chunk.end - chunk.begin))
+        else:
+            with torch.no_grad():
+                into.copy_(view_bytes(images[chunk.shard], move.dtype, chunk.shape, chunk.begin))
+    copier.copy(spans)
 
 
 def _all_of(move: _Move) -> NeededRange:

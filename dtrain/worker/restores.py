@@ -206,13 +206,14 @@ class _Restore:
                 attempt=self._source.attempt,
             )
         await asyncio.gather(*(self._patiently(self._images[number].begin) for number in wanted))
-        await asyncio.gather(
-            *(
-                self._patiently(self._images[number].reader(run))
-                for number, pieces in wanted.items()
-                for run in runs_of(number, pieces - self._images[number].there)
+        while missing := {n: left for n, pieces in wanted.items() if (left := pieces - self._images[n].there)}:
+            await asyncio.gather(
+                *(
+                    self._patiently(self._images[number].reader(run))
+                    for number, pieces in missing.items()
+                    for run in runs_of(number, pieces)
+                )
             )
-        )
 
     async def _patiently(self, part: Callable[[ObjectStore], None]) -> None:
         await self._in_thread(lambda: self._patience.try_out(part))

@@ -1,7 +1,11 @@
 """A shard as it grows in shared memory: as large as it was staged, with holes where nothing is needed.
 
-Where this node staged that very attempt and still holds it, its bytes come from memory instead of from storage; they
-are verified all the same, piece by piece, and whatever does not verify is read from storage.
+Where this node staged that very attempt and still holds it, nothing grows: the image is another name of the stage
+slot's file, and its bytes are verified where they lie, piece by piece. If one of them is not what it should be, the
+image becomes a file of its own, and everything is brought again: from the slot what is sound, from storage the rest.
+
+Nobody writes into such a slot while it is read: it holds the newest committed checkpoint, so the next one is staged
+into the other, and the one after that only when all ranks have stored the next, having restored this one.
 """
 
 import logging
@@ -24,7 +28,10 @@ logger = logging.getLogger(__name__)
 
 
 class ShardImage:
-    """One shard's file. Its readers run in threads, each on bytes of its own."""
+    """One shard's file. Its readers run in threads, each on bytes of its own.
+
+    After a round of readers, what is still missing in ``there`` is to be brought by another round.
+    """
 
     def __init__(self, path: Path, shard: IndexedShard, *, slots: Sequence[Path], attempt: int) -> None:
         """``slots``: folders in which the shard's rank may have staged ``attempt``."""
@@ -36,40 +43,60 @@ class ShardImage:
         self._lock = threading.Lock()
         self._page: mmap.mmap | None = None  # unmapped with its last reader
         self._staged: mmap.mmap | None = None  # the slot that holds the same bytes, if there is one
+        self._is_slot = False  # the image is the slot itself
 
     def begin(self, store: ObjectStore) -> None:
         """Make the file, with the shard's header."""
         if self._page is not None:
             return
-        total_bytes, start = self._shard.header.total_bytes, self._shard.header.data_start
-        file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            os.ftruncate(file, total_bytes)
-            os.posix_fallocate(file, 0, start)
-            page = mmap.mmap(file, total_bytes)
-        finally:
-            os.close(file)
-        self._staged = _staged(self._slots, self._attempt, self._shard)
-        if self._staged is None:
+        slot = _staged(self._slots, self._attempt, self._shard)
+        if slot is None:
             read_header(store, self._shard)
-        page[:start] = self._shard.header_bytes
-        self._page = page
+            self._page = self._new_page()
+            return
+        path, self._staged = slot
+        if self._staged[: self._shard.header.data_start] == self._shard.header_bytes and _link(path, self._path):
+            self._page, self._is_slot = self._staged, True
+        else:
+            self._page = self._new_page()
 
     def reader(self, run: Run) -> Callable[[ObjectStore], None]:
         """Return what brings the run."""
 
         def read(store: ObjectStore) -> None:
-            assert self._page is not None
-            with self._path.open("r+b") as file:
-                # No room is an error here, and not the end of this process at the first touch.
-                os.posix_fallocate(file.fileno(), run.begin, run.end - run.begin)
-            with memoryview(self._page) as image:
-                if not self._copy_staged(run, image):
-                    read_run(store, run, image)
-            with self._lock:
-                self.there.update(run.pieces)
+            if self._is_slot:
+                self._verify(run)
+            else:
+                self._bring(run, store)
 
         return read
+
+    def _verify(self, run: Run) -> None:
+        """Verify the run in the slot. If it is not sound, the slot serves no longer, and all is brought again."""
+        assert self._staged is not None
+        with memoryview(self._staged) as staged:
+            damaged = next((p for p in run.pieces if not piece_is_sound(p, staged[p.begin : p.end])), None)
+        with self._lock:
+            if not self._is_slot:
+                return  # meanwhile another run was not sound
+            if damaged is None:
+                self.there.update(run.pieces)
+                return
+            logger.warning("%s: %s is not in memory as it was staged", self._shard.key, damaged.tensor)
+            self._page, self._is_slot = self._new_page(), False
+            self.there.clear()
+
+    def _bring(self, run: Run, store: ObjectStore) -> None:
+        page = self._page
+        assert page is not None
+        with self._path.open("r+b") as file:
+            # No room is an error here, and not the end of this process at the first touch.
+            os.posix_fallocate(file.fileno(), run.begin, run.end - run.begin)
+        with memoryview(page) as image:
+            if not self._copy_staged(run, image):
+                read_run(store, run, image)
+        with self._lock:
+            self.there.update(run.pieces)
 
     def _copy_staged(self, run: Run, image: memoryview) -> bool:
         """Copy the run from the stage slot, if it is there and sound."""
@@ -77,15 +104,36 @@ class ShardImage:
             return False
         with memoryview(self._staged) as staged:
             image[run.begin : run.end] = staged[run.begin : run.end]
-        for piece in run.pieces:
-            if not piece_is_sound(piece, image[piece.begin : piece.end]):
-                logger.warning("%s: %s is not in memory as it was staged: read again", self._shard.key, piece.tensor)
-                return False
-        return True
+        return all(piece_is_sound(piece, image[piece.begin : piece.end]) for piece in run.pieces)
+
+    def _new_page(self) -> mmap.mmap:
+        """Make the image a file of its own, with nothing but the header."""
+        start = self._shard.header.data_start
+        self._path.unlink(missing_ok=True)  # it may be another name of a slot
+        file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            os.ftruncate(file, self._shard.header.total_bytes)
+            os.posix_fallocate(file, 0, start)
+            page = mmap.mmap(file, self._shard.header.total_bytes)
+        finally:
+            os.close(file)
+        page[:start] = self._shard.header_bytes
+        return page
 
 
-def _staged(folders: Iterable[Path], attempt: int, shard: IndexedShard) -> mmap.mmap | None:
+def _link(slot: Path, image: Path) -> bool:
+    """Give the slot's file the image's name too; False if it lies on another file system."""
+    image.unlink(missing_ok=True)  # what an agent left that ended before
+    try:
+        image.hardlink_to(slot)
+    except OSError:
+        return False
+    return True
+
+
+def _staged(folders: Iterable[Path], attempt: int, shard: IndexedShard) -> tuple[Path, mmap.mmap] | None:
     """Map the stage slot that holds this shard of this attempt; None if this node has none."""
+    flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)  # all page tables at once, instead of fault by fault
     for folder in folders:
         for slot in range(STAGE_SLOTS):
             try:
@@ -93,7 +141,8 @@ def _staged(folders: Iterable[Path], attempt: int, shard: IndexedShard) -> mmap.
                 if (kept.attempt, kept.size_bytes) != (attempt, shard.header.total_bytes):
                     continue
                 with (folder / f"slot{slot}").open("rb") as file:
-                    return mmap.mmap(file.fileno(), kept.size_bytes, access=mmap.ACCESS_READ)
+                    page = mmap.mmap(file.fileno(), kept.size_bytes, flags=flags, prot=mmap.PROT_READ)
+                    return folder / f"slot{slot}", page
             except (OSError, ValueError, msgspec.DecodeError):
                 continue  # gone, or too short for what its record says: storage has it
     return None
