@@ -39,14 +39,13 @@ async def run_on_cluster(address: Address, spec: JobSpec) -> int:
     return outcome.exit_code
 
 
-async def run_here(folder: DataFolder, prefix: str, spec: JobSpec, *, slots: int) -> int:
+async def run_here(folder: DataFolder, spec: JobSpec, plan: LocalPlan) -> int:
     """Bring a cluster up, run the job, take the cluster down, return the job's exit code."""
     folder.make()
     await _check_store(spec.store)
     with Screen() as screen:
-        plan = LocalPlan(workers=spec.nnodes_max, slots=slots, prefix=prefix)
         cluster = LocalCluster(folder, plan, notice=screen.say)
-        work = _run_in(cluster, prefix, spec, screen)
+        work = _run_in(cluster, plan.prefix, spec, screen)
         try:
             outcome = await interruptible(
                 work,

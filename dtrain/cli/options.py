@@ -12,6 +12,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 DEFAULT_PREFIX = "/dtrain"
 DEFAULT_DATA_DIR = ".dtrain"
+UPLOAD_CAP_MIN_MIB_PER_S = 1.0  # below it a slice would wait so long that servers take its sender for dead
 
 # torchrun's flags come with either spelling: --nproc_per_node and --nproc-per-node.
 EITHER_DASH: dict[str, Any] = {"token_normalize_func": lambda token: token.replace("_", "-")}
@@ -41,6 +42,16 @@ def data_dir_option(command: Command) -> Command:
         default=DEFAULT_DATA_DIR,
         show_default=True,
         help="The data folder of runs on this machine.",
+    )(command)
+
+
+def upload_cap_option(command: Command) -> Command:
+    return click.option(
+        "--upload-mib-per-s",
+        envvar="DTRAIN_UPLOAD_MIB_PER_S",
+        type=click.FloatRange(UPLOAD_CAP_MIN_MIB_PER_S),
+        metavar="N",
+        help="MiB a second that a worker's uploads may take together. Default: as fast as they go.",
     )(command)
 
 

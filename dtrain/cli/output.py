@@ -62,6 +62,29 @@ def words_of_metrics(metrics: Mapping[str, Json]) -> str:
     )
 
 
+def words_of_transfer(transfers: Sequence["wire.Transfer"]) -> str:
+    """How far transfers are together: ``35 % of 1.2 GiB``; empty if there is none."""
+    total = sum(transfer.bytes_total for transfer in transfers)
+    if not total:
+        return ""
+    done = sum(min(transfer.bytes_done, transfer.bytes_total) for transfer in transfers)
+    return f"{100 * done // total} % of {words_of_bytes(total)}"
+
+
+def uploads_of(job: "wire.JobStatus") -> list["wire.Transfer"]:
+    """The uploads of a job's ranks that are under way."""
+    return [rank.report.upload for rank in job.ranks if rank.report.HasField("upload")]
+
+
+def restores_of(job: "wire.JobStatus") -> list["wire.Transfer"]:
+    """The restores of a job's workers that are under way."""
+    return [restore.transfer for restore in job.restores]
+
+
+def transfer_view(transfer: "wire.Transfer") -> dict[str, Json]:
+    return {"bytes_done": transfer.bytes_done, "bytes_total": transfer.bytes_total}
+
+
 def rank_view(rank: "wire.JobRank") -> dict[str, Json]:
     """One rank of a job."""
     report = rank.report
@@ -79,6 +102,7 @@ def rank_view(rank: "wire.JobRank") -> dict[str, Json]:
         "metrics": metrics_of(report.metrics_json),
         "exit_code": report.exit_code if exited and not report.exit_unknown else None,
         "error": report.error,
+        "upload": transfer_view(report.upload) if report.HasField("upload") else None,
     }
 
 
@@ -124,6 +148,7 @@ def job_view(job: "wire.JobStatus") -> dict[str, Json]:
         "completed_step": completed_step(job),
         "until_step": max((rank.report.until_step for rank in job.ranks), default=0),
         "store": job.store,
+        "restores": [{"worker": restore.worker, **transfer_view(restore.transfer)} for restore in job.restores],
         "last_failure": failure_view(job.last_failure) if job.HasField("last_failure") else None,
         "ranks": [rank_view(rank) for rank in sorted(job.ranks, key=lambda rank: rank.report.rank)],
     }
@@ -192,6 +217,8 @@ def print_job(job: "wire.JobStatus") -> None:
         ("step", _of_until(job)),
         ("checkpoints", f"{job.checkpoints} committed; newest: {newest}"),
         ("store", job.store),
+        ("uploading", words_of_transfer(uploads_of(job))),
+        ("restoring", words_of_transfer(restores_of(job))),
         ("last failure", _words_of_failure(job)),
     ]
     for name, value in lines:
@@ -202,7 +229,7 @@ def print_job(job: "wire.JobStatus") -> None:
     if job.ranks:
         click.echo()
         print_table(
-            ("RANK", "WORKER", "PID", "PHASE", "STEP", "STEP TIME", "METRICS"),
+            ("RANK", "WORKER", "PID", "PHASE", "STEP", "STEP TIME", "UPLOAD", "METRICS"),
             (_rank_row(rank) for rank in sorted(job.ranks, key=lambda rank: rank.report.rank)),
             empty="",
         )
@@ -225,7 +252,9 @@ def _rank_row(rank: "wire.JobRank") -> tuple[str, ...]:
     metrics = words_of_metrics(metrics_of(report.metrics_json)) or report.error
     phase = f"exited ({view['exit_code']})" if view["state"] == "exited" else report.phase or str(view["state"])
     step_time = f"{report.step_s * 1000:.1f} ms" if report.step_s else "-"
-    return (str(report.rank), rank.worker, str(report.pid), phase, str(report.completed_step), step_time, metrics)
+    upload = words_of_transfer([report.upload] if report.HasField("upload") else []) or "-"
+    done = str(report.completed_step)
+    return (str(report.rank), rank.worker, str(report.pid), phase, done, step_time, upload, metrics)
 
 
 def print_workers(workers: Sequence["wire.WorkerStatus"]) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from dtrain.cli.output import completed_step, metrics_of, words_of_metrics
+from dtrain.cli.output import completed_step, metrics_of, restores_of, uploads_of, words_of_metrics, words_of_transfer
 
 if TYPE_CHECKING:
     from rich.live import Live
@@ -130,6 +130,10 @@ def progress_words(job: "wire.JobStatus", steps_per_s: float | None) -> str:
             parts.append(metrics)
         elif step == 0 and first.phase:
             parts.append(first.phase)
+    if restoring := words_of_transfer(restores_of(job)):
+        parts.append(f"restoring {restoring}")
+    if uploading := words_of_transfer(uploads_of(job)):
+        parts.append(f"uploading {uploading}")
     if job.committed_checkpoint:
         parts.append(f"saved step {job.committed_step}")
     if job.restarts:

@@ -14,7 +14,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from dtrain.cli.job_specs import DEFAULT_EVERY_S, DEFAULT_MAX_RESTARTS, Asked, build_spec
-from dtrain.cli.options import EITHER_DASH, cluster_options, etcd_option, output_option, prefix_option
+from dtrain.cli.options import (
+    EITHER_DASH,
+    cluster_options,
+    etcd_option,
+    output_option,
+    prefix_option,
+    upload_cap_option,
+)
 from dtrain.common.errors import UserError
 
 if TYPE_CHECKING:
@@ -119,8 +126,16 @@ def job_options(command: Command) -> Command:
 @click.command("run", context_settings=_SETTINGS)
 @job_options
 @click.option("--slots", type=int, help="Room for ranks on each local worker. Default: as many as it needs.")
+@upload_cap_option
 @cluster_options
-def run_command(etcd: str | None, prefix: str, data_dir: str, slots: int | None, **options: Any) -> int:
+def run_command(
+    etcd: str | None,
+    prefix: str,
+    data_dir: str,
+    slots: int | None,
+    upload_mib_per_s: float | None,
+    **options: Any,
+) -> int:
     """Run a training script and wait for its end.
 
     With --etcd the job runs on that cluster. Without, this machine is the cluster: etcd, a coordinator and the
@@ -137,11 +152,15 @@ def run_command(etcd: str | None, prefix: str, data_dir: str, slots: int | None,
 
         spec = build_spec(asked, default_store="")
         return asyncio.run(run_on_cluster(Address(etcd=parse_endpoints(etcd), prefix=prefix), spec))
+    from dtrain.standalone.cluster import LocalPlan
     from dtrain.standalone.data_folder import DataFolder
 
     folder = DataFolder.at(data_dir)
     spec = build_spec(asked, default_store=folder.store.as_uri())
-    return asyncio.run(run_here(folder, prefix, spec, slots=slots_for(spec, slots)))
+    plan = LocalPlan(
+        workers=spec.nnodes_max, slots=slots_for(spec, slots), prefix=prefix, upload_mib_per_s=upload_mib_per_s
+    )
+    return asyncio.run(run_here(folder, spec, plan))
 
 
 @click.command("submit", context_settings=_SETTINGS)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import click
 
-from dtrain.cli.options import DEFAULT_DATA_DIR, data_dir_option, etcd_option, prefix_option
+from dtrain.cli.options import DEFAULT_DATA_DIR, data_dir_option, etcd_option, prefix_option, upload_cap_option
 
 ETCD_WAIT_S = 10.0  # an etcd that is just starting beside us
 
@@ -104,6 +104,7 @@ def coordinator_command(etcd: str, prefix: str, listen: str, advertise: str, ide
     show_default=True,
     help="Fork ranks from a warm process that has imported torch.",
 )
+@upload_cap_option
 @etcd_wait_option
 def worker_command(
     etcd: str,
@@ -115,6 +116,7 @@ def worker_command(
     advertise: str,
     orphan_after_s: float | None,
     zygote: bool,
+    upload_mib_per_s: float | None,
     etcd_wait_s: float,
 ) -> int:
     """Serve as the worker agent of this node; one per node. Ranks survive its restart."""
@@ -134,6 +136,7 @@ def worker_command(
         listen=listen,
         advertise=advertise,
         zygote=zygote,
+        upload_mib_per_s=upload_mib_per_s,
     )
     if orphan_after_s is not None:
         config = replace(config, orphan_after_s=orphan_after_s)

@@ -123,7 +123,7 @@ class Assignment(_message.Message):
     def __init__(self, job: _Optional[str] = ..., generation: _Optional[int] = ..., phase: _Optional[_Union[WorkerPhase, str]] = ..., ranks: _Optional[_Iterable[_Union[RankReport, _Mapping]]] = ..., shards: _Optional[_Iterable[_Union[ShardReport, _Mapping]]] = ..., restore: _Optional[_Union[RestoreReport, _Mapping]] = ..., position: _Optional[_Union[LogPosition, _Mapping]] = ...) -> None: ...
 
 class RankReport(_message.Message):
-    __slots__ = ("rank", "state", "pid", "phase", "completed_step", "until_step", "tracking", "step_s", "metrics_json", "exit_code", "exit_unknown", "error", "exited_at", "traceback", "stack", "stack_number")
+    __slots__ = ("rank", "state", "pid", "phase", "completed_step", "until_step", "tracking", "step_s", "metrics_json", "exit_code", "exit_unknown", "error", "exited_at", "traceback", "stack", "stack_number", "upload")
     RANK_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
@@ -140,6 +140,7 @@ class RankReport(_message.Message):
     TRACEBACK_FIELD_NUMBER: _ClassVar[int]
     STACK_FIELD_NUMBER: _ClassVar[int]
     STACK_NUMBER_FIELD_NUMBER: _ClassVar[int]
+    UPLOAD_FIELD_NUMBER: _ClassVar[int]
     rank: int
     state: RankState
     pid: int
@@ -156,7 +157,16 @@ class RankReport(_message.Message):
     traceback: str
     stack: str
     stack_number: int
-    def __init__(self, rank: _Optional[int] = ..., state: _Optional[_Union[RankState, str]] = ..., pid: _Optional[int] = ..., phase: _Optional[str] = ..., completed_step: _Optional[int] = ..., until_step: _Optional[int] = ..., tracking: _Optional[bool] = ..., step_s: _Optional[float] = ..., metrics_json: _Optional[str] = ..., exit_code: _Optional[int] = ..., exit_unknown: _Optional[bool] = ..., error: _Optional[str] = ..., exited_at: _Optional[float] = ..., traceback: _Optional[str] = ..., stack: _Optional[str] = ..., stack_number: _Optional[int] = ...) -> None: ...
+    upload: Transfer
+    def __init__(self, rank: _Optional[int] = ..., state: _Optional[_Union[RankState, str]] = ..., pid: _Optional[int] = ..., phase: _Optional[str] = ..., completed_step: _Optional[int] = ..., until_step: _Optional[int] = ..., tracking: _Optional[bool] = ..., step_s: _Optional[float] = ..., metrics_json: _Optional[str] = ..., exit_code: _Optional[int] = ..., exit_unknown: _Optional[bool] = ..., error: _Optional[str] = ..., exited_at: _Optional[float] = ..., traceback: _Optional[str] = ..., stack: _Optional[str] = ..., stack_number: _Optional[int] = ..., upload: _Optional[_Union[Transfer, _Mapping]] = ...) -> None: ...
+
+class Transfer(_message.Message):
+    __slots__ = ("bytes_done", "bytes_total")
+    BYTES_DONE_FIELD_NUMBER: _ClassVar[int]
+    BYTES_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    bytes_done: int
+    bytes_total: int
+    def __init__(self, bytes_done: _Optional[int] = ..., bytes_total: _Optional[int] = ...) -> None: ...
 
 class ShardReport(_message.Message):
     __slots__ = ("checkpoint", "attempt", "rank", "state", "step", "key", "size_bytes", "digest", "reason", "index_key", "index_digest")
@@ -185,16 +195,18 @@ class ShardReport(_message.Message):
     def __init__(self, checkpoint: _Optional[int] = ..., attempt: _Optional[int] = ..., rank: _Optional[int] = ..., state: _Optional[_Union[ShardState, str]] = ..., step: _Optional[int] = ..., key: _Optional[str] = ..., size_bytes: _Optional[int] = ..., digest: _Optional[str] = ..., reason: _Optional[str] = ..., index_key: _Optional[str] = ..., index_digest: _Optional[str] = ...) -> None: ...
 
 class RestoreReport(_message.Message):
-    __slots__ = ("state", "checkpoint", "key", "reason")
+    __slots__ = ("state", "checkpoint", "key", "reason", "transfer")
     STATE_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
     KEY_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
+    TRANSFER_FIELD_NUMBER: _ClassVar[int]
     state: RestoreState
     checkpoint: int
     key: str
     reason: str
-    def __init__(self, state: _Optional[_Union[RestoreState, str]] = ..., checkpoint: _Optional[int] = ..., key: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
+    transfer: Transfer
+    def __init__(self, state: _Optional[_Union[RestoreState, str]] = ..., checkpoint: _Optional[int] = ..., key: _Optional[str] = ..., reason: _Optional[str] = ..., transfer: _Optional[_Union[Transfer, _Mapping]] = ...) -> None: ...
 
 class CommandStatus(_message.Message):
     __slots__ = ("id", "state", "reason", "term")
@@ -479,7 +491,7 @@ class StatusReply(_message.Message):
     def __init__(self, term: _Optional[int] = ..., leader: _Optional[str] = ..., jobs: _Optional[_Iterable[_Union[JobStatus, _Mapping]]] = ...) -> None: ...
 
 class JobStatus(_message.Message):
-    __slots__ = ("job", "phase", "waiting_for", "run", "generation", "world_size", "restarts", "max_restarts", "committed_checkpoint", "committed_step", "checkpoints", "reason", "exit_code", "ranks", "store", "last_failure", "restarts_used")
+    __slots__ = ("job", "phase", "waiting_for", "run", "generation", "world_size", "restarts", "max_restarts", "committed_checkpoint", "committed_step", "checkpoints", "reason", "exit_code", "ranks", "store", "last_failure", "restarts_used", "restores")
     JOB_FIELD_NUMBER: _ClassVar[int]
     PHASE_FIELD_NUMBER: _ClassVar[int]
     WAITING_FOR_FIELD_NUMBER: _ClassVar[int]
@@ -497,6 +509,7 @@ class JobStatus(_message.Message):
     STORE_FIELD_NUMBER: _ClassVar[int]
     LAST_FAILURE_FIELD_NUMBER: _ClassVar[int]
     RESTARTS_USED_FIELD_NUMBER: _ClassVar[int]
+    RESTORES_FIELD_NUMBER: _ClassVar[int]
     job: str
     phase: str
     waiting_for: str
@@ -514,7 +527,8 @@ class JobStatus(_message.Message):
     store: str
     last_failure: Failure
     restarts_used: int
-    def __init__(self, job: _Optional[str] = ..., phase: _Optional[str] = ..., waiting_for: _Optional[str] = ..., run: _Optional[int] = ..., generation: _Optional[int] = ..., world_size: _Optional[int] = ..., restarts: _Optional[int] = ..., max_restarts: _Optional[int] = ..., committed_checkpoint: _Optional[int] = ..., committed_step: _Optional[int] = ..., checkpoints: _Optional[int] = ..., reason: _Optional[str] = ..., exit_code: _Optional[int] = ..., ranks: _Optional[_Iterable[_Union[JobRank, _Mapping]]] = ..., store: _Optional[str] = ..., last_failure: _Optional[_Union[Failure, _Mapping]] = ..., restarts_used: _Optional[int] = ...) -> None: ...
+    restores: _containers.RepeatedCompositeFieldContainer[JobRestore]
+    def __init__(self, job: _Optional[str] = ..., phase: _Optional[str] = ..., waiting_for: _Optional[str] = ..., run: _Optional[int] = ..., generation: _Optional[int] = ..., world_size: _Optional[int] = ..., restarts: _Optional[int] = ..., max_restarts: _Optional[int] = ..., committed_checkpoint: _Optional[int] = ..., committed_step: _Optional[int] = ..., checkpoints: _Optional[int] = ..., reason: _Optional[str] = ..., exit_code: _Optional[int] = ..., ranks: _Optional[_Iterable[_Union[JobRank, _Mapping]]] = ..., store: _Optional[str] = ..., last_failure: _Optional[_Union[Failure, _Mapping]] = ..., restarts_used: _Optional[int] = ..., restores: _Optional[_Iterable[_Union[JobRestore, _Mapping]]] = ...) -> None: ...
 
 class Failure(_message.Message):
     __slots__ = ("generation", "reason", "kind", "traceback", "victims", "time")
@@ -543,6 +557,14 @@ class Victim(_message.Message):
     exit_code: int
     error: str
     def __init__(self, rank: _Optional[int] = ..., worker: _Optional[str] = ..., exit_code: _Optional[int] = ..., error: _Optional[str] = ...) -> None: ...
+
+class JobRestore(_message.Message):
+    __slots__ = ("worker", "transfer")
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    TRANSFER_FIELD_NUMBER: _ClassVar[int]
+    worker: str
+    transfer: Transfer
+    def __init__(self, worker: _Optional[str] = ..., transfer: _Optional[_Union[Transfer, _Mapping]] = ...) -> None: ...
 
 class JobRank(_message.Message):
     __slots__ = ("worker", "report")

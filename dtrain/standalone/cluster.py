@@ -39,6 +39,7 @@ class LocalPlan:
     workers: int  # >= 1
     slots: int  # trainers each worker has room for, >= 1
     prefix: str
+    upload_mib_per_s: float | None = None  # that the uploads of each worker may take together; None: no cap
 
 
 class LocalCluster:
@@ -158,6 +159,7 @@ class LocalCluster:
 
     def _worker(self, number: int) -> Service:
         name = f"worker-{number}"
+        cap = self._plan.upload_mib_per_s
         return Service(
             name=name,
             argv=(
@@ -165,6 +167,7 @@ class LocalCluster:
                 *self._common(),
                 *("--listen", "127.0.0.1:0", "--worker-id", name, "--slots", str(self._plan.slots)),
                 *("--data-dir", str(self.folder.worker(number)), "--orphan-after", str(ORPHAN_AFTER_S)),
+                *(() if cap is None else ("--upload-mib-per-s", str(cap))),
             ),
             log=self.folder.service_log(name),
             stop_grace_s=WORKER_GRACE_S,

@@ -38,6 +38,7 @@ from dtrain.etcd.registrations import RegistrationTaken, keep_registered
 from dtrain.proto import agent_pb2 as wire
 from dtrain.proto.agent_pb2_grpc import add_LogsServicer_to_server
 from dtrain.worker.arenas import Arenas
+from dtrain.worker.bandwidth import BandwidthCap
 from dtrain.worker.config import WorkerConfig
 from dtrain.worker.core.actions import Action, JournalEntry
 from dtrain.worker.core.inputs import Input, StopRequested, Tick
@@ -57,6 +58,7 @@ from dtrain.worker.rpc.leaders import Leaders
 from dtrain.worker.rpc.logs import LogFiles, log_path
 from dtrain.worker.stacks import Stacks
 from dtrain.worker.tasks import Tasks
+from dtrain.worker.transfers import Transfers
 from dtrain.worker.uploads import Uploads
 from dtrain.worker.zygotes import Zygotes
 
@@ -152,7 +154,13 @@ class Agent:
             keepers=Keepers(self._emit, mailboxes.read_last, journal.id, self._tasks.begin, self._zygotes),
             mailboxes=mailboxes,
             arenas=arenas,
-            uploads=Uploads(self._emit, mailboxes.slot_holds, arenas.keep, self._tasks.begin),
+            uploads=Uploads(
+                self._emit,
+                mailboxes.slot_holds,
+                arenas.keep,
+                self._tasks.begin,
+                BandwidthCap(config.upload_mib_per_s),
+            ),
             restores=Restores(self._emit, dirs, self._tasks.begin),
             stacks=Stacks(self._emit, self._tell_rank, self._tasks.begin),
             port=HeldPort(),
@@ -326,7 +334,11 @@ class Agent:
         assert self._identity is not None
         self._number += 1
         return to_snapshot(
-            project(self._state), self._identity, number=self._number, rendezvous_port=self._shells.port.number
+            project(self._state),
+            self._identity,
+            number=self._number,
+            rendezvous_port=self._shells.port.number,
+            transfers=Transfers(uploads=self._shells.uploads.progress(), restores=self._shells.restores.progress()),
         )
 
     def _registration(self) -> bytes:

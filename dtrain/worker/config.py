@@ -30,6 +30,7 @@ class WorkerConfig:
     lease_ttl_s: float = 5.0  # how long etcd remembers a node that says nothing
     fence_after_s: float = 1800.0  # without any coordinator for so long, the trainers are ended
     orphan_after_s: float = 600.0  # without their agent for so long, the trainers are ended
+    upload_mib_per_s: float | None = None  # all uploads of this agent together; None: as fast as they go
     zygote: bool = True  # fork trainers from a warm process where that is possible
     shared_memory: Path = SHARED_MEMORY  # where rank folders lie; the data folder if it is not there
 

@@ -21,11 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from dtrain.common.errors import DtrainError, PermanentError, ShardDamagedError
+from dtrain.common.names import Generation, JobName
 from dtrain.storage.catalogs import Catalog, IncompleteCheckpoint, catalog_of
-from dtrain.storage.indexes import IndexedShard
+from dtrain.storage.indexes import IndexedShard, Piece
 from dtrain.storage.manifests import Manifest, ShardEntry, encode
 from dtrain.storage.objects import ObjectStore
-from dtrain.storage.ranges import NeededRange, pieces_of, runs_of
+from dtrain.storage.ranges import NeededRange, Run, pieces_of, runs_of
 from dtrain.storage.restore_files import (
     INDEX_FILE,
     MANIFEST_FILE,
@@ -42,6 +43,7 @@ from dtrain.worker.core.states import RestoreSource
 from dtrain.worker.rank_dirs import RankDirs, write_whole
 from dtrain.worker.shard_images import ShardImage, probable_needs
 from dtrain.worker.tasks import Begin
+from dtrain.worker.transfers import Transfer
 from dtrain.worker.uploads import shared_store
 
 logger = logging.getLogger(__name__)
@@ -56,6 +58,7 @@ LOOK_S = 0.01  # between two looks for what a trainer needs: it is short against
 class _Running:
     task: asyncio.Task[None]
     give_up: threading.Event
+    work: "_Restore"
 
 
 class Restores:
@@ -66,7 +69,7 @@ class Restores:
         self._begin = begin
         self._dirs = dirs
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="restore")
-        self._running: dict[tuple[str, int], _Running] = {}
+        self._running: dict[tuple[JobName, Generation], _Running] = {}
 
     def start(self, fetch: FetchRestore) -> None:
         """Fetch what the local ranks start from. The answer comes through ``emit``, or not if it was dropped."""
@@ -74,10 +77,15 @@ class Restores:
         if name in self._running or fetch.spec.restore is None:
             return
         give_up = threading.Event()
-        task = self._begin(self._run(fetch, fetch.spec.restore, give_up))
-        self._running[name] = _Running(task, give_up)
+        source = fetch.spec.restore
+        work = _Restore(self._dirs, fetch, source, _Patience(source.store, give_up), self._in_thread)
+        self._running[name] = _Running(self._begin(self._run(fetch, work, give_up)), give_up, work)
 
-    def drop(self, job: str, generation: int) -> None:
+    def progress(self) -> dict[tuple[JobName, Generation], Transfer]:
+        """How far those are that are under way."""
+        return {name: running.work.progress for name, running in self._running.items()}
+
+    def drop(self, job: JobName, generation: Generation) -> None:
         running = self._running.pop((job, generation), None)
         if running is not None:
             running.give_up.set()
@@ -88,8 +96,7 @@ class Restores:
             running.task.cancel()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    async def _run(self, fetch: FetchRestore, source: RestoreSource, give_up: threading.Event) -> None:
-        work = _Restore(self._dirs, fetch, source, _Patience(source.store, give_up), self._in_thread)
+    async def _run(self, fetch: FetchRestore, work: "_Restore", give_up: threading.Event) -> None:
         try:
             await work.run()
         except (GaveUp, asyncio.CancelledError):
@@ -147,6 +154,7 @@ class _Restore:
         self._ranks = range(fetch.spec.first_rank, fetch.spec.first_rank + fetch.spec.nproc)
         self._world_size = fetch.spec.world_size
         self._images: dict[int, ShardImage] = {}
+        self.progress = Transfer(bytes_done=0, bytes_total=0)
 
     async def run(self) -> None:
         """Return when all local ranks have said what they need, and it is there. Raises ShardDamagedError, GaveUp."""
@@ -205,18 +213,32 @@ class _Restore:
                 slots=[arena / f"rank{number}" for arena in self._arenas],
                 attempt=self._source.attempt,
             )
+        self._expect(sum(_size_bytes(pieces - self._images[number].there) for number, pieces in wanted.items()))
         await asyncio.gather(*(self._patiently(self._images[number].begin) for number in wanted))
         while missing := {n: left for n, pieces in wanted.items() if (left := pieces - self._images[n].there)}:
-            await asyncio.gather(
-                *(
-                    self._patiently(self._images[number].reader(run))
-                    for number, pieces in missing.items()
-                    for run in runs_of(number, pieces)
-                )
-            )
+            self._still_missing(sum(map(_size_bytes, missing.values())))
+            runs = [run for number, pieces in missing.items() for run in runs_of(number, pieces)]
+            await asyncio.gather(*(self._bring(run) for run in runs))
+        self._still_missing(0)
+
+    async def _bring(self, run: Run) -> None:
+        await self._patiently(self._images[run.shard].reader(run))
+        self._still_missing(self.progress.bytes_total - self.progress.bytes_done - (run.end - run.begin))
+
+    def _expect(self, more_bytes: int) -> None:
+        before = self.progress
+        self.progress = Transfer(bytes_done=before.bytes_done, bytes_total=before.bytes_total + more_bytes)
+
+    def _still_missing(self, left_bytes: int) -> None:
+        total = self.progress.bytes_total
+        self.progress = Transfer(bytes_done=total - max(left_bytes, 0), bytes_total=total)
 
     async def _patiently(self, part: Callable[[ObjectStore], None]) -> None:
         await self._in_thread(lambda: self._patience.try_out(part))
+
+
+def _size_bytes(pieces: Iterable[Piece]) -> int:
+    return sum(piece.end - piece.begin for piece in pieces)
 
 
 def forget_needs(rank_dir: Path) -> None:

@@ -32,11 +32,13 @@ from dtrain.storage.parts import FileParts
 from dtrain.storage.retrying import GaveUp, with_retries
 from dtrain.storage.uris import open_store
 from dtrain.worker.arenas import Kept
+from dtrain.worker.bandwidth import BandwidthCap
 from dtrain.worker.core.actions import Upload
 from dtrain.worker.core.inputs import UploadDone, UploadFailed
 from dtrain.worker.low_priority import yielding_threads
 from dtrain.worker.rank_dirs import RankId
 from dtrain.worker.tasks import Begin
+from dtrain.worker.transfers import Transfer, UploadMeter
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +58,7 @@ class _Running:
     upload: Upload
     task: asyncio.Task[None]
     give_up: threading.Event
+    meter: UploadMeter
 
 
 class Uploads:
@@ -67,8 +70,13 @@ class Uploads:
         slot_holds: Callable[[RankId, int], int],
         keep: Callable[[RankId, int, Kept], None],
         begin: Begin,
+        cap: BandwidthCap,
     ) -> None:
-        """``slot_holds``: the word of the state in a rank's slot; ``keep``: takes note of what storage confirmed."""
+        """``slot_holds``: the word of the state in a rank's slot; ``keep``: takes note of what storage confirmed.
+
+        ``cap`` is for all uploads together.
+        """
+        self._cap = cap
         self._emit = emit
         self._begin = begin
         self._slot_holds = slot_holds
@@ -85,8 +93,14 @@ class Uploads:
                 return
             old.give_up.set()
         give_up = threading.Event()
-        task = self._begin(self._run(of, upload, folder, give_up))
-        self._running[of] = _Running(upload, task, give_up)
+        meter = UploadMeter(self._cap, give_up)
+        meter.begin(upload.size_bytes)
+        task = self._begin(self._run(of, upload, folder, give_up, meter))
+        self._running[of] = _Running(upload, task, give_up, meter)
+
+    def progress(self) -> dict[RankId, Transfer]:
+        """How far those are that are under way."""
+        return {of: running.meter.progress for of, running in self._running.items()}
 
     def drop(self, job: str, generation: int) -> None:
         """Give up the uploads of a generation."""
@@ -99,7 +113,9 @@ class Uploads:
             running.task.cancel()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    async def _run(self, of: RankId, upload: Upload, folder: Path, give_up: threading.Event) -> None:
+    async def _run(
+        self, of: RankId, upload: Upload, folder: Path, give_up: threading.Event, meter: UploadMeter
+    ) -> None:
         request = upload.request
         word = pack(request.attempt, request.step)
         answer: UploadDone | UploadFailed
@@ -107,7 +123,7 @@ class Uploads:
             if self._slot_holds(of, upload.slot) != word:
                 raise SlotTaken
             answer = await asyncio.get_running_loop().run_in_executor(
-                self._threads, _send, upload, folder / f"slot{upload.slot}", give_up
+                self._threads, _send, upload, folder / f"slot{upload.slot}", give_up, meter
             )
             if self._slot_holds(of, upload.slot) != word:
                 raise SlotTaken
@@ -135,7 +151,7 @@ class SlotTaken(PermanentError):
         return "a later attempt was staged before this one was stored"
 
 
-def _send(upload: Upload, slot: Path, give_up: threading.Event) -> UploadDone:
+def _send(upload: Upload, slot: Path, give_up: threading.Event, meter: UploadMeter) -> UploadDone:
     """In a thread: digest the slot's bytes and put them. Returns when storage has confirmed them."""
     request = upload.request
     key = shard_key(upload.job, request.checkpoint, request.attempt, upload.rank)
@@ -146,13 +162,16 @@ def _send(upload: Upload, slot: Path, give_up: threading.Event) -> UploadDone:
 
         def put_shard() -> None:
             failpoints.hit(Point.UPLOAD_BEFORE)
-            store.put_file(key, FileParts(file=descriptor, ranges=((0, upload.size_bytes),)))
+            source = FileParts(file=descriptor, ranges=((0, upload.size_bytes),))
+            meter.begin(source.size_bytes)
+            store.put_file(key, source, meter=meter)
             failpoints.hit(Point.UPLOAD_WITHIN)
 
         with_retries(put_shard, deadline_s=DEADLINE_S, give_up=give_up)
     beside = index_key(upload.job, request.checkpoint, request.attempt, upload.rank)
 
     def put_index() -> None:
+        meter.before(len(index))
         store.put(beside, index)
         failpoints.hit(Point.UPLOAD_AFTER)
 

@@ -146,6 +146,23 @@ def test_progress_is_one_line() -> None:
     assert line == "mine: step 60/100, 10.0 steps/s, 4 s left, 2 ranks, loss=0.25, saved step 50"
 
 
+def test_transfers_under_way_are_summed_up_and_told_by_rank(capsys: pytest.CaptureFixture[str]) -> None:
+    job = running_job()
+    assert (job_view(job)["restores"], [rank["upload"] for rank in job_view(job)["ranks"]]) == ([], [None, None])
+    job.ranks[0].report.upload.CopyFrom(wire.Transfer(bytes_done=1 << 20, bytes_total=4 << 20))
+    job.ranks[1].report.upload.CopyFrom(wire.Transfer(bytes_done=3 << 20, bytes_total=4 << 20))
+    job.restores.add(worker="node-1", transfer=wire.Transfer(bytes_done=1, bytes_total=3))
+    assert "restoring 33 % of 3 B, uploading 50 % of 8.0 MiB, saved step 50" in progress_words(job, None)
+    view = job_view(job)
+    assert view["restores"] == [{"worker": "node-1", "bytes_done": 1, "bytes_total": 3}]
+    assert view["ranks"][job.ranks[0].report.rank]["upload"] == {"bytes_done": 1 << 20, "bytes_total": 4 << 20}
+    print_job(job)
+    text = capsys.readouterr().out
+    told = dict(line.split(":", 1) for line in text.splitlines() if ": " in line)
+    assert (told["uploading"].strip(), told["restoring"].strip()) == ("50 % of 8.0 MiB", "33 % of 3 B")
+    assert "25 % of 4.0 MiB" in text and "75 % of 4.0 MiB" in text
+
+
 def test_a_waiting_job_says_what_it_waits_for() -> None:
     waiting = wire.JobStatus(job="mine", phase="pending", waiting_for="2 workers; 1 there")
     assert progress_words(waiting, None) == "mine: 2 workers; 1 there"

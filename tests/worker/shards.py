@@ -5,14 +5,14 @@ from dtrain.storage import shards
 VALUES = bytes(range(256)) * 16
 
 
-def shard_bytes(*, rank: int, step: int) -> bytes:
+def shard_bytes(*, rank: int, step: int, payload: bytes = VALUES) -> bytes:
     entry = shards.TensorEntry(
         name="weight",
         dtype="U8",
-        shape=(len(VALUES),),
+        shape=(len(payload),),
         offsets_in_whole=(0,),
-        global_shape=(len(VALUES),),
-        size_bytes=len(VALUES),
+        global_shape=(len(payload),),
+        size_bytes=len(payload),
     )
     metadata = {
         shards.STEP_ENTRY: str(step),
@@ -20,4 +20,4 @@ def shard_bytes(*, rank: int, step: int) -> bytes:
         shards.WORLD_SIZE_ENTRY: "2",
         shards.TREE_ENTRY: "{}",
     }
-    return shards.plan([entry], metadata).header + VALUES
+    return shards.plan([entry], metadata).header + payload

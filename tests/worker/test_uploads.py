@@ -3,6 +3,7 @@
 import asyncio
 import os
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,16 +14,20 @@ from dtrain.common.digests import blob_digest
 from dtrain.common.mailbox import pack
 from dtrain.common.names import AttemptNumber, CheckpointNumber, Generation, Step
 from dtrain.storage.local import LocalFolder
+from dtrain.storage.metering import Meter
+from dtrain.storage.objects import StorageUnavailable
 from dtrain.storage.parts import FileParts
 from dtrain.worker.arenas import Kept
+from dtrain.worker.bandwidth import MIB_BYTES, BandwidthCap
 from dtrain.worker.core.actions import Upload
 from dtrain.worker.core.inputs import UploadDone, UploadFailed
 from dtrain.worker.core.states import CheckpointRequest
 from dtrain.worker.rank_dirs import RankId
 from dtrain.worker.tasks import Tasks
+from dtrain.worker.transfers import Transfer
 from dtrain.worker.uploads import Uploads
 from tests.worker.facts_of_trainers import JOB
-from tests.worker.shards import shard_bytes
+from tests.worker.shards import VALUES, shard_bytes
 
 WORD = pack(4, 10)
 
@@ -30,15 +35,18 @@ WORD = pack(4, 10)
 class Rank:
     """A rank's folder with a staged slot, what its mailbox says, and what the uploads answer."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, payload: bytes = VALUES) -> None:
         self.folder = folder
-        self.data = shard_bytes(rank=1, step=10)
+        self.data = shard_bytes(rank=1, step=10, payload=payload)
+        self.cap = BandwidthCap(None)
+        self.progress: dict[RankId, Transfer] = {}  # when the bytes were gone
         (folder / "slot1").write_bytes(self.data + b"what an earlier, longer state left")
         self.holds = {1: WORD}
         self.kept: list[tuple[int, Kept]] = []
         self.answers: list[UploadDone | UploadFailed] = []
         self.looks = 0
         self.after_look = lambda: None
+        self.see_progress = lambda: None
 
     def slot_holds(self, _: RankId, slot: int) -> int:
         self.looks += 1
@@ -58,14 +66,16 @@ class Rank:
         async def turn() -> None:
             tasks = Tasks()
             uploads = Uploads(
-                self.answers.append, self.slot_holds, lambda _, *kept: self.kept.append(kept), tasks.begin
+                self.answers.append, self.slot_holds, lambda _, *kept: self.kept.append(kept), tasks.begin, self.cap
             )
+            self.see_progress = lambda: self.progress.update(uploads.progress())
             async with asyncio.TaskGroup() as group:
                 tasks.group = group
                 act = Upload(
                     job=JOB, generation=Generation(1), rank=1, request=request, slot=1, size_bytes=len(self.data)
                 )
                 uploads.start(act, self.folder)
+            assert uploads.progress() == {}
             uploads.close()
 
         asyncio.run(turn())
@@ -114,13 +124,42 @@ def busy_threads() -> Iterator[None]:
         thread.join()
 
 
+def test_the_progress_of_an_upload_counts_its_bytes_while_it_is_under_way(
+    rank: Rank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_file = LocalFolder.put_file
+
+    def fail_once(self: LocalFolder, key: str, source: FileParts, *, meter: Meter) -> None:
+        put_file(self, key, source, meter=meter)
+        rank.see_progress()
+        if not tries:
+            tries.append(rank.progress.copy())
+            raise StorageUnavailable("the answer was lost")
+
+    tries: list[dict[RankId, Transfer]] = []
+    monkeypatch.setattr(LocalFolder, "put_file", fail_once)
+    assert isinstance(rank.upload(), UploadDone)
+    of = RankId(job=JOB, generation=Generation(1), rank=1)
+    whole = Transfer(bytes_done=len(rank.data), bytes_total=len(rank.data))
+    assert (rank.progress, tries) == ({of: whole}, [{of: whole}]), "a second try begins at 0"
+
+
+def test_a_capped_upload_takes_its_time(tmp_path: Path) -> None:
+    rank = Rank(tmp_path, payload=bytes(6 * MIB_BYTES))
+    rank.cap = BandwidthCap(4.0)
+    started_s = time.monotonic()
+    assert isinstance(rank.upload(), UploadDone)
+    assert time.monotonic() - started_s >= 0.5, "4 MiB at once, the others at 4 MiB/s"
+    assert LocalFolder(tmp_path / "store").get(rank.answers[0].key) == rank.data
+
+
 def test_only_the_sending_threads_give_way(rank: Rank, monkeypatch: pytest.MonkeyPatch) -> None:
     nice: list[int] = []
     put_file = LocalFolder.put_file
 
-    def watched(self: LocalFolder, key: str, source: FileParts) -> None:
+    def watched(self: LocalFolder, key: str, source: FileParts, *, meter: Meter) -> None:
         nice.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
-        put_file(self, key, source)
+        put_file(self, key, source, meter=meter)
 
     monkeypatch.setattr(LocalFolder, "put_file", watched)
     before = os.getpriority(os.PRIO_PROCESS, 0)

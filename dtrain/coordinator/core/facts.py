@@ -31,6 +31,14 @@ class RestorePhase(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Transfer:
+    """How far an upload or a restore is. Shown to people; no decision hangs on it."""
+
+    bytes_done: int
+    bytes_total: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RankReport:
     rank: int
     state: RankState
@@ -48,6 +56,7 @@ class RankReport:
     traceback: str = ""  # of the exception that ended it; empty if none is known
     stack: str = ""  # where it stands, newest frame first; or why that is not known
     stack_number: int = 0  # of the suspicion that ``stack`` answers; 0: none yet
+    upload: Transfer | None = None  # of its staged state, while it is under way
 
     @property
     def failed(self) -> bool:
@@ -79,6 +88,7 @@ class RestoreReport:
     checkpoint: int = 0
     key: str = ""  # the damaged blob
     reason: str = ""
+    transfer: Transfer | None = None  # of what all ranks of the node need, while it is under way
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,6 +23,7 @@ from dtrain.coordinator.core.facts import (
     RestoreReport,
     ShardPhase,
     ShardReport,
+    Transfer,
     WorkerSnapshot,
 )
 from dtrain.coordinator.core.states import LastFailure
@@ -85,6 +86,7 @@ def _assignment(message: wire.Assignment) -> AssignmentReport:
             checkpoint=message.restore.checkpoint,
             key=message.restore.key,
             reason=message.restore.reason[:TEXT_MAX_CHARS],
+            transfer=_transfer(message.restore.transfer) if message.restore.HasField("transfer") else None,
         ),
         position_seq=message.position.seq,
         position_digest=message.position.digest,
@@ -111,7 +113,18 @@ def rank_from_wire(message: wire.RankReport) -> RankReport:
         traceback=message.traceback[-TEXT_MAX_CHARS:],
         stack=message.stack[:STACK_MAX_CHARS],
         stack_number=message.stack_number,
+        upload=_transfer(message.upload) if message.HasField("upload") else None,
     )
+
+
+def _transfer(message: wire.Transfer) -> Transfer:
+    return Transfer(bytes_done=message.bytes_done, bytes_total=message.bytes_total)
+
+
+def transfer_to_wire(transfer: Transfer | None) -> wire.Transfer | None:
+    if transfer is None:
+        return None
+    return wire.Transfer(bytes_done=transfer.bytes_done, bytes_total=transfer.bytes_total)
 
 
 def rank_to_wire(rank: RankReport) -> wire.RankReport:
@@ -132,6 +145,7 @@ def rank_to_wire(rank: RankReport) -> wire.RankReport:
         traceback=rank.traceback,
         stack=rank.stack,
         stack_number=rank.stack_number,
+        upload=transfer_to_wire(rank.upload),
     )
 
 

@@ -16,7 +16,7 @@ from dtrain.coordinator.core.placement import taken_slots, waiting_for
 from dtrain.coordinator.core.states import JobPhase, JobState
 from dtrain.coordinator.loop import LeaderLoop
 from dtrain.coordinator.rpc.agents import NOT_LEADING
-from dtrain.coordinator.rpc.convert import failure_to_wire, rank_to_wire, spec_from_wire
+from dtrain.coordinator.rpc.convert import failure_to_wire, rank_to_wire, spec_from_wire, transfer_to_wire
 from dtrain.proto import agent_pb2 as wire
 from dtrain.proto import agent_pb2_grpc
 from dtrain.storage.keys import job_prefix
@@ -179,6 +179,9 @@ def _status(loop: LeaderLoop, job: JobState) -> wire.JobStatus:
     if generation is not None:
         for member, report in reports(job, generation, loop.observed):
             status.ranks.extend(wire.JobRank(worker=member.worker, report=rank_to_wire(rank)) for rank in report.ranks)
+            if report.restore.transfer is not None:
+                transfer = transfer_to_wire(report.restore.transfer)
+                status.restores.append(wire.JobRestore(worker=member.worker, transfer=transfer))
     return status
 
 

@@ -33,8 +33,11 @@ from dtrain.worker.core.states import (
     ShardStage,
     TrainersSpec,
 )
+from dtrain.worker.rank_dirs import RankId
+from dtrain.worker.transfers import Transfer, Transfers
 
 ROLE = "worker"
+NO_TRANSFERS = Transfers()
 _PHASES = {
     Phase.IDLE: wire.IDLE,
     Phase.STARTING: wire.STARTING,
@@ -88,7 +91,9 @@ class Identity:
 # ---- out -------------------------------------------------------------------------------------------------
 
 
-def to_snapshot(node: NodeSnapshot, identity: Identity, *, number: int, rendezvous_port: int) -> wire.Snapshot:
+def to_snapshot(
+    node: NodeSnapshot, identity: Identity, *, number: int, rendezvous_port: int, transfers: Transfers = NO_TRANSFERS
+) -> wire.Snapshot:
     """Return the message for ``node``."""
     return wire.Snapshot(
         worker=identity.worker,
@@ -103,12 +108,12 @@ def to_snapshot(node: NodeSnapshot, identity: Identity, *, number: int, rendezvo
         slots=node.slots,
         rendezvous_port=rendezvous_port,
         phase=_PHASES[node.phase],
-        assignments=[_assignment(assignment) for assignment in node.assignments],
+        assignments=[_assignment(assignment, transfers) for assignment in node.assignments],
         commands=[_command(record) for record in node.commands],
     )
 
 
-def _assignment(assignment: AssignmentSnapshot) -> wire.Assignment:
+def _assignment(assignment: AssignmentSnapshot, transfers: Transfers) -> wire.Assignment:
     message = wire.Assignment(
         job=assignment.job,
         generation=assignment.generation,
@@ -117,6 +122,12 @@ def _assignment(assignment: AssignmentSnapshot) -> wire.Assignment:
         shards=[_shard(shard) for shard in assignment.shards],
         restore=_restore(assignment.restore, assignment.restore_checkpoint),
     )
+    for rank in message.ranks:
+        of = RankId(job=assignment.job, generation=assignment.generation, rank=rank.rank)
+        if (upload := transfers.uploads.get(of)) is not None:
+            rank.upload.CopyFrom(_transfer(upload))
+    if (restore := transfers.restores.get((assignment.job, assignment.generation))) is not None:
+        message.restore.transfer.CopyFrom(_transfer(restore))
     if assignment.position is not None:
         message.position.CopyFrom(wire.LogPosition(seq=assignment.position.seq, digest=assignment.position.digest))
     return message
@@ -165,6 +176,10 @@ def _restore(restore: RestoreProgress, checkpoint: int) -> wire.RestoreReport:
     return wire.RestoreReport(
         state=_RESTORE_STATES[restore.stage], checkpoint=checkpoint, key=restore.key, reason=restore.reason
     )
+
+
+def _transfer(transfer: Transfer) -> wire.Transfer:
+    return wire.Transfer(bytes_done=max(transfer.bytes_done, 0), bytes_total=transfer.bytes_total)
 
 
 def _command(record: CommandRecord) -> wire.CommandStatus:

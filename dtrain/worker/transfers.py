@@ -1,0 +1,61 @@
+"""How far uploads and restores are, for people to see.
+
+Threads count while the event loop reads. The counts go into the snapshots that are sent anyway and cause none, and no
+decision hangs on them: so they are no part of the machine's state, and a restarted agent counts anew.
+"""
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from dtrain.common.names import Generation, JobName
+from dtrain.storage.retrying import GaveUp
+from dtrain.worker.bandwidth import BandwidthCap
+from dtrain.worker.rank_dirs import RankId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Transfer:
+    """How far one is. 0 <= bytes_done <= bytes_total, but for a moment when a slice has to go again."""
+
+    bytes_done: int
+    bytes_total: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Transfers:
+    """What is under way on this node."""
+
+    uploads: Mapping[RankId, Transfer] = field(default_factory=dict)
+    # A node fetches what all its ranks need once, so this is no rank's.
+    restores: Mapping[tuple[JobName, Generation], Transfer] = field(default_factory=dict)
+
+
+class UploadMeter:
+    """Counts an upload's bytes, keeps them under the cap, and ends it when nobody wants it any more."""
+
+    def __init__(self, cap: BandwidthCap, give_up: threading.Event) -> None:
+        self._cap = cap
+        self._give_up = give_up
+        self._lock = threading.Lock()
+        self._done = 0
+        self._total = 0
+
+    @property
+    def progress(self) -> Transfer:
+        with self._lock:
+            return Transfer(bytes_done=self._done, bytes_total=self._total)
+
+    def begin(self, total_bytes: int) -> None:
+        """A try begins, which is to send so many bytes."""
+        with self._lock:
+            self._done, self._total = 0, total_bytes
+
+    def before(self, count_bytes: int) -> None:
+        self._cap.wait_for(count_bytes, self._give_up)
+        if self._give_up.is_set():
+            raise GaveUp("no longer wanted")
+
+    def moved(self, count_bytes: int) -> None:
+        with self._lock:
+            self._done += count_bytes
