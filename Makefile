@@ -3,6 +3,7 @@
 #
 #   make demo                    a two-rank training that loses a rank and recovers
 #   make test                    all tests;  make test-fast leaves the long crash loops out
+#   make sim SEEDS=10000         whole clusters on virtual time, each with its own faults; prints what it met
 #   make demo PYTHON=python3.12  another interpreter
 #   make demo PIP_ARGS='--extra-index-url https://download.pytorch.org/whl/cpu'   a torch without CUDA: smaller
 
@@ -16,6 +17,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 	if "$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then echo "$$p"; break; fi; done)
 PIP_ARGS ?=
 PYTEST_ARGS ?=
+SEEDS ?= 1000
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -23,7 +25,7 @@ INSTALLED := $(VENV)/.installed
 # A virtual environment of the caller's must not leak into ours.
 unexport VIRTUAL_ENV PYTHONPATH PYTHONHOME
 
-.PHONY: help install demo test test-fast lint format proto bench bench-checkpoint bench-recovery clean
+.PHONY: help install demo test test-fast sim lint format proto bench bench-checkpoint bench-recovery clean
 
 help:
 	@sed -n 's/^#   //p' Makefile; echo 'make lint | format | proto | bench | bench-checkpoint | bench-recovery | clean'
@@ -48,6 +50,9 @@ test: $(INSTALLED)
 
 test-fast: $(INSTALLED)
 	$(BIN)/python -m pytest -m 'not slow' $(PYTEST_ARGS)
+
+sim: $(INSTALLED)
+	$(BIN)/python -m tests.sim --seeds $(SEEDS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

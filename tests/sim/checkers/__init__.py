@@ -1,0 +1,46 @@
+"""What must hold in every schedule, judged from outside.
+
+The checkers read the history of the etcd model, the history of the store model and the trainers' own record. They
+share no code with the product: events are read as plain JSON, digests are computed anew, rules are written again.
+"""
+
+from typing import TYPE_CHECKING
+
+from tests.sim.checkers import commits, deletions, lineage, logs, outcomes, trainers
+from tests.sim.checkers.findings import Finding
+from tests.sim.checkers.stories import Story
+
+if TYPE_CHECKING:
+    from tests.sim.faults import Storm
+    from tests.sim.world import World
+
+__all__ = ["CHECKERS", "Finding", "check"]
+
+CHECKERS = {
+    "one contiguous log": logs.contiguous,
+    "fenced terms": logs.fenced,
+    "committed means stored": commits.stored,
+    "acknowledged by the right trainers": commits.acknowledged,
+    "marker follows event": commits.markers,
+    "nothing overwritten": commits.untouched,
+    "expiry spares the newest": deletions.expiries,
+    "deletion follows its event": deletions.deleted,
+    "markers are deleted first": deletions.order,
+    "starts from the newest": lineage.restore_points,
+    "trainers start where the log says": lineage.restored,
+    "one gapless ancestry": lineage.ancestry,
+    "slots hold one trainer": trainers.slots,
+    "nothing is done twice": trainers.once,
+    "stopped trainers end": trainers.ended,
+    "peers are of one generation": outcomes.peers,
+    "healthy trainers go on": outcomes.undisturbed,
+    "no process gives up": outcomes.endings,
+    "the job finishes": outcomes.finished,
+    "what is owed is done": outcomes.settled,
+}
+
+
+def check(world: "World", storm: "Storm") -> list[Finding]:
+    """Everything that is wrong with a schedule that has ended."""
+    story = Story(world, storm)
+    return [Finding(name, text) for name, checker in CHECKERS.items() for text in checker(story)]

@@ -1,0 +1,65 @@
+"""Liveness, and that nothing was disturbed without a reason."""
+
+from collections.abc import Iterator
+
+from tests.sim.checkers.stories import Story
+
+EXPLAINS_S = 15.0  # a lease and a stream end this long after what cut them, at most
+LATE_S = 60.0  # a collective that hangs, a process group that breaks, a report that is late
+
+
+def peers(story: Story) -> Iterator[str]:
+    """What trainers themselves found wrong with their peers."""
+    yield from story.world.faults_seen
+
+
+def undisturbed(story: Story) -> Iterator[str]:
+    """A generation fails only if something happened to one of its members, or to what it starts from."""
+    started = {told.data["generation"]: told for told in story.events_of("GenerationStarted")}
+    failures = story.events_of("GenerationFailed")
+    if story.storm.mix.spares_workers and failures:
+        yield f"nothing touched the workers, but {failures[0].data['reason']}"
+        return
+    for told in failures:
+        begin = started[told.data["generation"]]
+        members = {member["worker"] for member in begin.data["members"]}
+        reasons = [
+            hurt
+            for hurt in story.world.hurts
+            if hurt[0] <= told.at_s and (hurt[1] == "store" or (hurt[1] in members and begin.at_s - LATE_S <= hurt[0]))
+        ]
+        if not reasons:
+            yield f"generation {told.data['generation']} failed though nothing happened: {told.data['reason']}"
+
+
+def endings(story: Story) -> Iterator[str]:
+    """No process of the product ends by itself, and no callback of it raises."""
+    for ending in story.world.endings:
+        yield f"{ending.who} ended at {ending.at_s:.3f} s: {type(ending.error).__name__}: {ending.error}"
+    for error in story.world.loop.errors:
+        yield f"a callback raised {type(error).__name__}: {error}"
+
+
+def finished(story: Story) -> Iterator[str]:
+    """After the storm the job ends, and well."""
+    if not story.world.ended:
+        last = story.events[-1] if story.events else None
+        yield f"the job has not ended {story.world.loop.now_s:.0f} s after its begin; last event: {last}"
+    elif story.world.ended != "JobSucceeded":
+        yield f"the job ended with {story.events_of(story.world.ended)[-1]}"
+
+
+def settled(story: Story) -> Iterator[str]:
+    """Whatever the coordinator owed at the job's end is done soon after."""
+    if not story.world.ended:
+        return
+    objects = story.world.blobs.objects
+    for number, checkpoint in story.final().committed.items():
+        folder = checkpoint.told.data["manifest_key"].rsplit("/", 2)[0]
+        there = f"{folder}/COMMITTED" in objects
+        if checkpoint.expired:
+            yield f"checkpoint {number} is expired and was not deleted"
+        elif not there or not checkpoint.marked:
+            yield f"checkpoint {number} has no marker"
+        else:
+            yield from (f"checkpoint {number}: {key} is missing" for key in checkpoint.keys if key not in objects)

@@ -1,0 +1,171 @@
+"""A schedule as the checkers read it: events as plain JSON, objects over time, what trainers did."""
+
+import bisect
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import xxhash
+
+from tests.sim.blobs import Deed
+from tests.sim.etcd import Change
+from tests.sim.trainers import Entry
+
+if TYPE_CHECKING:
+    from tests.sim.faults import Storm
+    from tests.sim.world import World
+
+_EVENT = re.compile(r"/dtrain/jobs/([^/]+)/events/(\d{12})")
+_ATTEMPT = re.compile(r".*/checkpoints/(\d+)/attempt-(\d+)/.*")
+ENDS = frozenset({"JobSucceeded", "JobFailed", "JobCancelled", "RunInterrupted"})
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """One event of the log."""
+
+    at_s: float
+    seq: int
+    revision: int
+    term: int
+    type: str
+    data: dict[str, Any]
+
+
+@dataclass(slots=True)
+class Checkpoint:
+    """What the log has said of a committed checkpoint so far."""
+
+    told: Told  # its CheckpointCommitted
+    marked: bool = False
+    pinned: bool = False
+    quarantined: bool = False
+    expired: bool = False
+
+    @property
+    def number(self) -> int:
+        return int(self.told.data["checkpoint"])
+
+    @property
+    def attempt(self) -> int:
+        return int(self.told.data["attempt"])
+
+    @property
+    def keys(self) -> list[str]:
+        """Of every object that it needs."""
+        shards = self.told.data["shards"]
+        found = [shard["key"] for shard in shards] + [shard["index_key"] for shard in shards]
+        return [*found, self.told.data["manifest_key"]]
+
+
+@dataclass(slots=True)
+class Standing:
+    """What the log says at one moment."""
+
+    committed: dict[int, Checkpoint] = field(default_factory=dict)
+    started: dict[int, Told] = field(default_factory=dict)  # attempts in flight
+    aborted: dict[int, Told] = field(default_factory=dict)
+    generation: Told | None = None
+    ended: bool = False
+
+    @property
+    def newest_sound(self) -> Checkpoint | None:
+        sound = [c for c in self.committed.values() if not c.quarantined and not c.expired]
+        return max(sound, key=lambda c: c.number, default=None)
+
+    def fold(self, told: Told) -> None:
+        data = told.data
+        match told.type:
+            case "CheckpointStarted":
+                self.started[data["attempt"]] = told
+            case "CheckpointAborted":
+                self.started.pop(data["attempt"], None)
+                self.aborted[data["attempt"]] = told
+            case "CheckpointCommitted":
+                self.started.pop(data["attempt"], None)
+                self.committed[data["checkpoint"]] = Checkpoint(told)
+            case "CheckpointMarked":
+                self.committed[data["checkpoint"]].marked = True
+            case "CheckpointPinned":
+                self.committed[data["checkpoint"]].pinned = data["pinned"]
+            case "CheckpointQuarantined":
+                self.committed[data["checkpoint"]].quarantined = True
+            case "CheckpointExpired":
+                self.committed[data["checkpoint"]].expired = True
+            case "CheckpointDeleted":
+                self.committed.pop(data["checkpoint"], None)
+            case "GenerationStarted":
+                self.generation = told
+            case "GenerationFailed":
+                self.generation = None
+            case "JobSubmitted":
+                self.ended = False
+            case kind if kind in ENDS:
+                self.ended, self.generation = True, None
+
+
+class Story:
+    """See the module's text."""
+
+    def __init__(self, world: "World", storm: "Storm") -> None:
+        self.world = world
+        self.storm = storm
+        self.changes: list[Change] = world.etcd.history
+        self.deeds: list[Deed] = world.blobs.history
+        self.diary: list[Entry] = world.diary.entries
+        self.events: list[Told] = []
+        for change in self.changes:
+            found = _EVENT.fullmatch(change.key)
+            if found and change.value is not None:
+                told = json.loads(change.value)
+                self.events.append(
+                    Told(change.at_s, int(found[2]), change.revision, told["term"], told["type"], told["data"])
+                )
+        self._objects: dict[str, list[Deed]] = {}
+        for deed in self.deeds:
+            self._objects.setdefault(deed.key, []).append(deed)
+
+    def events_of(self, *types: str) -> list[Told]:
+        return [told for told in self.events if told.type in types]
+
+    def standings(self) -> Iterator[tuple[Standing, Told]]:
+        """Each event, with what the log said before it."""
+        standing = Standing()
+        for told in self.events:
+            yield standing, told
+            standing.fold(told)
+
+    def final(self) -> Standing:
+        standing = Standing()
+        for told in self.events:
+            standing.fold(told)
+        return standing
+
+    def standing_at(self, at_s: float) -> Standing:
+        """What the log said at this moment."""
+        standing = Standing()
+        for told in self.events:
+            if told.at_s > at_s:
+                break
+            standing.fold(told)
+        return standing
+
+    def deeds_of(self, key: str) -> list[Deed]:
+        return self._objects.get(key, [])
+
+    def object_at(self, key: str, at_s: float) -> Deed | None:
+        """The newest thing that was done to this object by then; None if nothing was."""
+        deeds = self.deeds_of(key)
+        at = bisect.bisect_right(deeds, at_s, key=lambda deed: deed.at_s)
+        return deeds[at - 1] if at else None
+
+
+def digest(data: bytes) -> str:
+    return "xxh3-128:" + xxhash.xxh3_128_hexdigest(data)
+
+
+def attempt_in(key: str) -> int | None:
+    found = _ATTEMPT.fullmatch(key)
+    return int(found[2]) if found else None

@@ -1,0 +1,48 @@
+"""One trainer a slot, one start a rank, no trainer left behind."""
+
+from collections import Counter
+from collections.abc import Iterator
+
+from dtrain.worker.rank_dirs import RankId
+from tests.sim.checkers.stories import Story
+
+
+def slots(story: Story) -> Iterator[str]:
+    """Never more trainers on a machine than slots, and never of two generations of a job."""
+    alive: dict[str, set[RankId]] = {node.machine.name: set() for node in story.world.nodes}
+    for entry in story.diary:
+        here = alive[entry.node]
+        if entry.what == "spawned":
+            older = {of for of in here if of.job == entry.of.job and of.generation != entry.of.generation}
+            if older:
+                yield f"{entry.of} was started on {entry.node} beside {sorted(map(str, older))}"
+            here.add(entry.of)
+            if len(here) > story.world.shape.slots:
+                yield f"{entry.node} runs {len(here)} trainers in {story.world.shape.slots} slots"
+        elif entry.what == "ended":
+            here.discard(entry.of)
+
+
+def once(story: Story) -> Iterator[str]:
+    """A command that is repeated does nothing twice."""
+    spawned = Counter(entry.of for entry in story.diary if entry.what == "spawned")
+    for of, count in spawned.items():
+        if count > 1:
+            yield f"{of} was started {count} times"
+    staged = Counter((entry.of, entry.detail) for entry in story.diary if entry.what == "staging")
+    for (of, attempt), count in staged.items():
+        if count > 1:
+            yield f"{of} staged attempt {attempt} {count} times"
+    submitted = Counter(told.data["request"] for told in story.events_of("JobSubmitted"))
+    for request, count in submitted.items():
+        if count > 1:
+            yield f"the submission {request!r} was recorded {count} times"
+
+
+def ended(story: Story) -> Iterator[str]:
+    """When the job is over and the world was kind for a while, no trainer lives."""
+    if not story.world.ended or not story.world.healed:
+        return
+    for node in story.world.nodes:
+        for trainer in node.living:
+            yield f"{trainer.of} still lives on {node.machine.name} after the job's end"

@@ -1,0 +1,115 @@
+"""One schedule: a world from its seed, a job in it, a storm, the calm after it, and what the checkers say."""
+
+import gc
+import os
+import random
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dtrain.proto import agent_pb2 as wire
+from tests.sim import checkers, faults
+from tests.sim.surroundings import installed
+from tests.sim.world import JOB, Shape, World, sweep
+
+CPU_S = time.process_time
+CALM_S = 150.0  # after the storm the job ends within this, and what its steps take twice over
+REST_S = 20.0  # behind its end, for what is still owed
+ROOM = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else Path(tempfile.gettempdir())
+
+
+@dataclass
+class Verdict:
+    """What became of one schedule."""
+
+    seed: int
+    findings: list[checkers.Finding]
+    virtual_s: float
+    events: int
+    generations: int
+    committed: int
+    seen: dict[str, int]
+    storm: list[tuple[float, str]]
+    cpu_s: float
+    log: list[tuple[str, str]] = field(default_factory=list)  # key and value of each event, for the replay elsewhere
+
+
+def draw_shape(rng: random.Random) -> Shape:
+    nnodes = rng.choice((2, 3, 4, 4, 4))
+    step_s = rng.choice((0.15, 0.25))
+    return Shape(
+        workers=rng.choice((4, 4, 5)),
+        slots=rng.choice((1, 1, 2)),
+        coordinators=rng.choice((2, 2, 3)),
+        nnodes_min=rng.choice((1, 2, nnodes)) if nnodes > 1 else 1,
+        nnodes_max=nnodes,
+        nproc=1,
+        every_steps=rng.choice((4, 5, 6) if step_s > 0.2 else (7, 8, 9)),
+        checkpoints=20,
+        step_s=step_s,
+        keep_last=rng.choice((0, 1, 2, 3)),
+        fence_after_s=rng.choice((1800.0, 1800.0, 60.0)),
+        drift=rng.choice((0.0, 0.0, 0.03)),
+    )
+
+
+def job_of(shape: Shape) -> wire.Spec:
+    return wire.Spec(
+        name=JOB,
+        python="python",
+        script="/train.py",
+        cwd="/",
+        nnodes_min=min(shape.nnodes_min, shape.nnodes_max),
+        nnodes_max=shape.nnodes_max,
+        nproc_per_node=shape.nproc,
+        max_restarts=10_000,
+        store="file:///simulated",
+        every_steps=shape.every_steps,
+        keep_last=shape.keep_last,
+    )
+
+
+def run(seed: int, *, watch: Callable[[World, faults.Storm], None] | None = None) -> Verdict:
+    """Run the schedule of ``seed``. ``watch`` is called before it begins: for a trace."""
+    try:
+        return _run(seed, watch)
+    finally:
+        sweep()
+
+
+def _run(seed: int, watch: Callable[[World, faults.Storm], None] | None) -> Verdict:
+    rng = random.Random(f"schedule {seed}")
+    folder = ROOM / f"dtrain-sim-{os.getpid()}-{seed}"
+    shape = draw_shape(rng)
+    world = World(seed, shape, folder)
+    storm = faults.Storm(world, faults.draw(rng), rng)
+    gc.disable()
+    began_s = CPU_S()
+    try:
+        with installed(world):
+            if watch is not None:
+                watch(world, storm)
+            world.begin(job=job_of(shape))
+            storm.begin()
+            bound_s = storm.mix.safety_s + CALM_S + 2 * world.habits.until * shape.step_s
+            world.loop.run_while(lambda: not (world.ended and world.healed), until_s=bound_s)
+            ended_s = world.loop.now_s
+            world.loop.run_while(lambda: not world.loop.errors, until_s=ended_s + REST_S)
+            findings = checkers.check(world, storm)
+        return Verdict(
+            seed=seed,
+            findings=findings,
+            virtual_s=ended_s,
+            events=len(world.log),
+            generations=sum(kind == "GenerationStarted" for kind, _ in world.log),
+            committed=sum(kind == "CheckpointCommitted" for kind, _ in world.log),
+            seen=dict(world.seen),
+            storm=storm.log,
+            cpu_s=CPU_S() - began_s,
+            log=[(change.key, (change.value or b"").decode()) for _, change in world.log],
+        )
+    finally:
+        world.close()
+        gc.enable()

@@ -1,0 +1,353 @@
+"""Trainers: processes that step together, stage what their mailbox asks for, fail, hang, and tell what they did.
+
+A gang is what a process group is: all ranks that met at one rendezvous. A step is done when all of them live, none
+hangs and the network lets them talk. The state of a rank is one number that names all steps it came from, so that
+the whole ancestry of a finished run can be followed afterwards. What trainers do is written down in `Diary`, which
+the checkers read and the system never sees.
+"""
+
+import json
+import mmap
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+import xxhash
+
+from dtrain.common.mailbox import MAILBOX_BYTES, Mailbox, RestoreState, TrainerPhase, unpack
+from dtrain.storage.ranges import NeededRange
+from dtrain.storage.restore_files import MANIFEST_FILE, NEEDS_FILE, RESTORE_FOLDER, SHARD_FILE, encode_needs
+from dtrain.storage.shards import parse_header
+from dtrain.worker.core.states import ExitFact
+from dtrain.worker.rank_dirs import RankId
+from tests.sim.loop import SimLoop
+from tests.support.checkpoints import shard_of
+
+if TYPE_CHECKING:
+    from tests.sim.nodes import Node
+
+PAYLOAD_BYTES = 96  # of every rank; also what a rank asks for at a restore
+NO_STATE = "genesis"
+WAIT_S = 0.05  # between two looks at a file or a word
+HOLD_S = 900.0  # as in production: how long a trainer waits for its last state to be asked for
+STALLED_S = 4.0  # a collective that gets nowhere raises after this
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """Something a trainer did, or that was done to it."""
+
+    at_s: float
+    node: str
+    of: RankId
+    what: str  # spawned, restored, began, trained, staged, ended
+    step: int = 0
+    state: str = ""
+    detail: str = ""
+
+
+@dataclass
+class Diary:
+    """The trainers' own record."""
+
+    entries: list[Entry] = field(default_factory=list)
+    parents: dict[str, tuple[str, int, int]] = field(default_factory=dict)  # state -> (state before, step, generation)
+
+
+@dataclass
+class Habits:
+    """What a run's trainers are like; drawn from the seed."""
+
+    until: int
+    step_s: float
+    start_s: tuple[float, float] = (0.05, 0.6)
+    misses: float = 0.0  # part of requests that are answered with "missed"
+    stage_fails: float = 0.0
+    stage_s: tuple[float, float] = (0.0, 0.05)
+    spoils_s: float = 0.0  # how long a rank lives on in a collective after a peer died; 0: it raises at once
+
+
+class Trainer:
+    """One rank's process and its keeper."""
+
+    def __init__(self, node: "Node", of: RankId, folder: Path) -> None:
+        self.node = node
+        self.of = of
+        self.folder = folder
+        self.alive = True
+        self.started = False  # the keeper has forked it
+        self.hangs = False
+        self.exit: ExitFact | None = None
+        self.gang: Gang | None = None
+        self.step = 0
+        self.state = NO_STATE
+        self._answered = 0
+        self._tried = -1
+        self._held_s = 0.0
+        plan = json.loads((folder / "keeper.json").read_bytes())
+        env: dict[str, str] = plan["env"]
+        self.world_size = int(env["WORLD_SIZE"])
+        self.rendezvous = env["DTRAIN_RENDEZVOUS"]
+        self.saves_last = "DTRAIN_SAVE_LAST" in env
+        with (folder / "mailbox").open("r+b") as file:
+            self._page = mmap.mmap(file.fileno(), MAILBOX_BYTES)
+        self.box = Mailbox(self._page)
+        self.loop: SimLoop = node.world.loop
+        self.rng: random.Random = node.world.rng
+        self.note("spawned")
+        self._later(self.rng.uniform(0.005, 0.1), self._fork)
+
+    def note(self, what: str, detail: str = "") -> None:
+        world = self.node.world
+        entry = Entry(world.loop.now_s, self.node.machine.name, self.of, what, self.step, self.state, detail)
+        world.diary.entries.append(entry)
+
+    def _later(self, delay_s: float, call: Callable[..., None], *args: object) -> None:
+        def unless_dead() -> None:
+            if self.alive:
+                call(*args)
+
+        self.loop.after(delay_s, unless_dead)
+
+    # -- coming up -------------------------------------------------------------------------------------
+
+    def _fork(self) -> None:
+        self.started = True
+        self._later(self.rng.uniform(*self.node.world.habits.start_s), self._join)
+
+    def _join(self) -> None:
+        """Meet the others in a store that rank 0 hosts: without it there is nobody to meet yet."""
+        gangs, place = self.node.world.gangs, (self.rendezvous, self.of.generation)
+        if self.of.rank == 0:
+            gangs[place] = Gang(self.node.world, self.world_size)
+        if place in gangs and self._reaches(gangs[place]):
+            gangs[place].join(self)
+        else:
+            self._later(WAIT_S, self._join)
+
+    def _reaches(self, gang: "Gang") -> bool:
+        host = gang.ranks.get(0)
+        if host is None or host is self:
+            return host is self or self.of.rank == 0
+        return host.alive and self.node.world.net.open(self.node.machine, host.node.machine)
+
+    def joined(self) -> None:
+        """The process group is up."""
+        self.box.phase = TrainerPhase.JOINED
+        if self.box.restore is RestoreState.NOTHING:
+            self._ready()
+            return
+        self.box.phase = TrainerPhase.RESTORING
+        self._read_manifest()
+
+    def _read_manifest(self) -> None:
+        restore = self.folder.parent / RESTORE_FOLDER
+        if not (restore / MANIFEST_FILE).exists():
+            self._later(WAIT_S, self._read_manifest)
+            return
+        saved = json.loads((restore / MANIFEST_FILE).read_bytes())["world_size"]
+        shard = self.of.rank % saved
+        needed = NeededRange(shard=shard, tensor=f"payload.{shard}", begin=0, end=PAYLOAD_BYTES)
+        (self.folder / ".new").write_bytes(encode_needs([needed]))
+        (self.folder / ".new").rename(self.folder / NEEDS_FILE)
+        self._wait_for_bytes(restore / SHARD_FILE.format(shard))
+
+    def _wait_for_bytes(self, path: Path) -> None:
+        if self.box.restore is not RestoreState.READY:
+            self._later(WAIT_S, self._wait_for_bytes, path)
+            return
+        data = path.read_bytes()
+        try:
+            told = msgspec.json.decode(data[parse_header(data).data_start :].rstrip())
+        except (msgspec.DecodeError, ValueError):
+            self.note("restored", "garbage")
+            self.end(1, "its state cannot be read")
+            return
+        self.step, self.state = told["step"], told["state"]
+        self.note("restored", told["job"])
+        self._ready()
+
+    def _ready(self) -> None:
+        assert self.gang is not None
+        self.gang.is_ready(self)
+
+    def begin(self) -> None:
+        """All ranks are ready: the first step."""
+        self.note("began")
+        self.box.until_step = self.node.world.habits.until
+        self.box.tracking = True
+        self.box.completed_step = self.step
+        self.box.phase = TrainerPhase.TRAINING
+
+    # -- training --------------------------------------------------------------------------------------
+
+    def complete(self, step: int, took_s: float) -> None:
+        """The end of a step, as this rank comes to it."""
+        world = self.node.world
+        before, self.step = self.state, step
+        self.state = xxhash.xxh3_64_hexdigest(f"{before}/{step}/{self.of.generation}".encode())
+        world.diary.parents[self.state] = (before, step, self.of.generation)
+        self.note("trained")
+        self.box.completed_step = step
+        self.box.step_ns = int(took_s * 1e9)
+        self._answer()
+        if step >= world.habits.until:
+            self._hold()
+
+    def _answer(self) -> None:
+        word = self.box.request
+        attempt, wanted = unpack(word)
+        if not word or word == self._answered or wanted > self.step:
+            return
+        self._answered = word
+        habits = self.node.world.habits
+        unlucky = self.step < habits.until and self.rng.random() < habits.misses
+        if wanted < self.step or unlucky:
+            self.box.missed = word
+            return
+        self._tried = self.step
+        if self.rng.random() < habits.stage_fails:
+            self.box.error = "its state cannot be pickled"
+            self.box.stage_failed = word
+            return
+        self.box.phase = TrainerPhase.CHECKPOINTING
+        payload = json.dumps({"job": self.of.job, "step": self.step, "state": self.state}).encode()
+        data = shard_of(payload.ljust(PAYLOAD_BYTES), rank=self.of.rank, world_size=self.world_size, step=self.step)
+        slot = self.box.stage_slot or 0
+        self.box.begin_staging(slot)
+        with (self.folder / f"slot{slot}").open("wb") as file:
+            file.write(bytes(len(data) // 2))  # half-written, until the copy is whole
+        self.note("staging", str(attempt))
+        self._later(self.rng.uniform(*habits.stage_s), self._staged, word, slot, data)
+
+    def _staged(self, word: int, slot: int, data: bytes) -> None:
+        (self.folder / f"slot{slot}").write_bytes(data)
+        self.box.publish_staged(word, slot=slot, size_bytes=len(data))
+        if self.box.phase is TrainerPhase.CHECKPOINTING:
+            self.box.phase = TrainerPhase.TRAINING
+        self.note("staged", str(unpack(word)[0]))
+
+    def _hold(self) -> None:
+        if self.saves_last and self._tried != self.step:
+            if not self.hangs:
+                self.box.phase = TrainerPhase.HOLDING
+                self._answer()
+            self._held_s += WAIT_S
+            if self._held_s < HOLD_S:
+                self._later(WAIT_S, self._hold)
+                return
+            self.node.world.saw("last state was not asked for in time")
+        self._later(self.rng.uniform(0.1, 0.3), self._finish)
+
+    def _finish(self) -> None:
+        if self.box.request != self._answered:
+            self.box.missed = self.box.request
+        self.box.phase = TrainerPhase.FINISHED
+        self._later(0.02, self.end, 0, "")
+
+    # -- ending ----------------------------------------------------------------------------------------
+
+    def end(self, code: int | None, error: str) -> None:
+        """The process is over; its keeper writes down how."""
+        if not self.alive:
+            return
+        self.alive = False
+        world = self.node.world
+        self.exit = ExitFact(code=code, at_unix_s=self.node.machine.wall(world.loop.now_s), error=error)
+        self.note("ended", f"{code} {error}".strip())
+        self.box.close()
+        self._page.close()
+        if self.gang is not None:
+            self.gang.lost(self, failed=code != 0)
+
+    def stop(self, grace_s: float) -> None:
+        """Its keeper was told to end it."""
+        self._later(self.rng.uniform(0.001, 0.02) if grace_s <= 0 else self.rng.uniform(0.01, grace_s), self._stopped)
+
+    def _stopped(self) -> None:
+        self.end(-9, "told to end")
+
+
+class Gang:
+    """The ranks that met at one rendezvous."""
+
+    def __init__(self, world: "World", world_size: int) -> None:
+        self._world = world
+        self._world_size = world_size
+        self.ranks: dict[int, Trainer] = {}
+        self._ready: set[int] = set()
+        self._broken = False
+        self._stalled_s = 0.0
+
+    def join(self, trainer: Trainer) -> None:
+        """A rank came. One that finds strangers or a broken group there fails, as with any process group."""
+        world = self._world
+        trainer.gang = self
+        stranger = any(other.of.generation != trainer.of.generation for other in self.ranks.values())
+        if stranger:
+            world.faults_seen.append(f"{trainer.of} met ranks of another generation at its rendezvous")
+        if self._broken or trainer.of.rank in self.ranks:
+            trainer.end(1, "the process group is broken")
+            return
+        self.ranks[trainer.of.rank] = trainer
+        if len(self.ranks) == self._world_size:
+            for rank in self.ranks.values():
+                rank.joined()
+
+    def is_ready(self, trainer: Trainer) -> None:
+        self._ready.add(trainer.of.rank)
+        if len(self._ready) == self._world_size and not self._broken:
+            told = {(rank.step, rank.state) for rank in self.ranks.values()}
+            if len(told) > 1:
+                self._world.faults_seen.append(f"ranks of {trainer.of} begin from different states: {sorted(told)}")
+            for rank in self.ranks.values():
+                rank.begin()
+            self._schedule()
+
+    def lost(self, trainer: Trainer, *, failed: bool) -> None:
+        """A rank is gone. The others raise in their next collective, or hang in it for a while."""
+        world = self._world
+        if not failed or self._broken:
+            return
+        self._broken = True
+        for other in list(self.ranks.values()):
+            if other is not trainer and other.alive:
+                spoiled_s = world.rng.uniform(0, world.habits.spoils_s) if world.habits.spoils_s else 0.0
+                world.loop.after(spoiled_s + world.rng.uniform(0.005, 0.2), other.end, 1, "connection closed by peer")
+
+    def _schedule(self) -> None:
+        took_s = self._world.habits.step_s * self._world.rng.uniform(0.8, 1.2)
+        self._world.loop.after(took_s, self._step, took_s)
+
+    def _step(self, took_s: float) -> None:
+        world = self._world
+        ranks = list(self.ranks.values())
+        if self._broken or any(not rank.alive for rank in ranks):
+            return
+        if any(rank.hangs for rank in ranks) or not self._connected(ranks):
+            self._stalled_s += took_s
+            if not any(rank.hangs for rank in ranks) and self._stalled_s > STALLED_S:
+                ranks[world.rng.randrange(len(ranks))].end(1, "collective timed out")
+                return
+            self._schedule()
+            return
+        self._stalled_s = 0.0
+        step = ranks[0].step + 1
+        for rank in ranks:
+            rank._later(world.rng.uniform(0, 0.2) * took_s, rank.complete, step, took_s)
+        if step < world.habits.until:
+            self._schedule()
+
+    def _connected(self, ranks: list[Trainer]) -> bool:
+        net = self._world.net
+        if not net.weather.shut:
+            return True
+        machines = [rank.node.machine for rank in ranks]
+        return all(net.open(a, b) for a in machines for b in machines if a is not b)
+
+
+if TYPE_CHECKING:
+    from tests.sim.world import World
