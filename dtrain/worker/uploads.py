@@ -8,7 +8,10 @@ A slot is shared with a trainer that may write into it again. So the mailbox mus
 state before its digest is taken, and still say so when storage has confirmed: then nobody wrote in between.
 
 An agent killed after storage confirmed and before its journal knew it uploads again when it comes back: the same
-bytes under the same key, which changes nothing.
+bytes under the same key, which changes nothing. One killed in the middle goes on where the store can: S3 is asked for
+the parts that it has.
+
+All uploads of an agent share one cap on what they send a second, if there is one.
 """
 
 import asyncio

@@ -34,6 +34,7 @@ def assert_refused(answer: Answer, *words: str) -> None:
         (["run", "missing.py"], ["missing.py not found", "give the path"]),
         (["run"], ["SCRIPT.py", "--help"]),
         (["run", "--bogus", "script.py"], ["--bogus", "--help"]),
+        (["run", "--upload-mib-per-s", "0.5", "script.py"], ["--upload-mib-per-s", "0.5", "x>=1.0"]),
         (["run", "--nnodes", "0", "script.py"], ["nnodes 0", "--nnodes 1:4"]),
         (["run", "--nnodes", "4:1", "script.py"], ["nnodes 4:1", "--nnodes 1:4"]),
         (["run", "--nnodes", "two", "script.py"], ["nnodes two", "--nnodes 1:4"]),
