@@ -26,6 +26,7 @@ from dtrain.coordinator.core.events import (
     JobSubmitted,
     JobSucceeded,
     RunInterrupted,
+    SalvageStarted,
 )
 
 
@@ -45,6 +46,11 @@ def describe(event: Event) -> str:
             return f"generation {generation} failed: {reason}{words_of_victims(victims)}{uses_none}"
         case HangSuspected() | HangCleared() | HangFound():
             return _hang(event)
+        case SalvageStarted(generation=generation, checkpoint=checkpoint, step=step, wait_s=wait_s, reason=reason):
+            return (
+                f"generation {generation} is failing: {reason}; waiting up to {wait_s:.1f} s "
+                f"for checkpoint {checkpoint} of step {step}, which every rank had staged"
+            )
         case CheckpointStarted() | CheckpointAborted() | CheckpointCommitted() | CheckpointMarked():
             return _checkpoint_made(event)
         case CheckpointQuarantined() | CheckpointPinned() | CheckpointExpired() | CheckpointDeleted() | AttemptSwept():

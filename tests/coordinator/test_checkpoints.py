@@ -10,6 +10,7 @@ from dtrain.coordinator.core.checkpoints import ATTEMPT_TIMEOUT_S, COMMAND_TRAVE
 from dtrain.coordinator.core.effects import DeleteAttempt, Effect, ReadMarkers, WriteManifest, WriteMarker
 from dtrain.coordinator.core.events import CheckpointAborted
 from dtrain.coordinator.core.facts import ShardPhase
+from dtrain.coordinator.core.salvages import WAIT_MAX_S
 from tests.coordinator.support.clusters import Cluster, spec
 
 
@@ -254,6 +255,8 @@ def test_an_acknowledgement_of_an_older_generation_changes_nothing() -> None:
     cluster.asks_for_checkpoint()
     cluster.acknowledges()
     cluster.exits(0, -9)
+    assert cluster.decides() == ["SalvageStarted"]
+    cluster.passes(WAIT_MAX_S)  # its manifest is never written
     assert cluster.decides() == ["CheckpointAborted", "GenerationFailed", "GenerationStarted"]
     old = cluster.nodes["w1"].held["mnist"].shards
     cluster.starts()

@@ -32,6 +32,7 @@ from dtrain.coordinator.core.events import (
     JobSucceeded,
     Member,
     RunInterrupted,
+    SalvageStarted,
     ShardRecord,
 )
 from dtrain.coordinator.core.evolve import evolve
@@ -80,6 +81,17 @@ def checkpoint_started(checkpoint: int, attempt: int, *, of: int = 1) -> Checkpo
         attempt=AttemptNumber(attempt),
         generation=Generation(of),
         step=Step(10 * checkpoint),
+    )
+
+
+def salvaged(checkpoint: int, attempt: int) -> SalvageStarted:
+    return SalvageStarted(
+        checkpoint=CheckpointNumber(checkpoint),
+        attempt=AttemptNumber(attempt),
+        generation=Generation(1),
+        step=Step(10 * checkpoint),
+        wait_s=1.0,
+        reason="why",
     )
 
 
@@ -138,6 +150,7 @@ HISTORIES: dict[str, list[Event]] = {
     "pending": SUBMITTED,
     "running": RUNNING,
     "in flight": INFLIGHT,
+    "salvaging": [*INFLIGHT, salvaged(1, 1)],
     "committed": COMMITTED,
     "marked": MARKED,
     "quarantined": [*MARKED, quarantined(1)],
@@ -179,12 +192,12 @@ LEGAL: list[tuple[Event, set[str], JobPhase | None]] = [
     (generation(2), {"pending again"}, JobPhase.RUNNING),
     (failed(1), ON, JobPhase.PENDING),
     (failed(2), set(), None),
-    (CancelRequested(), {"pending", "pending again", "in flight", *ON}, JobPhase.CANCELLING),
+    (CancelRequested(), {"pending", "pending again", "in flight", "salvaging", *ON}, JobPhase.CANCELLING),
     (JobCancelled(), {"cancelling"}, JobPhase.CANCELLED),
     (JobSucceeded(), ON, JobPhase.SUCCEEDED),
     (JobFailed(reason="w", exit_code=1), {"pending", "pending again"}, JobPhase.FAILED),
     (RunInterrupted(reason="w"), {"pending", "pending again", "cancelling", *ON}, JobPhase.INTERRUPTED),
-    (suspected(1), {"in flight", *ON} - {"suspected", "cleared", "hung"}, None),
+    (suspected(1), {"in flight", "salvaging", *ON} - {"suspected", "cleared", "hung"}, None),
     (suspected(2), {"cleared"}, None),
     (suspected(1, of=2), set(), None),
     (cleared(1), {"suspected"}, None),
@@ -197,10 +210,13 @@ LEGAL: list[tuple[Event, set[str], JobPhase | None]] = [
     (checkpoint_started(2, 3), set(), None),
     (checkpoint_started(3, 3), TWO, None),
     (checkpoint_started(2, 2, of=2), set(), None),
-    (aborted(1, 1), {"in flight", "cancelling in flight"}, None),
+    (salvaged(1, 1), {"in flight"}, None),
+    (salvaged(1, 2), set(), None),
+    (salvaged(2, 1), set(), None),
+    (aborted(1, 1), {"in flight", "salvaging", "cancelling in flight"}, None),
     (aborted(1, 2), set(), None),
     (aborted(2, 1), set(), None),
-    (committed(1, 1), {"in flight", "cancelling in flight"}, None),
+    (committed(1, 1), {"in flight", "salvaging", "cancelling in flight"}, None),
     (committed(1, 2), set(), None),
     (committed(2, 1), set(), None),
     (marked(1), {"committed", "two committed", "succeeded"}, None),

@@ -181,6 +181,18 @@ class CheckpointStarted:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SalvageStarted:
+    """The generation has failed; what it had staged is waited for before the next one starts."""
+
+    checkpoint: CheckpointNumber
+    attempt: AttemptNumber
+    generation: Generation
+    step: Step
+    wait_s: float  # at most, from the time of this event
+    reason: str  # why the generation failed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointAborted:
     checkpoint: CheckpointNumber
     attempt: AttemptNumber
@@ -276,6 +288,7 @@ Event = (
     | HangCleared
     | HangFound
     | CheckpointStarted
+    | SalvageStarted
     | CheckpointAborted
     | CheckpointCommitted
     | CheckpointMarked

@@ -28,8 +28,9 @@ from dtrain.coordinator.core.events import (
     JobSucceeded,
     RecordedEvent,
     RunInterrupted,
+    SalvageStarted,
 )
-from dtrain.coordinator.core.failure_folds import fold_clearing, fold_failure, fold_suspicion
+from dtrain.coordinator.core.failure_folds import fold_clearing, fold_failure, fold_salvage, fold_suspicion
 from dtrain.coordinator.core.hang_folds import fold_hang
 from dtrain.coordinator.core.states import (
     GenerationState,
@@ -98,6 +99,8 @@ def _lifecycle_event(state: JobState, record: RecordedEvent) -> JobState:
             return _generation_failed(state, record, event)
         case HangSuspected() | HangCleared() | HangFound():
             return fold_hang(state, record)
+        case SalvageStarted() as event:
+            return fold_salvage(state, record, event)
         case JobSucceeded():
             require(state.phase is JobPhase.RUNNING and state.inflight is None, state, record, "not running")
             return _end(state, JobPhase.SUCCEEDED, "", 0)

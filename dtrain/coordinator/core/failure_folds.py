@@ -6,12 +6,14 @@ read these counts are in restarts.py.
 
 from dataclasses import replace
 
+from dtrain.coordinator.core.checkpoint_folds import require
 from dtrain.coordinator.core.events import (
     CheckpointQuarantined,
     FailureKind,
     GenerationFailed,
     JobFailed,
     RecordedEvent,
+    SalvageStarted,
 )
 from dtrain.coordinator.core.states import GenerationState, JobPhase, JobState, LastFailure, Suspicion
 
@@ -35,6 +37,16 @@ def fold_failure(
         last_failure=failure,
         last_error=_last_error(state.last_error, failure, further=further),
     )
+
+
+def fold_salvage(state: JobState, record: RecordedEvent, event: SalvageStarted) -> JobState:
+    """The state once a failed generation is kept for its checkpoint in flight."""
+    inflight = state.inflight
+    require(state.phase is JobPhase.RUNNING and inflight is not None, state, record, "none is in flight")
+    assert inflight is not None
+    same = (event.checkpoint, event.attempt) == (inflight.number, inflight.attempt)
+    require(same and not inflight.salvaging, state, record, "it is not the one in flight, or is salvaged already")
+    return replace(state, inflight=replace(inflight, salvage_time=record.time, salvage_wait_s=event.wait_s))
 
 
 def _described(generation: GenerationState, record: RecordedEvent, event: GenerationFailed) -> LastFailure:

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from dtrain.common.names import Step
 from dtrain.coordinator.core.events import (
     Cause,
-    CheckpointAborted,
     CheckpointQuarantined,
     Decision,
     FailureKind,
@@ -41,23 +40,13 @@ def reports(
 
 
 def failure(job: JobState, generation: GenerationState, observed: Observed, now: Now) -> Decision | None:
-    """The decision that ends a failed generation, one step at a time; None while it is healthy."""
-    found = (
+    """What a failed generation leads to, but for its checkpoint in flight; None while it is healthy."""
+    return (
         _damaged_restore(job, generation, observed)
         or _refused(job, generation, observed)
         or _failed_rank(job, generation, observed, now)
         or _lost_member(job, generation, observed, now)
     )
-    if found is None:
-        return None
-    if job.inflight is not None and not isinstance(found.event, CheckpointQuarantined):
-        aborted = CheckpointAborted(
-            checkpoint=job.inflight.number,
-            attempt=job.inflight.attempt,
-            reason=f"generation {generation.number} failed",
-        )
-        return Decision(event=aborted, cause=found.cause)
-    return found
 
 
 def _snapshot_number(observed: Observed, member: Member) -> int:

@@ -25,7 +25,6 @@ from dtrain.common.names import Step
 from dtrain.coordinator.core.culprits import Standing, culprit_of, top_of
 from dtrain.coordinator.core.events import (
     Cause,
-    CheckpointAborted,
     Decision,
     FailureKind,
     GenerationFailed,
@@ -67,7 +66,7 @@ class _Seen:
 def hang(job: JobState, generation: GenerationState, observed: Observed, now: Now) -> Decision | None:
     """The next decision about a generation in which nothing moves; None while it does."""
     if generation.hang is not None:
-        return _failed(job, generation, generation.hang)
+        return _failed(generation, generation.hang)
     if job.spec.hang_timeout_s == 0:
         return None
     seen = _look(job, generation, observed)
@@ -174,7 +173,7 @@ def _victims(generation: GenerationState, found: HangFound) -> tuple[Victim, ...
     return tuple(Victim(rank=rank, worker=workers[rank]) for rank in found.victims)
 
 
-def _failed(job: JobState, generation: GenerationState, found: HangFound) -> Decision:
+def _failed(generation: GenerationState, found: HangFound) -> Decision:
     cause = Cause(fact="hang")
     reason = f"it hung: no rank completed a step for {found.idle_s:.0f} s"
     error = ""
@@ -183,13 +182,6 @@ def _failed(job: JobState, generation: GenerationState, found: HangFound) -> Dec
         error = f"stuck: {top_of(first.stack)}"
         cause = Cause(fact="hang", worker=first.worker, rank=first.rank, detail=error, traceback=first.stack)
         reason += f"; rank {first.rank} on {first.worker} seems to be {error}"
-    if job.inflight is not None:
-        aborted = CheckpointAborted(
-            checkpoint=job.inflight.number,
-            attempt=job.inflight.attempt,
-            reason=f"generation {generation.number} hung",
-        )
-        return Decision(event=aborted, cause=cause)
     event = GenerationFailed(
         generation=generation.number,
         reason=reason,

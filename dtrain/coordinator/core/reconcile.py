@@ -8,7 +8,8 @@ and the first that applies wins:
     ended        nothing else
     CANCELLING   abort the attempt in flight; end once nothing of the job runs any more
     PENDING      fail for good if its failures say so; else start a generation as soon as they and workers allow
-    RUNNING      fail the generation, also one that hangs; settle the attempt in flight; succeed; start a checkpoint
+    RUNNING      fail the generation, also one that hangs, unless its checkpoint can be salvaged first; settle the
+                 attempt in flight; succeed; start a checkpoint
 """
 
 from collections.abc import Callable, Mapping
@@ -16,8 +17,16 @@ from typing import assert_never
 
 from dtrain.common.errors import InvariantError
 from dtrain.common.names import Generation, JobName
-from dtrain.coordinator.core import checkpoints, failures, hangs, placement, restarts, retention
-from dtrain.coordinator.core.events import Cause, CheckpointAborted, Decision, JobCancelled, JobSucceeded, Member
+from dtrain.coordinator.core import checkpoints, failures, hangs, placement, restarts, retention, salvages
+from dtrain.coordinator.core.events import (
+    Cause,
+    CheckpointAborted,
+    Decision,
+    GenerationFailed,
+    JobCancelled,
+    JobSucceeded,
+    Member,
+)
 from dtrain.coordinator.core.facts import Now, RankState
 from dtrain.coordinator.core.observed import Observed
 from dtrain.coordinator.core.states import GenerationState, JobPhase, JobState
@@ -68,9 +77,11 @@ def decide(
 
 
 def _running(job: JobState, generation: GenerationState, observed: Observed, now: Now) -> Decision | None:
+    failed = failures.failure(job, generation, observed, now) or hangs.hang(job, generation, observed, now)
+    if failed is not None and isinstance(failed.event, GenerationFailed) and job.inflight is not None:
+        failed = salvages.before_failure(job, generation, job.inflight, observed, now, failed)
     return (
-        failures.failure(job, generation, observed, now)
-        or hangs.hang(job, generation, observed, now)
+        failed
         or checkpoints.settle(job, generation, observed, now)
         or _success(job, generation, observed)
         or (checkpoints.start(job, generation, observed, now) if job.inflight is None else None)

@@ -18,7 +18,7 @@
 
     Checkpoint events: STARTED -> ABORTED or COMMITTED; COMMITTED -> QUARANTINED; COMMITTED -> EXPIRED ->
     DELETED; ABORTED -> SWEPT. At most one is in flight, and only while RUNNING; it is settled before its
-    generation ends. The newest sound one never expires.
+    generation ends; SalvageStarted says that a failed generation is kept for that. The newest sound one never expires.
 
 `evolve` raises InvariantError on any other transition and changes nothing, so a log that could not have been
 written by these rules is refused at replay.
@@ -81,6 +81,12 @@ class InflightCheckpoint:
     generation: Generation  # Invariant: the active generation
     step: Step
     position: Position  # of its CheckpointStarted
+    salvage_time: float = 0.0  # unix time since when it is all that its failed generation is waited for; 0: it is not
+    salvage_wait_s: float = 0.0  # how long at most
+
+    @property
+    def salvaging(self) -> bool:
+        return self.salvage_time > 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -176,6 +176,8 @@ def _status(loop: LeaderLoop, job: JobState) -> wire.JobStatus:
         status.last_failure.CopyFrom(failure_to_wire(job.last_failure))
     if job.phase is JobPhase.PENDING:
         status.waiting_for = waiting_for(job, loop.observed, loop.jobs, loop.now())
+    elif job.inflight is not None and job.inflight.salvaging:
+        status.waiting_for = f"checkpoint {job.inflight.number} to be stored, which its failed generation had staged"
     if generation is not None:
         for member, report in reports(job, generation, loop.observed):
             status.ranks.extend(wire.JobRank(worker=member.worker, report=rank_to_wire(rank)) for rank in report.ranks)

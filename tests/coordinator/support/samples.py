@@ -27,6 +27,7 @@ from dtrain.coordinator.core.events import (
     RankStack,
     RestorePoint,
     RunInterrupted,
+    SalvageStarted,
     ShardRecord,
     Victim,
 )
@@ -83,6 +84,9 @@ EVENTS: tuple[Event, ...] = (
         stacks=(RankStack(rank=1, worker="w1", step=_STEP, stack=_ODD_TEXT),),
     ),
     CheckpointStarted(checkpoint=_CHECKPOINT, attempt=_ATTEMPT, generation=_GENERATION, step=_STEP),
+    SalvageStarted(
+        checkpoint=_CHECKPOINT, attempt=_ATTEMPT, generation=_GENERATION, step=_STEP, wait_s=2.5, reason=_ODD_TEXT
+    ),
     CheckpointAborted(checkpoint=_CHECKPOINT, attempt=_ATTEMPT, reason="missed", missed=True),
     CheckpointCommitted(
         checkpoint=_CHECKPOINT,

@@ -1,0 +1,136 @@
+"""What becomes of a checkpoint in flight when its generation fails.
+
+The staged bytes lie in shared memory and belong to the workers, so the death of a trainer does not touch them. If every
+rank had staged when the generation failed, the checkpoint can still be committed, and the next generation starts from
+it instead of doing its steps again:
+
+    SalvageStarted       the generation has failed; nothing is stopped while its checkpoint is waited for
+    CheckpointCommitted  in time: the next generation starts from it
+    CheckpointAborted    too late, or a rank's bytes are lost: the next generation starts from the one before
+    GenerationFailed     follows either at once
+
+How long the wait may be: as long as the steps at stake would take again. How fast storage is just now nobody knows, but
+by this rule the wait never costs more than was to be saved, and the whole never more than twice the best.
+
+Until it is over the generation stays active. So no worker is told to stop, and none gives an upload up.
+"""
+
+from enum import Enum
+
+from dtrain.common.names import WorkerId
+from dtrain.coordinator.core.checkpoints import acknowledged
+from dtrain.coordinator.core.events import Cause, CheckpointAborted, Decision, GenerationFailed, SalvageStarted
+from dtrain.coordinator.core.facts import Now, ShardPhase, ShardReport
+from dtrain.coordinator.core.failures import reports
+from dtrain.coordinator.core.observed import Observed
+from dtrain.coordinator.core.states import GenerationState, InflightCheckpoint, JobState
+
+WAIT_MAX_S = 60.0  # storage that takes longer may well be down
+# Less than this is not worth a wait: one round trip to storage takes as long.
+WAIT_MIN_S = 0.2
+# For the manifest alone, when every shard is stored: a small object, always worth it.
+MANIFEST_WAIT_S = 2.0
+# A wait is timed by the clocks of two leaders when they change in the middle; they may differ by so much.
+CLOCKS_DIFFER_S = 5.0
+
+
+class _Hope(Enum):
+    STORED = "every shard is stored"
+    STAGED = "every shard is stored, or staged on a worker that lives"
+    UNKNOWN = "not every worker has said what it has"
+    NONE = "a rank's bytes are lost, or never were"
+
+
+def before_failure(
+    job: JobState,
+    generation: GenerationState,
+    inflight: InflightCheckpoint,
+    observed: Observed,
+    now: Now,
+    failed: Decision,
+) -> Decision | None:
+    """What precedes the end of a generation with a checkpoint in flight; None while that is waited for."""
+    hope = _hope(job, generation, inflight, observed, now)
+    if inflight.salvaging:
+        if hope is _Hope.NONE:
+            return _abort(inflight, f"generation {inflight.generation} failed, and what it had staged is lost", failed)
+        if not _in_time(inflight, now):
+            reason = f"generation {inflight.generation} failed, and what it had staged was not stored within "
+            return _abort(inflight, f"{reason}{inflight.salvage_wait_s:.1f} s", failed)
+        return None
+    match hope:
+        case _Hope.UNKNOWN:
+            return None  # a new leader: each worker reports in a moment, or is lost after a while
+        case _Hope.NONE:
+            return _abort(inflight, f"generation {inflight.generation} failed", failed)
+        case _Hope.STORED | _Hope.STAGED:
+            wait_s = _worth_s(job, generation, inflight, observed)
+            if hope is _Hope.STORED:
+                wait_s = max(wait_s, MANIFEST_WAIT_S)
+            if wait_s < WAIT_MIN_S:
+                return _abort(inflight, f"generation {inflight.generation} failed", failed)
+            assert isinstance(failed.event, GenerationFailed)
+            event = SalvageStarted(
+                checkpoint=inflight.number,
+                attempt=inflight.attempt,
+                generation=inflight.generation,
+                step=inflight.step,
+                wait_s=round(wait_s, 3),
+                reason=failed.event.reason,
+            )
+            return Decision(event=event, cause=failed.cause)
+
+
+def _abort(inflight: InflightCheckpoint, reason: str, failed: Decision) -> Decision:
+    event = CheckpointAborted(checkpoint=inflight.number, attempt=inflight.attempt, reason=reason)
+    return Decision(event=event, cause=Cause(fact=failed.cause.fact, worker=failed.cause.worker))
+
+
+def _in_time(inflight: InflightCheckpoint, now: Now) -> bool:
+    return -CLOCKS_DIFFER_S <= now.wall_s - inflight.salvage_time < inflight.salvage_wait_s
+
+
+def _worth_s(job: JobState, generation: GenerationState, inflight: InflightCheckpoint, observed: Observed) -> float:
+    """Seconds that the steps between the newest checkpoint and this one would take again, within the bound."""
+    newest = job.newest_restorable
+    steps = inflight.step - (newest.step if newest is not None else 0)
+    times = [
+        rank.step_s for _, report in reports(job, generation, observed) for rank in report.ranks if rank.step_s > 0
+    ]
+    return min(steps * min(times, default=0.0), WAIT_MAX_S)
+
+
+def _hope(
+    job: JobState, generation: GenerationState, inflight: InflightCheckpoint, observed: Observed, now: Now
+) -> _Hope:
+    if acknowledged(job, generation, inflight, observed) is not None:
+        return _Hope.STORED
+    unknown = False
+    for member in generation.members:
+        view = observed.view(member.worker)
+        report = observed.assignment(member.worker, job.name, generation.number)
+        if report is None:
+            if view.snapshot is not None or observed.lost(member.worker, now):
+                return _Hope.NONE
+            unknown = True
+            continue
+        shards = {shard.rank: shard for shard in report.shards if shard.attempt == inflight.attempt}
+        uploads = not _gone(observed, member.worker, member.journal, now, patient=inflight.salvaging)
+        if not all(_is_safe(shards.get(rank), inflight, uploads=uploads) for rank in member.ranks):
+            return _Hope.NONE
+    return _Hope.UNKNOWN if unknown else _Hope.STAGED
+
+
+def _is_safe(shard: ShardReport | None, inflight: InflightCheckpoint, *, uploads: bool) -> bool:
+    """Whether this rank's bytes are stored, or on their way."""
+    if shard is None or shard.step != inflight.step:
+        return False
+    return shard.phase is ShardPhase.DURABLE or (shard.phase is ShardPhase.STAGED and uploads)
+
+
+def _gone(observed: Observed, worker: WorkerId, journal: str, now: Now, *, patient: bool) -> bool:
+    """Whether this worker will not finish its uploads; ``patient``: a broken stream may be a worker that restarts."""
+    view = observed.view(worker)
+    if view.snapshot is None or view.journal != journal or view.snapshot.phase == "stopping":
+        return True
+    return observed.lost(worker, now) if patient else not view.connected
