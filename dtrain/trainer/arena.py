@@ -108,6 +108,7 @@ class ArenaPreparation:
         self._wanted = threading.Event()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
+        self._gpu: int | None = None  # the training thread's, if it uses one
         self._needed_bytes = 0  # of one slot; set before _wanted
         self._mapped_bytes = 0  # of one slot, once both are mapped; set by the thread
 
@@ -118,6 +119,8 @@ class ArenaPreparation:
 
     def look(self) -> None:
         """The state has its lasting size, the first step being over; or a checkpoint failed for want of a slot."""
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            self._gpu = torch.cuda.current_device()
         self._wanted.set()
 
     def want(self, needed_bytes: int) -> None:
@@ -159,6 +162,8 @@ class ArenaPreparation:
             first, size_bytes = mailbox.slots
             if size_bytes >= needed_bytes:
                 _give_way()  # not before: a thread that gave way while it held the GIL would hold training up
+                if self._gpu is not None:  # a new thread has the first: using that would take memory of a peer's
+                    torch.cuda.set_device(self._gpu)
                 self._slots.map_pair(first, size_bytes, self._stop)
                 self._mapped_bytes = size_bytes
                 return

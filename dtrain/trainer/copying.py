@@ -1,5 +1,11 @@
 """Copying a rank's tensors to where their shard lies: the only thing that training waits for.
 
+From a GPU the copies run beside the training process: on a stream of their own, straight into pages that CUDA knows.
+The training stream waits for them (an event, on the device), so that nothing it does later can change what is copied,
+while Python goes on at once and gives it the next step. Not the next optimizer step alone is held back, though only
+that one changes parameters as a rule: a replayed graph and an update written by hand run no hook of an optimizer, and
+a torn state would be silent. Whether the bytes have arrived is asked at the next step boundary (:class:`Arriving`).
+
 A copy of many tensors should cost what one copy of as many bytes costs. So:
 
 - plain tensors go by ``memmove``, which releases the GIL and knows nothing of tensors; only what is strided,
@@ -15,6 +21,7 @@ written over, which costs half the speed: the worker lowers that threshold in it
 import ctypes
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
 
 import torch
 
@@ -25,6 +32,12 @@ THREAD_MIN_BYTES = 4 * 1024 * 1024  # less for each thread is sooner copied by o
 THREADS_MAX = 16  # a few cores fill any memory's bandwidth
 
 Span = tuple[int, int, int]  # target address, source address, bytes
+
+
+class Event(Protocol):
+    """What is waited for: torch.cuda.Event."""
+
+    def synchronize(self) -> None: ...
 
 
 class Copier:
@@ -68,52 +81,74 @@ class Copier:
         return self._pool
 
 
+class Arriving:
+    """Copies from GPUs that are still on their way. What they read is kept until they are there."""
+
+    def __init__(self, events: Sequence[Event], reading: Sequence[torch.Tensor]) -> None:
+        self._events = events  # each comes when one GPU's copies are there
+        self._reading = reading
+
+    def wait(self) -> None:
+        """Return when all bytes are there. Raises RuntimeError if a GPU failed."""
+        for event in self._events:
+            event.synchronize()
+        self._reading = ()
+
+
 def copy_tensors(
     copier: Copier, tensors: dict[str, torch.Tensor], starts: dict[str, int], target: memoryview, *, pinned: bool
-) -> None:
+) -> Arriving | None:
     """Copy each tensor's elements, dense and in order, to its start in ``target`` (writable memory).
 
-    ``pinned``: CUDA knows the target's pages, so that its copies need no detour.
+    ``pinned``: CUDA knows the target's pages, so that its copies need no detour and nobody waits for them here.
+    Return what is still on its way; None if all is there. The target must stay where it is until then.
     """
     anchor = ctypes.c_char.from_buffer(target)  # holds the memory for as long as its address is in use
     base = ctypes.addressof(anchor)
     spans: list[Span] = []
-    on_gpu: list[str] = []
+    on_gpu: dict[str, torch.Tensor] = {}
     for name, tensor in tensors.items():
         if tensor.device.type == "cpu" and tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg()):
             if length := size_bytes(tensor):
                 spans.append((base + starts[name], tensor.data_ptr(), length))
         elif tensor.is_cuda:
-            on_gpu.append(name)
+            if tensor.numel():
+                on_gpu[name] = tensor
         elif tensor.numel():
             with torch.no_grad():
                 _view(target, starts[name], tensor).copy_(tensor)
-    arriving = _begin_from_gpus({name: tensors[name] for name in on_gpu}, starts, target, pinned=pinned)
+    arriving = _begin_from_gpus(on_gpu, starts, target, pinned=pinned) if on_gpu else None
     copier.copy(spans)
-    for stream in arriving:
-        stream.synchronize()
     del anchor
+    if arriving is not None and not pinned:
+        arriving.wait()
+        return None
+    return arriving
 
 
 def _begin_from_gpus(
     tensors: dict[str, torch.Tensor], starts: dict[str, int], target: memoryview, *, pinned: bool
-) -> list[torch.cuda.Stream]:
-    """Begin the copies from each GPU on a stream of their own. Wait for them by each one's synchronize().
+) -> Arriving:
+    """Begin the copies from each GPU on a stream of their own.
 
-    A stream starts after what the training stream was given so far, so the values are those of this step; and it is
-    waited for before training goes on, so no later step can change them.
+    That stream starts after what the training stream was given so far, so the values are those of this step; and the
+    training stream goes on after it, so no later step can change them.
     """
     streams: dict[torch.device, torch.cuda.Stream] = {}
     for name, tensor in tensors.items():
-        if not tensor.numel():
-            continue
         device = tensor.device
         if device not in streams:
             streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             streams[device].wait_stream(torch.cuda.current_stream(device))
         with torch.no_grad(), torch.cuda.stream(streams[device]):
             _view(target, starts[name], tensor).copy_(tensor, non_blocking=pinned)
-    return list(streams.values())
+    events = []
+    for device, stream in streams.items():
+        event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # whoever waits for it sleeps, and leaves the core to the others
+        event.record(stream)
+        torch.cuda.current_stream(device).wait_event(event)
+        events.append(event)
+    return Arriving(events, list(tensors.values()))
 
 
 def _view(target: memoryview, start: int, tensor: torch.Tensor) -> torch.Tensor:

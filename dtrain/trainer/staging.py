@@ -15,7 +15,7 @@ import torch
 from dtrain.storage import shards
 from dtrain.storage.shards import ShardLayout, ShardPlan, TensorEntry
 from dtrain.storage.tensor_codes import CODE_OF_DTYPE, size_bytes
-from dtrain.trainer.copying import Copier, copy_tensors
+from dtrain.trainer.copying import Arriving, Copier, copy_tensors
 from dtrain.trainer.parts import TensorPart
 from dtrain.trainer.tracking import CapturedState
 
@@ -32,15 +32,16 @@ class ShardImage:
     plan: ShardPlan
     tensors: dict[str, torch.Tensor]
 
-    def copy_into(self, target: memoryview, copier: Copier, *, pinned: bool = False) -> None:
+    def copy_into(self, target: memoryview, copier: Copier, *, pinned: bool = False) -> Arriving | None:
         """Write the shard at the start of ``target``, which has ``plan.total_bytes`` at least.
 
-        ``pinned``: CUDA knows the pages of ``target``.
+        ``pinned``: CUDA knows the pages of ``target``; then bytes may still be on their way, which is returned.
         """
         start = self.plan.data_start
         starts = {name: start + begin for name, (begin, _) in self.plan.data_offsets.items()}
-        copy_tensors(copier, self.tensors, starts, target, pinned=pinned)
+        arriving = copy_tensors(copier, self.tensors, starts, target, pinned=pinned)
         target[:start] = self.plan.header
+        return arriving
 
 
 class ShardLayouts:

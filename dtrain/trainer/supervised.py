@@ -22,6 +22,9 @@ still be on its way to storage, and the coordinator has one in flight at a time.
 
 A state that cannot be stored (a value no checkpoint can hold, shared memory full) is reported, and training goes on.
 
+Bytes that come from a GPU may still be on their way when training goes on. The state counts as staged, and is told to
+the worker, at the first boundary after that (or when the steps are over), where they are waited for.
+
 A slot is marked as empty before it is written and as holding this request's state when it is whole, so that a trainer
 killed in between leaves nothing that could be taken for a checkpoint.
 """
@@ -31,6 +34,7 @@ import gc
 import logging
 import mmap
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic, perf_counter_ns, sleep
 
@@ -39,8 +43,8 @@ from dtrain.common.errors import UserError
 from dtrain.common.failpoints import Point
 from dtrain.common.mailbox import MAILBOX_BYTES, Mailbox, TrainerPhase, unpack
 from dtrain.common.names import Step
-from dtrain.trainer.arena import ArenaPreparation, StageSlots
-from dtrain.trainer.copying import Copier
+from dtrain.trainer.arena import ArenaPreparation, SlotMemory, StageSlots
+from dtrain.trainer.copying import Arriving, Copier
 from dtrain.trainer.failures import one_line
 from dtrain.trainer.restoring import Plan, restore_from_worker
 from dtrain.trainer.stacks import answer_with_stacks
@@ -51,6 +55,18 @@ _log = logging.getLogger("dtrain")
 
 HOLD_S = 900.0  # longer than the coordinator lets an attempt in flight block the next one
 HOLD_POLL_S = 0.005
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Staging:
+    """A state that was given to a slot."""
+
+    request: int
+    step: int
+    slot: int
+    size_bytes: int
+    memory: SlotMemory  # kept while bytes arrive there
+    arriving: Arriving | None  # None: all bytes are there
 
 
 class WorkerStation:
@@ -69,6 +85,7 @@ class WorkerStation:
         self._preparation = ArenaPreparation(self._slots, self._mailbox, self._copier)
         self._first_step_is_due = False  # whether the preparation waits for the end of the first step
         self._capture: Callable[[Step], CapturedState] | None = None  # set by begin()
+        self._staging: _Staging | None = None  # what is on its way from a GPU
         self._answered = 0  # the last request that was staged, missed or failed; 0 before the first
         self._step_began_ns = 0  # perf_counter_ns() at the end of the last boundary
         self._error_shown = False  # whether the error region tells of a failed staging
@@ -117,6 +134,9 @@ class WorkerStation:
         now_ns = perf_counter_ns()
         mailbox.step_ns = now_ns - self._step_began_ns
         self._step_began_ns = now_ns
+        if self._staging is not None:
+            self._settle()
+            self._step_began_ns = perf_counter_ns()
         if mailbox.request != self._answered:
             self._answer(mailbox.request, step)
             self._step_began_ns = perf_counter_ns()
@@ -126,9 +146,11 @@ class WorkerStation:
 
     def finish(self) -> None:
         """No step will follow. Waits until the last state is staged, if the job wants it and it is not yet."""
+        self._settle()
         began, until = self._steps
         if self._save_last and self._mailbox.completed_step == until > began and self._mailbox.tracking:
             self._hold(until)
+            self._settle()
         request = self._mailbox.request
         if request != self._answered:
             self._mailbox.missed = self._answered = request
@@ -200,24 +222,44 @@ class WorkerStation:
             slot = self._slots.choose(mailbox.stage_slot)
             memory = self._slots.reserve(slot, image.plan.total_bytes)
             mailbox.begin_staging(slot)
-            image.copy_into(memoryview(memory.pages), self._copier, pinned=memory.pinned)
+            arriving = image.copy_into(memoryview(memory.pages), self._copier, pinned=memory.pinned)
             failpoints.hit(Point.STAGE_WITHIN)
         except Exception as error:  # whatever a script's state_dict() may raise: no checkpoint stops training
-            _log.warning("the state of step %d could not be stored", step, exc_info=True)
-            mailbox.error = f"step {step} could not be stored: {one_line(error)}"
-            self._error_shown = True
             mailbox.stall_ns = perf_counter_ns() - began_ns
-            mailbox.stage_failed = request
-            self._preparation.look()  # it may have been a slot that was missing
+            self._stage_failed(request, step, error)
+            return
+        mailbox.stall_ns = perf_counter_ns() - began_ns
+        self._staging = _Staging(
+            request=request, step=step, slot=slot, size_bytes=image.plan.total_bytes, memory=memory, arriving=arriving
+        )
+        if arriving is None:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Wait for what is on its way, and tell the worker that it is staged."""
+        staging, self._staging = self._staging, None
+        if staging is None:
+            return
+        try:
+            if staging.arriving is not None:
+                staging.arriving.wait()
+        except RuntimeError as error:
+            self._stage_failed(staging.request, staging.step, error)
             return
         if self._error_shown:
-            mailbox.error = ""
+            self._mailbox.error = ""
             self._error_shown = False
-        mailbox.stall_ns = perf_counter_ns() - began_ns
-        self._slots.staged(slot)
-        mailbox.publish_staged(request, slot=slot, size_bytes=image.plan.total_bytes)
+        self._slots.staged(staging.slot)
+        self._mailbox.publish_staged(staging.request, slot=staging.slot, size_bytes=staging.size_bytes)
         failpoints.hit(Point.STAGE_AFTER)
-        self._preparation.want(image.plan.total_bytes)
+        self._preparation.want(staging.size_bytes)
+
+    def _stage_failed(self, request: int, step: int, error: Exception) -> None:
+        _log.warning("the state of step %d could not be stored", step, exc_info=error)
+        self._mailbox.error = f"step {step} could not be stored: {one_line(error)}"
+        self._error_shown = True
+        self._mailbox.stage_failed = request
+        self._preparation.look()  # it may have been a slot that was missing
 
 
 @contextlib.contextmanager

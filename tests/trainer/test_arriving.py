@@ -1,0 +1,98 @@
+"""Bytes that a GPU still sends when training goes on: the state counts as staged only once they are there.
+
+The GPU is played: an event that says when it is waited for. What CUDA does with streams is not tested here.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from dtrain.common.mailbox import pack
+from dtrain.common.names import Step
+from dtrain.trainer.copying import Arriving, Copier
+from dtrain.trainer.data_position import DataPosition
+from dtrain.trainer.staging import ShardImage
+from dtrain.trainer.supervised import WorkerStation
+from dtrain.trainer.tracking import TrackedState
+from tests.trainer.playing_worker import RankFolder
+
+
+class Played:
+    """A GPU's event."""
+
+    def __init__(self) -> None:
+        self.waited = 0
+        self.broken = False
+
+    def synchronize(self) -> None:
+        self.waited += 1
+        if self.broken:
+            raise RuntimeError("CUDA error: the GPU has fallen off the bus")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[RankFolder]:
+    with RankFolder(tmp_path / "g1", rank=0, world_size=1) as it:
+        yield it
+
+
+@pytest.fixture
+def event(monkeypatch: pytest.MonkeyPatch) -> Played:
+    """Every copy is still on its way when it returns."""
+    played, copy = Played(), ShardImage.copy_into
+
+    def begun(self: ShardImage, target: memoryview, copier: Copier, *, pinned: bool = False) -> Arriving:
+        copy(self, target, copier, pinned=pinned)
+        return Arriving([played], list(self.tensors.values()))
+
+    monkeypatch.setattr(ShardImage, "copy_into", begun)
+    return played
+
+
+@pytest.fixture
+def station(folder: RankFolder) -> Iterator[WorkerStation]:
+    tracked, position = TrackedState(), DataPosition([torch.zeros(1)])
+    tracked.add("model", torch.nn.Linear(2, 2))
+    position.next_batch()
+    it = WorkerStation(folder.path, rank=0, world_size=1)
+    it.track()
+    it.begin(step=Step(0), until=Step(3), capture=lambda step: tracked.capture(step, position))
+    yield it
+    it.close()
+
+
+def test_training_goes_on_and_the_state_is_staged_at_the_next_boundary(
+    folder: RankFolder, station: WorkerStation, event: Played
+) -> None:
+    folder.mailbox.ask(pack(1, 1), slot=0)
+    station.boundary(Step(1))
+    assert event.waited == 0, "nobody waited"
+    assert folder.mailbox.staged[0] == 0 and folder.mailbox.slot_holds(0) == 0, "nothing looks like a state yet"
+    folder.mailbox.ask(pack(2, 2), slot=1)
+    station.boundary(Step(2))
+    assert event.waited == 1
+    assert folder.mailbox.staged[:2] == (pack(1, 1), 0) and folder.mailbox.slot_holds(0) == pack(1, 1)
+    station.boundary(Step(3))
+    assert folder.mailbox.staged[:2] == (pack(2, 2), 1)
+
+
+def test_the_state_of_the_last_step_is_waited_for_at_the_end(
+    folder: RankFolder, station: WorkerStation, event: Played
+) -> None:
+    folder.mailbox.ask(pack(1, 1), slot=0)
+    station.boundary(Step(1))
+    station.finish()
+    assert event.waited == 1 and folder.mailbox.staged[:2] == (pack(1, 1), 0)
+
+
+def test_bytes_that_never_arrive_are_a_failed_checkpoint_and_no_more(
+    folder: RankFolder, station: WorkerStation, event: Played
+) -> None:
+    folder.mailbox.ask(pack(1, 1), slot=0)
+    station.boundary(Step(1))
+    event.broken = True
+    station.boundary(Step(2))
+    assert folder.mailbox.stage_failed == pack(1, 1) and "fallen off the bus" in folder.mailbox.error
+    assert folder.mailbox.staged[0] == 0 and folder.mailbox.slot_holds(0) == 0
