@@ -9,6 +9,7 @@ from functools import lru_cache
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from dtrain.trainer.parts import TensorPart
 
@@ -30,18 +31,19 @@ def local_part(tensor: torch.Tensor, path: str) -> tuple[torch.Tensor, TensorPar
     if coordinate is None:  # this rank is no member of the mesh
         empty = (0,) * tensor.dim()
         return local.detach(), TensorPart(global_shape=tuple(tensor.shape), offsets=empty, stored_here=False)
-    (chunk,) = tensor.__create_chunk_list__()  # type: ignore[no-untyped-call]
-    if tuple(chunk.sizes) != tuple(local.shape):
+    # What DTensor tells torch.distributed.checkpoint, asked without it: its import would be part of the first stall.
+    shape, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    if tuple(shape) != tuple(local.shape):
         raise TypeError(
             f"{path} is a DTensor whose part on this rank is not one box ({tuple(local.shape)} held, "
-            f"{tuple(chunk.sizes)} told): give tensor.full_tensor()."
+            f"{tuple(shape)} told): give tensor.full_tensor()."
         )
     first = is_first_of_copies(tensor.device_mesh) and all(
         at == 0 for at, placement in zip(coordinate, tensor.placements, strict=True) if is_replica(placement)
     )
     part = TensorPart(
         global_shape=tuple(tensor.shape),
-        offsets=tuple(chunk.offsets),
+        offsets=tuple(offsets),
         stored_here=first and (local.numel() > 0 or tensor.numel() == 0),
     )
     return local.detach(), part

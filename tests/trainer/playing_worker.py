@@ -117,7 +117,7 @@ class RankFolder:
     def wait_exit(self) -> int:
         """Return the exit code."""
         assert self.process is not None
-        return self.process.wait(DEADLINE_S)
+        return self.process.wait(2 * DEADLINE_S)  # a whole run, of several ranks on few cores
 
     def wait_until(self, fact: Callable[[Mailbox], bool], what: str) -> None:
         """Wait until the mailbox shows ``fact``; fail at once, with the output, if the process ends before."""
