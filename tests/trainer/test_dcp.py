@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 import dtrain
 from dtrain.common.errors import UserError
+from dtrain.storage.dcp import StoreReader, StoreWriter
 from dtrain.storage.local import LocalFolder
 from dtrain.storage.verify import verify_checkpoint
 from tests.trainer.playing_worker import DEADLINE_S, clean_environment
@@ -50,13 +51,13 @@ def test_a_plain_program_saves_in_one_world_and_loads_in_another(world: int, the
     assert verify_checkpoint(LocalFolder(tmp_path / "store"), marker) == []
     together("load", tmp_path, then)
     with pytest.raises(UserError, match="already: give another number"):
-        dtrain.dcp.StoreWriter(str(tmp_path / "store"), job="plain", checkpoint=3)
+        StoreWriter(str(tmp_path / "store"), job="plain", checkpoint=3)
 
 
 def test_a_jobs_own_checkpoint_is_read_by_torchs_loader(tmp_path: Path) -> None:
     train(tmp_path / "results", 3, DTRAIN_LOCAL_STORE=str(tmp_path / "store"), DTRAIN_JOB="mine")
     model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Dropout(0.5), torch.nn.Linear(16, 1))
-    reader = dtrain.dcp.StoreReader(str(tmp_path / "store"), job="mine")
+    reader = StoreReader(str(tmp_path / "store"), job="mine")
     dcp.load({"model": model.state_dict()}, storage_reader=reader, no_dist=True)
     for name, tensor in load_file(tmp_path / "results" / "final.safetensors").items():
         assert torch.equal(model.state_dict()[name], tensor)
@@ -64,4 +65,8 @@ def test_a_jobs_own_checkpoint_is_read_by_torchs_loader(tmp_path: Path) -> None:
 
 def test_a_job_without_a_checkpoint_is_one_clear_sentence(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no committed checkpoint of nobody"):
-        dtrain.dcp.StoreReader(str(tmp_path), job="nobody").read_metadata()
+        StoreReader(str(tmp_path), job="nobody").read_metadata()
+
+
+def test_the_short_name_is_the_same_module() -> None:
+    assert (dtrain.dcp.StoreReader, dtrain.dcp.StoreWriter) == (StoreReader, StoreWriter)
