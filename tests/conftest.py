@@ -13,6 +13,16 @@ SESSION_MARK = "TESTSESSION_MARK"  # inherited by every process that a test star
 GONE_WITHIN_S = 20.0
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--regenerate", action="store_true", help="write what golden tests compare with; look at the diff")
+
+
+@pytest.fixture
+def regenerate(request: pytest.FixtureRequest) -> bool:
+    """Whether golden files are to be written anew."""
+    return bool(request.config.getoption("--regenerate"))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def no_process_is_left_behind() -> Iterator[None]:
     """Set up first, so torn down last: after the servers that tests share."""
