@@ -6,7 +6,6 @@ everything in memory. Both end with their context, and keep nothing outside the 
 
 import json
 import os
-import socket
 import subprocess
 import sysconfig
 import time
@@ -19,6 +18,8 @@ from typing import TYPE_CHECKING
 import boto3.session
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
+
+from tests.support.ports import free_ports
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -78,7 +79,7 @@ def open_uploads(server: S3Server, prefix: str = "") -> list[str]:
 def seaweedfs(folder: Path, *, bucket: str = "dtrain-test") -> Iterator[S3Server]:
     """Run SeaweedFS with its data in ``folder``; kill it on leaving."""
     for tries_left in reversed(range(PORT_TRIES)):
-        ports = _free_ports(9)
+        ports = free_ports(9)
         process = _start(folder, ports)
         try:
             server = S3Server(
@@ -183,14 +184,6 @@ def _wait_until_ready(server: S3Server, process: "subprocess.Popen[bytes]") -> b
         except subprocess.TimeoutExpired:
             continue
     raise TimeoutError(f"SeaweedFS was not ready after {START_DEADLINE_S} s: {last}")
-
-
-def _free_ports(count: int) -> list[int]:
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [int(each.getsockname()[1]) for each in sockets]
 
 
 def _remove_sockets(ports: list[int]) -> None:
