@@ -26,6 +26,7 @@ from dtrain.storage.keys import manifest_key, marker_key
 from dtrain.storage.manifests import CommitMarker, Manifest, ShardEntry, encode
 from dtrain.storage.uris import open_store
 from dtrain.worker.arenas import Arenas
+from dtrain.worker.bandwidth import BandwidthCap
 from dtrain.worker.core.actions import FetchRestore, Upload
 from dtrain.worker.core.inputs import MailboxSeen, RestoreDamaged, RestoreReady, UploadDone, UploadFailed
 from dtrain.worker.core.states import CheckpointRequest, RestoreSource, TrainersSpec
@@ -82,7 +83,9 @@ class Node:
             self.dirs, self._provided, lambda *_: None, self.tasks.begin, (lambda _: none) if in_files else free_for
         )
         self.mailboxes = Mailboxes(self._see, progress_every_s=0.0, on_need=self.arenas.provide)
-        self.uploads = Uploads(self._answered, self.mailboxes.slot_holds, self.arenas.keep, self.tasks.begin)
+        self.uploads = Uploads(
+            self._answered, self.mailboxes.slot_holds, self.arenas.keep, self.tasks.begin, BandwidthCap(None)
+        )
         self.restores = Restores(self.restored.append, self.dirs, self.tasks.begin)
 
     def _see(self, seen: MailboxSeen) -> None:

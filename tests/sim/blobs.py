@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dtrain.common.errors import ShardDamagedError
+from dtrain.storage.metering import UNMETERED, Meter
 from dtrain.storage.objects import AlreadyExists, NotFound, ObjectInfo, StorageFull, StorageUnavailable
 from dtrain.storage.parts import FileParts
 from tests.sim.loop import CURRENT, SimLoop
@@ -78,10 +79,13 @@ class Blobs:
             raise StorageFull(f"{key}: no room")
         self._call("put", act)
 
-    def put_file(self, key: str, source: FileParts) -> None:
+    def put_file(self, key: str, source: FileParts, *, meter: Meter = UNMETERED) -> None:
         self._wait()  # the bytes are read while they travel, not when the call begins
         ranges = (os.pread(source.file, end - begin, begin) for begin, end in source.ranges)
-        self.put(key, b"".join((source.head, *ranges)))
+        whole = b"".join((source.head, *ranges))
+        meter.before(len(whole))
+        self.put(key, whole)
+        meter.moved(len(whole))
 
     def abandon(self, prefix: str) -> None:
         """A put here is whole or was never begun."""
