@@ -22,6 +22,7 @@ from benchmarks.checkpoint.bare import bare_send
 from dtrain.common.digests import blob_digest
 from dtrain.common.mailbox import MAILBOX_BYTES, Mailbox, RestoreState, pack
 from dtrain.common.names import AttemptNumber, CheckpointNumber, Generation, JobName, Step
+from dtrain.storage.free_memory import Free, free_for
 from dtrain.storage.keys import manifest_key, marker_key
 from dtrain.storage.manifests import CommitMarker, Manifest, ShardEntry, encode
 from dtrain.storage.uris import open_store
@@ -31,7 +32,6 @@ from dtrain.worker.core.actions import FetchRestore, Upload
 from dtrain.worker.core.inputs import MailboxSeen, RestoreDamaged, RestoreReady, UploadDone, UploadFailed
 from dtrain.worker.core.states import CheckpointRequest, RestoreSource, TrainersSpec
 from dtrain.worker.environment import trainer_environment
-from dtrain.worker.free_memory import Free, free_for
 from dtrain.worker.mailboxes import Mailboxes
 from dtrain.worker.rank_dirs import RankDirs, RankId, open_mailbox
 from dtrain.worker.restores import Restores

@@ -11,12 +11,14 @@ still. Two threads share the work:
 
 A checkpoint that is asked for before that is over is not refused: the training thread then allocates and maps what
 it needs by itself, and pays for it once. Space is always allocated before it is mapped: writing into a hole of a
-full shared memory would kill the process with SIGBUS, where an allocation fails with an error.
+full shared memory would kill the process with SIGBUS, where an allocation fails with an error. And memory is looked at
+before it is taken, as the worker does: beyond what a control group has, the kernel kills without a word.
 
 A map is never closed, only let go of: whoever still uses its memory keeps it alive.
 """
 
 import ctypes
+import errno
 import logging
 import mmap
 import os
@@ -28,6 +30,7 @@ from pathlib import Path
 import torch
 
 from dtrain.common.mailbox import PAIR_SLOTS, STAGE_SLOTS, Mailbox
+from dtrain.storage.free_memory import Free, free_for
 from dtrain.trainer.copying import Copier
 
 _log = logging.getLogger("dtrain")
@@ -56,7 +59,8 @@ class SlotMemory:
 class StageSlots:
     """All slots. ``reserve`` is for the training thread, ``map_pair`` for the preparing one."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, free: Callable[[Path], Free] = free_for) -> None:
+        self._free = free
         self._paths = [folder / f"slot{number}" for number in range(STAGE_SLOTS)]
         self._memories: list[SlotMemory | None] = [None] * STAGE_SLOTS
         self._last_staged = PAIR_SLOTS - 1  # so that the first goes to slot 0
@@ -69,6 +73,8 @@ class StageSlots:
         """Return the slot's memory, all of it allocated. Raises OSError if there is no room."""
         memory = self._memories[number]
         if memory is None or len(memory.pages) < needed_bytes:
+            if number < PAIR_SLOTS:
+                _check_free(self._paths[number], needed_bytes, self._free)
             pages = _map_allocated(self._paths[number], needed_bytes, with_spare(needed_bytes))
             memory = SlotMemory(pages=pages, pinned=False)
             self._memories[number] = memory
@@ -175,6 +181,19 @@ class ArenaPreparation:
 def with_spare(size_bytes: int) -> int:
     """Return the size of a slot for a state of ``size_bytes``."""
     return size_bytes + size_bytes // SPARE_DIVISOR + SPARE_BYTES
+
+
+def _check_free(path: Path, needed_bytes: int, free: Callable[[Path], Free]) -> None:
+    """Raise OSError if the file would take more memory than there is. The worker will find slots in files then."""
+    has_bytes = path.stat().st_size if path.exists() else 0
+    if has_bytes >= needed_bytes:
+        return
+    bound = free(path.resolve().parent)
+    if needed_bytes - has_bytes > bound.size_bytes:
+        raise OSError(
+            errno.ENOMEM,
+            f"a stage slot needs {needed_bytes - has_bytes} bytes more, and {bound.where} has {bound.size_bytes}",
+        )
 
 
 def _map_allocated(path: Path, needed_bytes: int, grown_bytes: int = 0) -> mmap.mmap:

@@ -32,7 +32,7 @@ import msgspec
 
 from dtrain.common.mailbox import PAIR_SLOTS, STAGE_SLOTS
 from dtrain.common.names import Generation, JobName
-from dtrain.worker.free_memory import Free, free_for
+from dtrain.storage.free_memory import Free, free_for
 from dtrain.worker.low_priority import yielding_threads
 from dtrain.worker.rank_dirs import ARENAS, RankDirs, RankId, write_whole
 from dtrain.worker.tasks import Begin

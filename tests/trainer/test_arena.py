@@ -13,6 +13,7 @@ from safetensors.torch import load
 
 from dtrain.common.mailbox import PAIR_SLOTS, STAGE_SLOTS, TrainerPhase, pack
 from dtrain.common.names import Step
+from dtrain.storage.free_memory import Free
 from dtrain.trainer import arena
 from dtrain.trainer.arena import StageSlots, with_spare
 from dtrain.trainer.data_position import DataPosition
@@ -119,6 +120,16 @@ def test_a_state_that_outgrew_its_slots_asks_for_larger_ones(folder: RankFolder,
     assert folder.mailbox.staged[0] == pack(2, 2)
     wait_for(lambda: folder.mailbox.needed_bytes > first_bytes, "the trainer wants more")
     assert folder.mailbox.needed_bytes >= folder.mailbox.staged[2]
+
+
+def test_memory_that_is_not_there_is_not_taken_and_files_may_be(tmp_path: Path) -> None:
+    slots = StageSlots(tmp_path, lambda folder: Free(size_bytes=4096, where=f"the group of {folder.name}"))
+    with pytest.raises(OSError, match=f"5000 bytes more, and the group of {tmp_path.name} has 4096"):
+        slots.reserve(0, 5000)
+    assert not (tmp_path / "slot0").exists()
+    assert len(slots.reserve(PAIR_SLOTS, 5000).pages) >= 5000, "files are not memory"
+    (tmp_path / "slot1").write_bytes(bytes(3000))
+    assert len(slots.reserve(1, 5000).pages) >= 5000, "what is there already is not asked for again"
 
 
 def test_a_trainer_that_got_no_slots_asks_again_at_its_next_checkpoint(

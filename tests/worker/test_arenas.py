@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from dtrain.common.names import Generation, JobName
+from dtrain.storage.free_memory import Free
 from dtrain.worker import arenas
 from dtrain.worker.arenas import KEEP_S, Arenas, Kept
-from dtrain.worker.free_memory import Free
 from dtrain.worker.rank_dirs import RankDirs, RankId
 from dtrain.worker.tasks import Tasks
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dtrain.worker.free_memory import free_for
+from dtrain.storage.free_memory import free_for
 
 GIB = 1 << 30
 
