@@ -84,7 +84,7 @@ def _fill(
         for name in names:
             start = plan.data_start + plan.data_offsets[name][0]
             targets[name] = view_bytes(image, tensors[name].dtype, tensors[name].shape, start)
-        fill(targets, tensors, lambda needed: read_needed(store, catalog.shards, needed), another_world=False)
+        fill(targets, tensors, lambda needed: read_needed(store, catalog.shards, needed), moved=False)
     page.flush()
 
 

@@ -34,7 +34,7 @@ from dtrain.storage.uris import open_store, probe
 from dtrain.storage.verify import read_index, read_manifest, read_marker
 from dtrain.trainer.copying import Copier
 from dtrain.trainer.failures import one_line
-from dtrain.trainer.resharding import fill
+from dtrain.trainer.resharding import fill, has_moved
 from dtrain.trainer.restoring import Plan, saved_state
 from dtrain.trainer.staging import ShardLayouts
 from dtrain.trainer.surroundings import Surroundings
@@ -236,7 +236,7 @@ class LocalStation:
             targets,
             saved.wholes,
             lambda needed: read_needed(store, catalog.shards, needed),
-            another_world=saved.world_size != self._surroundings.world_size,
+            moved=has_moved(saved, targets, self._surroundings.world_size),
         )
         return replace(saved, tensors=targets)
 

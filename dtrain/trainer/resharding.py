@@ -16,10 +16,11 @@ from dataclasses import dataclass
 
 import torch
 
-from dtrain.storage.catalogs import TensorChunk, WholeTensor
+from dtrain.storage.catalogs import TensorChunk, WholeTensor, tensor_leaves
 from dtrain.storage.ranges import Bring, NeededRange
 from dtrain.storage.tensor_codes import CODE_OF_DTYPE, is_sharded, view_bytes
 from dtrain.trainer.copying import Copier, Span
+from dtrain.trainer.tracking import SavedState
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,14 +33,12 @@ class _Move:
     into: torch.Tensor  # of the chunk's shape
 
 
-def fill(
-    targets: Mapping[str, torch.Tensor], wholes: Mapping[str, WholeTensor], bring: Bring, *, another_world: bool
-) -> None:
-    """Fill ``targets``, each of which has the shape of its whole. ``another_world``: other ranks than those that saved.
+def fill(targets: Mapping[str, torch.Tensor], wholes: Mapping[str, WholeTensor], bring: Bring, *, moved: bool) -> None:
+    """Fill ``targets``, each of which has the shape of its whole. ``moved``: see :func:`has_moved`.
 
     Raises :class:`~dtrain.common.errors.UserError` naming a tensor that cannot be laid out as it is wanted.
     """
-    moves = None if another_world else _straight(targets, wholes)
+    moves = None if moved else _straight(targets, wholes)
     if moves is None:
         from dtrain.storage.planned_reads import read_planned
 
@@ -51,6 +50,13 @@ def fill(
         _move_all(sorted(moves, key=lambda move: (move.chunk.shard, move.chunk.begin)), images, copier)
     finally:
         copier.close()
+
+
+def has_moved(saved: SavedState, targets: Mapping[str, torch.Tensor], world_size: int) -> bool:
+    """Return whether other ranks, or tensors sharded in another way, get what was saved."""
+    return saved.world_size != world_size or any(
+        leaf.sharded != is_sharded(targets[leaf.name]) for leaf in tensor_leaves(saved.tree) if leaf.name in targets
+    )
 
 
 def _straight(targets: Mapping[str, torch.Tensor], wholes: Mapping[str, WholeTensor]) -> list[_Move] | None:

@@ -35,7 +35,7 @@ from dtrain.storage.restore_files import (
     SHARD_FILE,
     encode_needs,
 )
-from dtrain.trainer.resharding import fill
+from dtrain.trainer.resharding import fill, has_moved
 from dtrain.trainer.tracking import SavedState
 
 POLL_FIRST_S = 0.0005  # what is already there costs nothing
@@ -64,7 +64,7 @@ def restore_from_worker(
         wait_until(lambda: mailbox.restore is RestoreState.READY)
         return _map_shards(folder, needed)
 
-    fill(targets, saved.wholes, bring, another_world=saved.world_size != world_size)
+    fill(targets, saved.wholes, bring, moved=has_moved(saved, targets, world_size))
     return replace(saved, tensors=targets)
 
 
