@@ -25,6 +25,8 @@ from dtrain.coordinator.core.events import (
     JobFailed,
     JobSubmitted,
     JobSucceeded,
+    PacksDeleted,
+    PacksExpired,
     RunInterrupted,
     SalvageStarted,
 )
@@ -55,6 +57,10 @@ def describe(event: Event) -> str:
             return _checkpoint_made(event)
         case CheckpointQuarantined() | CheckpointPinned() | CheckpointExpired() | CheckpointDeleted() | AttemptSwept():
             return _checkpoint_kept(event)
+        case PacksExpired(keys=keys):
+            return f"{_packs(len(keys))} expired: no checkpoint names them any more"
+        case PacksDeleted(expired=expired):
+            return f"what expired with event {expired} is deleted from storage"
         case JobSucceeded():
             return "job succeeded"
         case JobFailed(reason=reason, exit_code=exit_code):
@@ -97,13 +103,19 @@ def _checkpoint_made(event: CheckpointStarted | CheckpointAborted | CheckpointCo
         case CheckpointAborted(checkpoint=checkpoint, attempt=attempt, reason=reason):
             return f"checkpoint {checkpoint} aborted (attempt {attempt}): {reason}"
         case CheckpointCommitted(checkpoint=checkpoint, step=step, shards=shards):
-            size = words_of_bytes(sum(shard.size_bytes for shard in shards))
+            size = words_of_bytes(sum(shard.state_bytes or shard.size_bytes for shard in shards))
             count = "1 shard" if len(shards) == 1 else f"{len(shards)} shards"
-            return f"checkpoint {checkpoint} of step {step} committed: {count}, {size}"
+            packs = len({pack.key for shard in shards for pack in shard.packs})
+            beside = f", of which {_packs(packs)} hold what did not change" if packs else ""
+            return f"checkpoint {checkpoint} of step {step} committed: {count}, {size}{beside}"
         case CheckpointMarked(checkpoint=checkpoint):
             return f"checkpoint {checkpoint} marked in storage"
         case _:
             assert_never(event)
+
+
+def _packs(count: int) -> str:
+    return "1 pack" if count == 1 else f"{count} packs"
 
 
 def _checkpoint_kept(

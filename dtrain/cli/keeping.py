@@ -10,6 +10,7 @@ from dtrain.cli.options import cluster_options, output_option
 if TYPE_CHECKING:
     from dtrain.cli.output import Json
     from dtrain.cli.verification import Verdict
+    from dtrain.common.names import JobName
     from dtrain.coordinator.core.states import CommittedCheckpoint, JobState
     from dtrain.etcd.client import EtcdClient
 
@@ -140,7 +141,7 @@ def state_of(checkpoint: "CommittedCheckpoint", wanted: "set[int]") -> str:
     return "kept" if checkpoint.number in wanted else "unwanted"
 
 
-def checkpoint_view(checkpoint: "CommittedCheckpoint", wanted: "set[int]") -> "dict[str, Json]":
+def checkpoint_view(job: "JobName", checkpoint: "CommittedCheckpoint", wanted: "set[int]") -> "dict[str, Json]":
     """One committed checkpoint."""
     return {
         "checkpoint": checkpoint.number,
@@ -150,6 +151,7 @@ def checkpoint_view(checkpoint: "CommittedCheckpoint", wanted: "set[int]") -> "d
         "attempt": checkpoint.attempt,
         "world_size": checkpoint.world_size,
         "size_bytes": checkpoint.size_bytes,
+        "uploaded_bytes": checkpoint.uploaded_bytes(job),
         "time": checkpoint.time,
         "marked": checkpoint.marked,
         "quarantined": checkpoint.quarantined or None,
@@ -160,6 +162,7 @@ def checkpoint_view(checkpoint: "CommittedCheckpoint", wanted: "set[int]") -> "d
             {"rank": shard.rank, "key": shard.key, "size_bytes": shard.size_bytes, "digest": shard.digest}
             for shard in checkpoint.shards
         ],
+        "packs": [{"key": pack.key, "size_bytes": pack.size_bytes} for pack in sorted(checkpoint.packs)],
     }
 
 
@@ -170,10 +173,10 @@ def _print_checkpoints(state: "JobState", output: str) -> None:
     checkpoints = [state.committed[number] for number in sorted(state.committed)]
     wanted = {int(number) for number in kept(state.spec.retention, checkpoints)}
     if output == "json":
-        print_json([checkpoint_view(checkpoint, wanted) for checkpoint in checkpoints])
+        print_json([checkpoint_view(state.name, checkpoint, wanted) for checkpoint in checkpoints])
         return
     print_table(
-        ("CHECKPOINT", "STEP", "GENERATION", "RANKS", "SIZE", "COMMITTED", "STATE", "NOTE"),
+        ("CHECKPOINT", "STEP", "GENERATION", "RANKS", "SIZE", "UPLOADED", "COMMITTED", "STATE", "NOTE"),
         (
             (
                 str(checkpoint.number),
@@ -181,6 +184,7 @@ def _print_checkpoints(state: "JobState", output: str) -> None:
                 str(checkpoint.generation),
                 str(checkpoint.world_size),
                 words_of_bytes(checkpoint.size_bytes),
+                words_of_bytes(checkpoint.uploaded_bytes(state.name)),
                 words_of_time(checkpoint.time),
                 state_of(checkpoint, wanted),
                 f"not used again: {checkpoint.quarantined}" if checkpoint.quarantined else "",

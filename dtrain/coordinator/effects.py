@@ -14,7 +14,8 @@ from dtrain.common import failpoints
 from dtrain.common.digests import blob_digest
 from dtrain.common.errors import DtrainError, PermanentError, RetryableError, ShardDamagedError
 from dtrain.common.failpoints import Point
-from dtrain.coordinator.core.effects import DeleteAttempt, Effect, ReadMarkers, WriteManifest, WriteMarker
+from dtrain.common.packs import Pack
+from dtrain.coordinator.core.effects import DeleteAttempt, DeletePacks, Effect, ReadMarkers, WriteManifest, WriteMarker
 from dtrain.coordinator.core.events import ShardRecord
 from dtrain.coordinator.core.facts import (
     Fact,
@@ -23,6 +24,7 @@ from dtrain.coordinator.core.facts import (
     MarkersRead,
     MarkerWritten,
     ObjectsDeleted,
+    PacksGone,
 )
 from dtrain.storage import keys, manifests
 from dtrain.storage.catalogs import catalog_of
@@ -113,6 +115,8 @@ class EffectRunner:
                 return _read_markers(store, effect)
             case DeleteAttempt():
                 return _delete_attempt(store, effect)
+            case DeletePacks():
+                return _delete_packs(store, effect)
             case unreachable:
                 assert_never(unreachable)
 
@@ -126,7 +130,7 @@ def _put_once(store: ObjectStore, key: str, data: bytes) -> None:
             raise
 
 
-def _see(store: ObjectStore, shard: ShardRecord) -> None:
+def _see(store: ObjectStore, shard: ShardRecord | Pack) -> None:
     """The worker's acknowledgement is believed for the digest; that the object is there is cheap to see."""
     info = store.head(shard.key)
     if info is None or info.size_bytes != shard.size_bytes:
@@ -136,7 +140,8 @@ def _see(store: ObjectStore, shard: ShardRecord) -> None:
 
 def _write_manifest(store: ObjectStore, effect: WriteManifest, reads: ThreadPoolExecutor) -> ManifestWritten:
     inflight = effect.inflight
-    for _ in reads.map(lambda shard: _see(store, shard), effect.shards):
+    named = {pack.key: pack for shard in effect.shards for pack in shard.packs}
+    for _ in reads.map(lambda part: _see(store, part), (*effect.shards, *named.values())):
         pass  # the first that is missing raises
     manifest = manifests.Manifest(
         job=effect.job,
@@ -153,6 +158,7 @@ def _write_manifest(store: ObjectStore, effect: WriteManifest, reads: ThreadPool
                 digest=s.digest,
                 index_key=s.index_key,
                 index_digest=s.index_digest,
+                packs=s.packs,
             )
             for s in effect.shards
         ),
@@ -179,7 +185,18 @@ def _delete_attempt(store: ObjectStore, effect: DeleteAttempt) -> ObjectsDeleted
     store.abandon(prefix)  # before the list, which so holds whatever was completed meanwhile
     for info in list(store.list(prefix)):
         store.delete(info.key)
+    made = keys.pack_prefix(effect.job, effect.attempt)
+    store.abandon(made)
+    for info in list(store.list(made)):
+        if info.key not in effect.keep:
+            store.delete(info.key)
     return ObjectsDeleted(job=effect.job, attempt=effect.attempt)
+
+
+def _delete_packs(store: ObjectStore, effect: DeletePacks) -> PacksGone:
+    for key in effect.packs:
+        store.delete(key)
+    return PacksGone(job=effect.job, expired=effect.expired)
 
 
 def _read_markers(store: ObjectStore, effect: ReadMarkers) -> MarkersRead:

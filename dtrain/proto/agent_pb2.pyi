@@ -169,7 +169,7 @@ class Transfer(_message.Message):
     def __init__(self, bytes_done: _Optional[int] = ..., bytes_total: _Optional[int] = ...) -> None: ...
 
 class ShardReport(_message.Message):
-    __slots__ = ("checkpoint", "attempt", "rank", "state", "step", "key", "size_bytes", "digest", "reason", "index_key", "index_digest")
+    __slots__ = ("checkpoint", "attempt", "rank", "state", "step", "key", "size_bytes", "digest", "reason", "index_key", "index_digest", "packs", "state_bytes")
     CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     RANK_FIELD_NUMBER: _ClassVar[int]
@@ -181,6 +181,8 @@ class ShardReport(_message.Message):
     REASON_FIELD_NUMBER: _ClassVar[int]
     INDEX_KEY_FIELD_NUMBER: _ClassVar[int]
     INDEX_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    PACKS_FIELD_NUMBER: _ClassVar[int]
+    STATE_BYTES_FIELD_NUMBER: _ClassVar[int]
     checkpoint: int
     attempt: int
     rank: int
@@ -192,7 +194,19 @@ class ShardReport(_message.Message):
     reason: str
     index_key: str
     index_digest: str
-    def __init__(self, checkpoint: _Optional[int] = ..., attempt: _Optional[int] = ..., rank: _Optional[int] = ..., state: _Optional[_Union[ShardState, str]] = ..., step: _Optional[int] = ..., key: _Optional[str] = ..., size_bytes: _Optional[int] = ..., digest: _Optional[str] = ..., reason: _Optional[str] = ..., index_key: _Optional[str] = ..., index_digest: _Optional[str] = ...) -> None: ...
+    packs: _containers.RepeatedCompositeFieldContainer[Pack]
+    state_bytes: int
+    def __init__(self, checkpoint: _Optional[int] = ..., attempt: _Optional[int] = ..., rank: _Optional[int] = ..., state: _Optional[_Union[ShardState, str]] = ..., step: _Optional[int] = ..., key: _Optional[str] = ..., size_bytes: _Optional[int] = ..., digest: _Optional[str] = ..., reason: _Optional[str] = ..., index_key: _Optional[str] = ..., index_digest: _Optional[str] = ..., packs: _Optional[_Iterable[_Union[Pack, _Mapping]]] = ..., state_bytes: _Optional[int] = ...) -> None: ...
+
+class Pack(_message.Message):
+    __slots__ = ("key", "size_bytes", "digest")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    key: str
+    size_bytes: int
+    digest: str
+    def __init__(self, key: _Optional[str] = ..., size_bytes: _Optional[int] = ..., digest: _Optional[str] = ...) -> None: ...
 
 class RestoreReport(_message.Message):
     __slots__ = ("state", "checkpoint", "key", "reason", "transfer")
@@ -324,18 +338,30 @@ class Restore(_message.Message):
     def __init__(self, checkpoint: _Optional[int] = ..., attempt: _Optional[int] = ..., step: _Optional[int] = ..., manifest_key: _Optional[str] = ..., manifest_digest: _Optional[str] = ..., store: _Optional[str] = ...) -> None: ...
 
 class StageCheckpoint(_message.Message):
-    __slots__ = ("checkpoint", "attempt", "step", "store", "committed_attempt")
+    __slots__ = ("checkpoint", "attempt", "step", "store", "committed_attempt", "bases")
     CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     STORE_FIELD_NUMBER: _ClassVar[int]
     COMMITTED_ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    BASES_FIELD_NUMBER: _ClassVar[int]
     checkpoint: int
     attempt: int
     step: int
     store: str
     committed_attempt: int
-    def __init__(self, checkpoint: _Optional[int] = ..., attempt: _Optional[int] = ..., step: _Optional[int] = ..., store: _Optional[str] = ..., committed_attempt: _Optional[int] = ...) -> None: ...
+    bases: _containers.RepeatedCompositeFieldContainer[BaseIndex]
+    def __init__(self, checkpoint: _Optional[int] = ..., attempt: _Optional[int] = ..., step: _Optional[int] = ..., store: _Optional[str] = ..., committed_attempt: _Optional[int] = ..., bases: _Optional[_Iterable[_Union[BaseIndex, _Mapping]]] = ...) -> None: ...
+
+class BaseIndex(_message.Message):
+    __slots__ = ("rank", "index_key", "index_digest")
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    INDEX_KEY_FIELD_NUMBER: _ClassVar[int]
+    INDEX_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    rank: int
+    index_key: str
+    index_digest: str
+    def __init__(self, rank: _Optional[int] = ..., index_key: _Optional[str] = ..., index_digest: _Optional[str] = ...) -> None: ...
 
 class StopTrainers(_message.Message):
     __slots__ = ("grace_s", "keep_arena")

@@ -96,6 +96,7 @@ def perform(shells: Shells, act: Act) -> None:
             shells.arenas.rest(job, generation, time.monotonic())
         case RemoveArena(job=job):
             shells.arenas.remove(job)
+            shells.uploads.forget(job)
         case TakeStack(number=number):
             shells.stacks.take(_rank(act), shells.dirs.rank_dir(_rank(act)), number)
         case SendSnapshot():

@@ -46,10 +46,10 @@ class UploadMeter:
         with self._lock:
             return Transfer(bytes_done=self._done, bytes_total=self._total)
 
-    def begin(self, total_bytes: int) -> None:
-        """A try begins, which is to send so many bytes."""
+    def begin(self, total_bytes: int, *, done_bytes: int = 0) -> None:
+        """A try begins, after which so many bytes are sent; some of them were before."""
         with self._lock:
-            self._done, self._total = 0, total_bytes
+            self._done, self._total = done_bytes, total_bytes
 
     def before(self, count_bytes: int) -> None:
         self._cap.wait_for(count_bytes, self._give_up)

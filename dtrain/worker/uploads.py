@@ -28,14 +28,17 @@ from dtrain.common.digests import blob_digest
 from dtrain.common.errors import PermanentError, RetryableError
 from dtrain.common.failpoints import Point
 from dtrain.common.mailbox import pack
-from dtrain.storage.indexes import index_shard
-from dtrain.storage.keys import index_key, shard_key
+from dtrain.common.names import JobName
+from dtrain.storage.indexes import IndexedShard
+from dtrain.storage.keys import index_key, pack_key, shard_key
 from dtrain.storage.objects import ObjectStore
+from dtrain.storage.packing import StoredShard, store_image
 from dtrain.storage.parts import FileParts
 from dtrain.storage.retrying import GaveUp, with_retries
 from dtrain.storage.uris import open_store
 from dtrain.worker.arenas import Kept
 from dtrain.worker.bandwidth import BandwidthCap
+from dtrain.worker.bases import Bases
 from dtrain.worker.core.actions import Upload
 from dtrain.worker.core.inputs import UploadDone, UploadFailed
 from dtrain.worker.low_priority import yielding_threads
@@ -85,6 +88,7 @@ class Uploads:
         self._slot_holds = slot_holds
         self._keep = keep
         self._threads = yielding_threads("upload", THREADS)
+        self._bases = Bases()
         self._running: dict[RankId, _Running] = {}
 
     def start(self, upload: Upload, folder: Path) -> None:
@@ -110,6 +114,10 @@ class Uploads:
         for of in [of for of in self._running if of.job == job and of.generation == generation]:
             self._running.pop(of).give_up.set()
 
+    def forget(self, job: JobName) -> None:
+        """The job has left this node."""
+        self._bases.forget(job)
+
     def close(self) -> None:
         for running in self._running.values():
             running.give_up.set()
@@ -126,7 +134,7 @@ class Uploads:
             if self._slot_holds(of, upload.slot) != word:
                 raise SlotTaken
             answer = await asyncio.get_running_loop().run_in_executor(
-                self._threads, _send, upload, folder / f"slot{upload.slot}", give_up, meter
+                self._threads, _send, upload, folder / f"slot{upload.slot}", give_up, meter, self._bases
             )
             if self._slot_holds(of, upload.slot) != word:
                 raise SlotTaken
@@ -142,7 +150,7 @@ class Uploads:
         if isinstance(answer, UploadFailed):
             logger.warning("shard of %s rank %d, attempt %d: %s", of.job, of.rank, request.attempt, answer.reason)
         else:
-            kept = Kept(attempt=request.attempt, step=request.step, size_bytes=answer.size_bytes, digest=answer.digest)
+            kept = Kept(attempt=request.attempt, step=request.step, size_bytes=upload.size_bytes, digest=answer.digest)
             self._keep(of, upload.slot, kept)
         self._emit(answer)
 
@@ -154,48 +162,67 @@ class SlotTaken(PermanentError):
         return "a later attempt was staged before this one was stored"
 
 
-def _send(upload: Upload, slot: Path, give_up: threading.Event, meter: UploadMeter) -> UploadDone:
-    """In a thread: digest the slot's bytes and put them. Returns when storage has confirmed them."""
+def _send(upload: Upload, slot: Path, give_up: threading.Event, meter: UploadMeter, bases: Bases) -> UploadDone:
+    """In a thread: digest the slot's bytes and put those that storage lacks. Returns when it has confirmed them."""
     request = upload.request
-    key = shard_key(upload.job, request.checkpoint, request.attempt, upload.rank)
     store = shared_store(request.store)
+    key = shard_key(upload.job, request.checkpoint, request.attempt, upload.rank)
+    beside = index_key(upload.job, request.checkpoint, request.attempt, upload.rank)
+    base = bases.find(upload, store, give_up)
     with slot.open("rb") as file:
-        descriptor = file.fileno()
-        index, digest = _index(descriptor, upload.size_bytes, key)
+        made = _packed(file.fileno(), upload, base, key)
+        packed = FileParts(file=file.fileno(), ranges=made.fresh_ranges)
+        shard = FileParts(file=file.fileno(), ranges=made.ranges, head=made.head)
+
+        total_bytes = packed.size_bytes + shard.size_bytes
+
+        def put_pack(name: str) -> None:
+            meter.begin(total_bytes)
+            store.put_file(name, packed, meter=meter)
 
         def put_shard() -> None:
             failpoints.hit(Point.UPLOAD_BEFORE)
-            source = FileParts(file=descriptor, ranges=((0, upload.size_bytes),))
-            meter.begin(source.size_bytes)
-            store.put_file(key, source, meter=meter)
+            meter.begin(total_bytes, done_bytes=packed.size_bytes)
+            store.put_file(key, shard, meter=meter)
             failpoints.hit(Point.UPLOAD_WITHIN)
 
+        if made.fresh is not None:
+            name = made.fresh.key
+            with_retries(lambda: put_pack(name), deadline_s=DEADLINE_S, give_up=give_up)
         with_retries(put_shard, deadline_s=DEADLINE_S, give_up=give_up)
-    beside = index_key(upload.job, request.checkpoint, request.attempt, upload.rank)
 
     def put_index() -> None:
-        meter.before(len(index))
-        store.put(beside, index)
+        meter.before(len(made.index))
+        store.put(beside, made.index)
         failpoints.hit(Point.UPLOAD_AFTER)
 
     with_retries(put_index, deadline_s=DEADLINE_S, give_up=give_up)
+    bases.keep(upload, made.index)
     return UploadDone(
         job=upload.job,
         generation=upload.generation,
         rank=upload.rank,
         attempt=request.attempt,
         key=key,
-        size_bytes=upload.size_bytes,
-        digest=digest,
+        size_bytes=made.size_bytes,
+        digest=made.digest,
         index_key=beside,
-        index_digest=blob_digest(index),
+        index_digest=blob_digest(made.index),
+        packs=made.packs,
+        state_bytes=upload.size_bytes,
     )
 
 
-def _index(descriptor: int, size_bytes: int, key: str) -> tuple[bytes, str]:
+def _packed(descriptor: int, upload: Upload, base: IndexedShard | None, key: str) -> StoredShard:
     flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)  # all page tables at once, instead of fault by fault
-    with mmap.mmap(descriptor, size_bytes, flags=flags, prot=mmap.PROT_READ) as page, memoryview(page) as view:
-        return index_shard(view, key=key)
+    page = mmap.mmap(descriptor, upload.size_bytes, flags=flags, prot=mmap.PROT_READ)
+    with page, memoryview(page) as view:
+        return store_image(
+            view,
+            pack_key=lambda digest: pack_key(upload.job, upload.request.attempt, upload.rank, digest),
+            base=base,
+            key=key,
+        )
 
 
 def _failed(upload: Upload, reason: str) -> UploadFailed:

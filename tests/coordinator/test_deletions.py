@@ -170,7 +170,9 @@ def test_the_sweep_of_an_aborted_attempt_touches_nothing_of_the_checkpoint_that_
     assert set(deleted) == set(attempt_keys(1, 1)), "not even a try"
     prefix = keys.attempt_prefix(MNIST, CheckpointNumber(1), AttemptNumber(1))
     cleaned = [call for call in store.calls if call[0] in ("abandon", "list") and call[1]]
-    assert cleaned == [("abandon", prefix), ("list", prefix)], "uploads that were cut off go first"
+    packs = keys.pack_prefix(MNIST, AttemptNumber(1))
+    expected = [("abandon", prefix), ("list", prefix), ("abandon", packs), ("list", packs)]
+    assert cleaned == expected, "uploads that were cut off go first"
     cluster.tells(fact)
     assert cluster.decides() == ["AttemptSwept"]
 

@@ -7,6 +7,7 @@ import pytest
 
 from dtrain.common.errors import InvariantError
 from dtrain.common.names import AttemptNumber, CheckpointNumber, Generation, JobName, Step, Term, WorkerId
+from dtrain.common.packs import Pack
 from dtrain.coordinator.core.events import (
     AttemptSwept,
     CancelRequested,
@@ -31,6 +32,8 @@ from dtrain.coordinator.core.events import (
     JobSubmitted,
     JobSucceeded,
     Member,
+    PacksDeleted,
+    PacksExpired,
     RunInterrupted,
     SalvageStarted,
     ShardRecord,
@@ -75,12 +78,13 @@ def found(number: int) -> HangFound:
     return HangFound(generation=Generation(1), number=number, idle_s=300.0, culprit=-1, victims=(0, 1), stacks=())
 
 
-def checkpoint_started(checkpoint: int, attempt: int, *, of: int = 1) -> CheckpointStarted:
+def checkpoint_started(checkpoint: int, attempt: int, *, of: int = 1, base: int = 0) -> CheckpointStarted:
     return CheckpointStarted(
         checkpoint=CheckpointNumber(checkpoint),
         attempt=AttemptNumber(attempt),
         generation=Generation(of),
         step=Step(10 * checkpoint),
+        base=base,
     )
 
 
@@ -99,14 +103,18 @@ def aborted(checkpoint: int, attempt: int) -> CheckpointAborted:
     return CheckpointAborted(checkpoint=CheckpointNumber(checkpoint), attempt=AttemptNumber(attempt), reason="why")
 
 
-def committed(checkpoint: int, attempt: int) -> CheckpointCommitted:
+def pack(attempt: int) -> Pack:
+    return Pack(key=f"jobs/{JOB}/packs/attempt-{attempt:06d}/rank-00000-0f.bin", size_bytes=9, digest=DIGEST)
+
+
+def committed(checkpoint: int, attempt: int, *packs: Pack) -> CheckpointCommitted:
     return CheckpointCommitted(
         checkpoint=CheckpointNumber(checkpoint),
         attempt=AttemptNumber(attempt),
         generation=Generation(1),
         step=Step(10 * checkpoint),
         world_size=2,
-        shards=tuple(ShardRecord(rank=rank, key="k", size_bytes=1, digest=DIGEST) for rank in range(2)),
+        shards=tuple(ShardRecord(rank=rank, key="k", size_bytes=1, digest=DIGEST, packs=packs) for rank in range(2)),
         store="file:///store",
         manifest_key="m",
         manifest_digest=DIGEST,
@@ -137,6 +145,14 @@ def swept(checkpoint: int, attempt: int) -> AttemptSwept:
     return AttemptSwept(checkpoint=CheckpointNumber(checkpoint), attempt=AttemptNumber(attempt))
 
 
+def packs_expired(*attempts: int) -> PacksExpired:
+    return PacksExpired(keys=tuple(pack(attempt).key for attempt in attempts), store="file:///store")
+
+
+def packs_deleted(event: int) -> PacksDeleted:
+    return PacksDeleted(expired=event)
+
+
 SUBMITTED: list[Event] = [submitted(1)]
 RUNNING: list[Event] = [*SUBMITTED, generation(1)]
 INFLIGHT: list[Event] = [*RUNNING, checkpoint_started(1, 1)]
@@ -144,6 +160,12 @@ COMMITTED: list[Event] = [*INFLIGHT, committed(1, 1)]
 MARKED: list[Event] = [*COMMITTED, marked(1)]
 TWO_MARKED: list[Event] = [*MARKED, checkpoint_started(2, 2), committed(2, 2), marked(2)]
 ABORTED: list[Event] = [*INFLIGHT, aborted(1, 1)]
+
+PACKED: list[Event] = [*INFLIGHT, committed(1, 1, pack(1)), marked(1)]
+BUILDING: list[Event] = [*PACKED, checkpoint_started(2, 2, base=1)]
+REPACKED: list[Event] = [*BUILDING, committed(2, 2, pack(2)), marked(2), expired(1)]
+IDLE: list[Event] = [*REPACKED, deleted(1)]
+DOOMED: list[Event] = [*IDLE, packs_expired(1)]
 
 HISTORIES: dict[str, list[Event]] = {
     "nothing": [],
@@ -161,6 +183,12 @@ HISTORIES: dict[str, list[Event]] = {
     "deleted": [*TWO_MARKED, expired(1), deleted(1)],
     "newest quarantined": [*TWO_MARKED, quarantined(2)],
     "all quarantined": [*TWO_MARKED, quarantined(2), quarantined(1)],
+    "packed": PACKED,
+    "building": BUILDING,
+    "repacked": REPACKED,
+    "idle pack": IDLE,
+    "doomed pack": DOOMED,
+    "pack gone": [*DOOMED, packs_deleted(len(DOOMED))],
     "aborted": ABORTED,
     "swept": [*ABORTED, swept(1, 1)],
     "suspected": [*RUNNING, suspected(1)],
@@ -179,9 +207,24 @@ HISTORIES: dict[str, list[Event]] = {
 # checkpoint 1 still there; with it there and sound.
 TWO = {
     "two marked", "two committed", "pinned", "expired", "deleted", "newest quarantined", "all quarantined",
+    "repacked", "idle pack", "doomed pack", "pack gone",
 }  # fmt: skip
-ON = {"suspected", "cleared", "hung", "running", "committed", "marked", "quarantined", "aborted", "swept", *TWO}
-HAS_ONE = {"committed", "marked", "quarantined", "succeeded", *TWO} - {"deleted"}
+GONE = {"deleted", "idle pack", "doomed pack", "pack gone"}
+EXPIRED = {"expired", "repacked"}
+ON = {
+    "suspected",
+    "cleared",
+    "hung",
+    "running",
+    "committed",
+    "marked",
+    "quarantined",
+    "aborted",
+    "swept",
+    "packed",
+    *TWO,
+}
+HAS_ONE = {"committed", "marked", "quarantined", "succeeded", "packed", "building", *TWO} - GONE
 ONE_SOUND = HAS_ONE - {"quarantined", "all quarantined"}
 
 # Each event with the histories it may follow, and the phase it leads to (None: the phase stays).
@@ -192,12 +235,12 @@ LEGAL: list[tuple[Event, set[str], JobPhase | None]] = [
     (generation(2), {"pending again"}, JobPhase.RUNNING),
     (failed(1), ON, JobPhase.PENDING),
     (failed(2), set(), None),
-    (CancelRequested(), {"pending", "pending again", "in flight", "salvaging", *ON}, JobPhase.CANCELLING),
+    (CancelRequested(), {"pending", "pending again", "in flight", "salvaging", "building", *ON}, JobPhase.CANCELLING),
     (JobCancelled(), {"cancelling"}, JobPhase.CANCELLED),
     (JobSucceeded(), ON, JobPhase.SUCCEEDED),
     (JobFailed(reason="w", exit_code=1), {"pending", "pending again"}, JobPhase.FAILED),
     (RunInterrupted(reason="w"), {"pending", "pending again", "cancelling", *ON}, JobPhase.INTERRUPTED),
-    (suspected(1), {"in flight", "salvaging", *ON} - {"suspected", "cleared", "hung"}, None),
+    (suspected(1), {"in flight", "salvaging", "building", *ON} - {"suspected", "cleared", "hung"}, None),
     (suspected(2), {"cleared"}, None),
     (suspected(1, of=2), set(), None),
     (cleared(1), {"suspected"}, None),
@@ -205,7 +248,10 @@ LEGAL: list[tuple[Event, set[str], JobPhase | None]] = [
     (found(1), {"suspected"}, None),
     (found(2), set(), None),
     (checkpoint_started(1, 1), {"running", "suspected", "cleared", "hung"}, None),
-    (checkpoint_started(2, 2), {"committed", "marked", "quarantined"}, None),
+    (checkpoint_started(2, 2), {"committed", "marked", "quarantined", "packed"}, None),
+    (checkpoint_started(2, 2, base=1), {"committed", "marked", "packed"}, None),
+    (checkpoint_started(3, 3, base=1), TWO - GONE - EXPIRED - {"all quarantined"}, None),
+    (checkpoint_started(3, 3, base=4), set(), None),
     (checkpoint_started(1, 2), {"aborted", "swept"}, None),
     (checkpoint_started(2, 3), set(), None),
     (checkpoint_started(3, 3), TWO, None),
@@ -219,19 +265,31 @@ LEGAL: list[tuple[Event, set[str], JobPhase | None]] = [
     (committed(1, 1), {"in flight", "salvaging", "cancelling in flight"}, None),
     (committed(1, 2), set(), None),
     (committed(2, 1), set(), None),
+    (committed(1, 1, pack(1)), {"in flight", "salvaging", "cancelling in flight"}, None),
+    (committed(1, 1, pack(2)), set(), None),
+    (committed(2, 2), {"building"}, None),
+    (committed(2, 2, pack(1), pack(2)), {"building"}, None),
+    (committed(2, 2, pack(3)), set(), None),
+    (committed(2, 2, dataclasses.replace(pack(1), size_bytes=8)), set(), None),
     (marked(1), {"committed", "two committed", "succeeded"}, None),
     (marked(2), {"two committed"}, None),
     (quarantined(1), ONE_SOUND, None),
     (quarantined(2), TWO - {"newest quarantined", "all quarantined"}, None),
-    (pinned(1), HAS_ONE - {"pinned", "expired"}, None),
+    (pinned(1), HAS_ONE - {"pinned", *EXPIRED}, None),
     (pinned(1, wanted=False), {"pinned"}, None),
     (pinned(2), TWO, None),
     (expired(1), {"two marked"}, None),
     (expired(2), {"newest quarantined"}, None),
-    (deleted(1), {"expired"}, None),
+    (deleted(1), EXPIRED, None),
     (deleted(2), set(), None),
     (swept(1, 1), {"aborted"}, None),
     (swept(1, 2), set(), None),
+    (packs_expired(1), {"idle pack"}, None),
+    (packs_expired(2), set(), None),
+    (packs_expired(), set(), None),
+    (dataclasses.replace(packs_expired(1), store="file:///other"), set(), None),
+    (packs_deleted(len(DOOMED)), {"doomed pack"}, None),
+    (packs_deleted(1), set(), None),
 ]  # fmt: skip
 
 CASES = [

@@ -9,9 +9,9 @@ from collections import Counter
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dtrain.common.names import JobName
+from dtrain.common.names import CheckpointNumber, JobName
 from dtrain.coordinator import codec
-from dtrain.coordinator.core.effects import DeleteAttempt
+from dtrain.coordinator.core.effects import DeleteAttempt, DeletePacks
 from dtrain.coordinator.core.events import (
     AttemptSwept,
     CheckpointAborted,
@@ -23,6 +23,7 @@ from dtrain.coordinator.core.events import (
     CheckpointStarted,
     GenerationFailed,
     GenerationStarted,
+    PacksExpired,
     RecordedEvent,
 )
 from dtrain.coordinator.core.evolve import evolve
@@ -44,6 +45,8 @@ class Checker:
         self.committed: dict[tuple[str, int], CheckpointCommitted] = {}
         self.generation: dict[str, GenerationStarted | None] = {}
         self.pinned: dict[str, set[int]] = {}  # numbers of checkpoints
+        self.there: dict[str, dict[CheckpointNumber, CheckpointCommitted]] = {}  # until deleted
+        self.lost: dict[str, set[str]] = {}  # packs that may be deleted
         self.doomed: dict[str, dict[int, int]] = {}  # attempts that may be deleted, with their checkpoints
 
     def check(self, turmoil: Turmoil) -> None:
@@ -52,6 +55,12 @@ class Checker:
         self.seen = len(turmoil.cluster.log)
         for job in turmoil.cluster.jobs:
             deletions = {e.attempt for e in turmoil.cluster.owes(job) if isinstance(e, DeleteAttempt)}
+            for effect in turmoil.cluster.owes(job):
+                if isinstance(effect, DeletePacks):
+                    assert set(effect.packs) <= self.lost[job], "deletes packs that have not expired"
+            needed = {key for committed in self.there.get(job, {}).values() for key in packs_of(committed)}
+            keeping = [e.keep for e in turmoil.cluster.owes(job) if isinstance(e, DeleteAttempt) and e.committed]
+            assert all(needed <= keep for keep in keeping), "a deletion does not know of a pack that is needed"
             assert deletions <= self.doomed.get(job, {}).keys(), "deletes what is neither expired nor aborted"
 
     def _judge(self, record: RecordedEvent, turmoil: Turmoil) -> None:
@@ -81,9 +90,16 @@ class Checker:
                 )
                 assert (job, event.attempt) in turmoil.manifests, "committed without a manifest"
                 self._judge_acks(job, event, turmoil)
+                self._judge_packs(job, started, event)
                 sound[event.checkpoint] = self.committed[job, event.checkpoint] = event
+                self.there.setdefault(job, {})[event.checkpoint] = event
             case CheckpointQuarantined() as event:
                 sound.pop(event.checkpoint, None)
+            case PacksExpired(keys=keys):
+                needed = {key for committed in self.there.get(job, {}).values() for key in packs_of(committed)}
+                assert needed.isdisjoint(keys), "a pack expires that a checkpoint needs"
+                assert not self.lost.setdefault(job, set()) & set(keys), "a pack expires twice"
+                self.lost[job] |= set(keys)
             case CheckpointPinned() | CheckpointExpired() | CheckpointDeleted() | AttemptSwept():
                 self._judge_retention(job, record)
             case _:
@@ -108,10 +124,17 @@ class Checker:
                 doomed[self.committed[job, event.checkpoint].attempt] = event.checkpoint
             case CheckpointDeleted() as event:
                 assert event.checkpoint in doomed.values(), "deleted without having expired"
+                del self.there[job][event.checkpoint]
             case AttemptSwept() as event:
                 assert doomed.get(event.attempt) == event.checkpoint, "swept without having been aborted"
             case _:
                 raise AssertionError(record.type)
+
+    def _judge_packs(self, job: str, started: CheckpointStarted, event: CheckpointCommitted) -> None:
+        base = packs_of(self.there[job][CheckpointNumber(started.base)]) if started.base else set()
+        for key in packs_of(event):
+            assert key in base or f"/attempt-{event.attempt:06d}/" in key, "names a pack of neither itself nor its base"
+            assert key not in self.lost.get(job, set()), "names a pack that has expired"
 
     def _judge_acks(self, job: str, event: CheckpointCommitted, turmoil: Turmoil) -> None:
         generation = self.generation[job]
@@ -129,6 +152,10 @@ class Checker:
                         and (shard.attempt, shard.step) == (event.attempt, event.step)
                     }
         assert acked >= set(range(generation.world_size)), "committed without every rank's acknowledgement"
+
+
+def packs_of(committed: CheckpointCommitted) -> set[str]:
+    return {pack.key for shard in committed.shards for pack in shard.packs}
 
 
 def replayed(turmoil: Turmoil) -> dict[JobName, JobState]:

@@ -36,6 +36,7 @@ def objects_of(state: JobState) -> set[str]:
         expected |= {marker_key(state.name, number), manifest_key(state.name, number, checkpoint.attempt)}
         for shard in checkpoint.shards:  # each of its fields that names an object
             expected |= {getattr(shard, field.name) for field in fields(shard) if field.name.endswith("key")} - {""}
+            expected |= {pack.key for pack in shard.packs}
     return expected
 
 

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from dtrain.common.errors import InvariantError
+from dtrain.coordinator.core import packs
 from dtrain.coordinator.core.events import (
     AttemptSwept,
     CheckpointAborted,
@@ -13,9 +14,18 @@ from dtrain.coordinator.core.events import (
     CheckpointPinned,
     CheckpointQuarantined,
     CheckpointStarted,
+    PacksDeleted,
+    PacksExpired,
     RecordedEvent,
 )
-from dtrain.coordinator.core.states import AbortedAttempt, CommittedCheckpoint, InflightCheckpoint, JobPhase, JobState
+from dtrain.coordinator.core.states import (
+    AbortedAttempt,
+    CommittedCheckpoint,
+    DoomedPacks,
+    InflightCheckpoint,
+    JobPhase,
+    JobState,
+)
 
 
 def require(condition: bool, state: JobState | None, record: RecordedEvent, why: str) -> None:
@@ -40,7 +50,9 @@ def fold_checkpoint(state: JobState, record: RecordedEvent) -> JobState | None:
                 generation=event.generation,
                 step=event.step,
                 position=record.position,
+                base=event.base,
             )
+            require(not packs.why_base_is_lost(state, started), state, record, "its base is not there")
             return replace(state, inflight=started, last_attempt=event.attempt, checkpoint_time=record.time)
         case CheckpointAborted() as event:
             require(inflight is not None, state, record, "none is in flight")
@@ -65,7 +77,8 @@ def fold_checkpoint(state: JobState, record: RecordedEvent) -> JobState | None:
             require(event.checkpoint in state.committed, state, record, "it is not committed")
             committed = state.committed[event.checkpoint]
             require(not committed.quarantined, state, record, "it is quarantined already")
-            return state.with_checkpoint(replace(committed, quarantined=f"{event.key}: {event.reason}"))
+            why = f"{event.key}: {event.reason}"
+            return state.with_checkpoint(replace(committed, quarantined=why, damaged_key=event.key))
         case _:
             return None
 
@@ -79,6 +92,8 @@ def _committed(state: JobState, record: RecordedEvent, event: CheckpointCommitte
     require(committed == started, state, record, "it is not the one in flight")
     ranks = [shard.rank for shard in event.shards]
     require(ranks == list(range(event.world_size)), state, record, "a rank's shard is missing")
+    foreign = packs.why_foreign(state, inflight, event.shards)
+    require(not foreign, state, record, foreign)
     checkpoint = CommittedCheckpoint(
         number=event.checkpoint,
         attempt=event.attempt,
@@ -92,7 +107,13 @@ def _committed(state: JobState, record: RecordedEvent, event: CheckpointCommitte
         position=record.position,
         time=record.time,
     )
-    return replace(state.with_checkpoint(checkpoint), inflight=None, misses=0, last_checkpoint=int(event.checkpoint))
+    return replace(
+        state.with_checkpoint(checkpoint),
+        inflight=None,
+        misses=0,
+        last_checkpoint=int(event.checkpoint),
+        packs={**dict.fromkeys((pack.key for pack in checkpoint.packs), event.store), **state.packs},
+    )
 
 
 def fold_retention(state: JobState, record: RecordedEvent) -> JobState | None:
@@ -110,6 +131,8 @@ def fold_retention(state: JobState, record: RecordedEvent) -> JobState | None:
             require(newest is not None and event.checkpoint != newest.number, state, record, "it is the newest")
             require(committed.marked and not committed.pinned, state, record, "it is not marked, or is pinned")
             require(not committed.expired, state, record, "it is expired already")
+            building = state.inflight is not None and state.inflight.base == event.checkpoint
+            require(not building, state, record, "the attempt in flight builds upon it")
             return state.with_checkpoint(replace(committed, expired=True))
         case CheckpointDeleted() as event:
             expired = event.checkpoint in state.committed and state.committed[event.checkpoint].expired
@@ -120,5 +143,16 @@ def fold_retention(state: JobState, record: RecordedEvent) -> JobState | None:
             require(event.attempt in state.aborted, state, record, "it was not aborted")
             rest = {number: a for number, a in state.aborted.items() if number != event.attempt}
             return replace(state, aborted=rest)
+        case PacksExpired() as event:
+            known = all(state.packs.get(key) == event.store for key in event.keys)
+            require(known and len(event.keys) > 0, state, record, "there is no such pack")
+            require(packs.named(state).isdisjoint(event.keys), state, record, "a checkpoint names one of them")
+            left_packs = {key: store for key, store in state.packs.items() if key not in event.keys}
+            doomed = DoomedPacks(keys=event.keys, store=event.store)
+            return replace(state, packs=left_packs, doomed={**state.doomed, record.seq: doomed})
+        case PacksDeleted() as event:
+            require(event.expired in state.doomed, state, record, "they have not expired")
+            still = {number: found for number, found in state.doomed.items() if number != event.expired}
+            return replace(state, doomed=still)
         case _:
             return None

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from dtrain.common.names import AttemptNumber, Step
+from dtrain.coordinator.core import packs
 from dtrain.coordinator.core.events import (
     Cause,
     CheckpointAborted,
@@ -118,6 +119,7 @@ def _started(job: JobState, generation: GenerationState, step: Step) -> Checkpoi
         attempt=AttemptNumber(job.last_attempt + 1),
         generation=generation.number,
         step=step,
+        base=packs.base_for_next(job),
     )
 
 
@@ -160,6 +162,8 @@ def acknowledged(
             digest=shard.digest,
             index_key=shard.index_key,
             index_digest=shard.index_digest,
+            packs=shard.packs,
+            state_bytes=shard.state_bytes,
         )
         for shard, _ in _shards(job, generation, inflight, observed)
         if shard.phase is ShardPhase.DURABLE and shard.step == inflight.step
@@ -187,6 +191,10 @@ def _abort(inflight: InflightCheckpoint, reason: str, cause: Cause, *, missed: b
 def _unstorable(
     job: JobState, generation: GenerationState, inflight: InflightCheckpoint, observed: Observed
 ) -> Decision | None:
+    if why := packs.why_base_is_lost(job, inflight):
+        return _abort(inflight, why, Cause(fact="base_damaged"))
+    if why := packs.why_foreign(job, inflight, acknowledged(job, generation, inflight, observed) or ()):
+        return _abort(inflight, why, Cause(fact="acknowledgement_refused", detail=why))
     staged = set()
     for shard, cause in _shards(job, generation, inflight, observed):
         if shard.phase is ShardPhase.MISSED:

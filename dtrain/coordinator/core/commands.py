@@ -7,8 +7,9 @@ repetition harmless.
 
 from dataclasses import dataclass
 
-from dtrain.common.names import Generation, JobName, Term
-from dtrain.coordinator.core.events import Member, Position
+from dtrain.common.names import CheckpointNumber, Generation, JobName, Term
+from dtrain.coordinator.core import packs
+from dtrain.coordinator.core.events import Member, Position, ShardRecord
 from dtrain.coordinator.core.facts import AssignmentReport
 from dtrain.coordinator.core.failures import stage_id, start_id
 from dtrain.coordinator.core.hangs import stacks_id
@@ -35,6 +36,7 @@ class StageCheckpoint:
     generation: Generation
     inflight: InflightCheckpoint
     position: Position
+    bases: tuple[ShardRecord, ...] = ()  # of the worker's ranks, in the checkpoint that the attempt builds upon
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +85,12 @@ def commands_for(job: JobState, view: WorkerView, term: Term) -> list[Command]:
         if stage not in taken:
             owed.append(
                 StageCheckpoint(
-                    id=stage, job=job, generation=generation.number, inflight=inflight, position=inflight.position
+                    id=stage,
+                    job=job,
+                    generation=generation.number,
+                    inflight=inflight,
+                    position=inflight.position,
+                    bases=_bases(job, inflight, member),
                 )
             )
     suspicion = generation.suspicion
@@ -100,6 +107,13 @@ def commands_for(job: JobState, view: WorkerView, term: Term) -> list[Command]:
                 )
             )
     return owed
+
+
+def _bases(job: JobState, inflight: InflightCheckpoint, member: Member) -> tuple[ShardRecord, ...]:
+    base = job.committed.get(CheckpointNumber(inflight.base))
+    if base is None or packs.why_base_is_lost(job, inflight):
+        return ()
+    return tuple(shard for shard in base.shards if shard.rank in member.ranks and shard.index_key)
 
 
 def _knows(report: AssignmentReport | None, generation: GenerationState, inflight: InflightCheckpoint) -> bool:

@@ -4,7 +4,7 @@ Owed until a fact says it is done, so a crash before, during or after it heals b
 created once and hold nothing that two leaders would write differently.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from dtrain.common.names import AttemptNumber, CheckpointNumber, JobName
 from dtrain.coordinator.core.checkpoints import acknowledged
@@ -63,13 +63,30 @@ class DeleteAttempt:
     checkpoint: CheckpointNumber
     attempt: AttemptNumber
     committed: bool  # it has a marker, which goes first
+    # The packs that are kept, or expire by an event of their own; what else the attempt packed, nobody ever named.
+    # No part of what the effect is: they only ever become fewer, so an older list keeps too much and never too little.
+    keep: frozenset[str] = field(default=frozenset(), compare=False)
 
     @property
     def key(self) -> tuple[str, JobName, AttemptNumber]:
         return ("delete", self.job, self.attempt)
 
 
-Effect = WriteManifest | WriteMarker | ReadMarkers | DeleteAttempt
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeletePacks:
+    """Owed for packs that have expired."""
+
+    job: JobName
+    store: str
+    expired: int  # sequence number of the event
+    packs: tuple[str, ...]  # their keys
+
+    @property
+    def key(self) -> tuple[str, JobName, int]:
+        return ("packs", self.job, self.expired)
+
+
+Effect = WriteManifest | WriteMarker | ReadMarkers | DeleteAttempt | DeletePacks
 
 
 def effects_owed(job: JobState, observed: Observed) -> list[Effect]:
@@ -80,6 +97,11 @@ def effects_owed(job: JobState, observed: Observed) -> list[Effect]:
         if not checkpoint.marked and not checkpoint.expired and (job.name, number) not in observed.markers
     ]
     owed += _deletions(job, observed)
+    owed += [
+        DeletePacks(job=job.name, store=doomed.store, expired=number, packs=doomed.keys)
+        for number, doomed in job.doomed.items()
+        if (job.name, number) not in observed.packs_deleted
+    ]
     if job.spec.store and not job.ended and (job.name, job.spec.store) not in observed.audited:
         owed.append(ReadMarkers(job=job.name, store=job.spec.store))
     inflight, generation = job.inflight, job.generation
@@ -99,8 +121,9 @@ def effects_owed(job: JobState, observed: Observed) -> list[Effect]:
 
 
 def _deletions(job: JobState, observed: Observed) -> list[DeleteAttempt]:
+    keep = frozenset(job.packs)
     doomed = [
-        DeleteAttempt(job=job.name, store=c.store, checkpoint=number, attempt=c.attempt, committed=True)
+        DeleteAttempt(job=job.name, store=c.store, checkpoint=number, attempt=c.attempt, committed=True, keep=keep)
         for number, c in job.committed.items()
         if c.expired
     ]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from dtrain.common.names import AttemptNumber, CheckpointNumber, Generation, Step, WorkerId
+from dtrain.common.packs import Pack
 from dtrain.common.specs import JobSpec
 
 _NO_STEP = Step(0)
@@ -63,6 +64,8 @@ class ShardRecord:
     digest: str
     index_key: str = ""
     index_digest: str = ""
+    packs: tuple[Pack, ...] = ()  # what else the rank's state lies in
+    state_bytes: int = 0  # of the whole state of the rank, packs included; 0: as much as size_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,6 +181,7 @@ class CheckpointStarted:
     attempt: AttemptNumber
     generation: Generation
     step: Step
+    base: int = 0  # the committed checkpoint whose packs and unchanged tensors it may build upon; 0 for none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -262,6 +266,21 @@ class AttemptSwept:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PacksExpired:
+    """No checkpoint names these packs, and none ever will again; they may be deleted from now on."""
+
+    keys: tuple[str, ...]  # sorted
+    store: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PacksDeleted:
+    """Storage confirmed that the packs of one PacksExpired are gone."""
+
+    expired: int  # sequence number of that event
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class JobSucceeded:
     pass
 
@@ -297,6 +316,8 @@ Event = (
     | CheckpointExpired
     | CheckpointDeleted
     | AttemptSwept
+    | PacksExpired
+    | PacksDeleted
     | JobSucceeded
     | JobFailed
     | JobCancelled

@@ -26,6 +26,8 @@ from dtrain.coordinator.core.events import (
     JobFailed,
     JobSubmitted,
     JobSucceeded,
+    PacksDeleted,
+    PacksExpired,
     RecordedEvent,
     RunInterrupted,
     SalvageStarted,
@@ -79,6 +81,8 @@ def _submitted(state: JobState | None, record: RecordedEvent, event: JobSubmitte
         committed=state.committed,
         last_checkpoint=state.last_checkpoint,
         aborted=state.aborted,
+        packs=state.packs,
+        doomed=state.doomed,
         last_attempt=state.last_attempt,
         placed=state.placed,
         furthest_step=newest.step if newest is not None else fresh.furthest_step,
@@ -121,6 +125,8 @@ def _lifecycle_event(state: JobState, record: RecordedEvent) -> JobState:
             | CheckpointExpired()
             | CheckpointDeleted()
             | AttemptSwept()
+            | PacksExpired()
+            | PacksDeleted()
         ):
             raise InvariantError(f"{record.key}: {record.type} was not handled where it belongs")
         case unreachable:

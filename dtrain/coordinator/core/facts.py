@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from dtrain.common.names import AttemptNumber, CheckpointNumber, Generation, JobName, Step, Term, WorkerId
+from dtrain.common.packs import Pack
 from dtrain.common.specs import JobSpec
 
 _NO_STEP = Step(0)
@@ -80,6 +81,8 @@ class ShardReport:
     reason: str = ""
     index_key: str = ""
     index_digest: str = ""
+    packs: tuple[Pack, ...] = ()
+    state_bytes: int = 0  # of the rank's whole state
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -218,6 +221,14 @@ class ObjectsDeleted:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PacksGone:
+    """Storage confirmed that no pack is left of those that expired with an event."""
+
+    job: JobName
+    expired: int  # sequence number of the event
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PinAsked:
     job: JobName
     checkpoint: CheckpointNumber
@@ -261,6 +272,7 @@ Fact = (
     | MarkerWritten
     | MarkersRead
     | ObjectsDeleted
+    | PacksGone
     | Ticked
 )
 

@@ -17,6 +17,7 @@ from dtrain.coordinator.core.facts import (
     MarkerWritten,
     Now,
     ObjectsDeleted,
+    PacksGone,
     Registration,
     SnapshotReceived,
     StreamClosed,
@@ -78,6 +79,7 @@ class Observed:
     manifests: dict[tuple[JobName, AttemptNumber], ManifestFact] = field(default_factory=dict)
     markers: set[tuple[JobName, CheckpointNumber]] = field(default_factory=set)
     deleted: set[tuple[JobName, AttemptNumber]] = field(default_factory=set)  # confirmed by storage
+    packs_deleted: set[tuple[JobName, int]] = field(default_factory=set)  # confirmed, by the event that expired them
     audited: set[tuple[JobName, str]] = field(default_factory=set)  # stores whose commit markers were read
     # When a run of a job began to wait for workers. By run: the wait of one that was cancelled is not the next one's.
     pending_since_s: dict[tuple[JobName, int], float] = field(default_factory=dict)
@@ -136,6 +138,9 @@ class Observed:
                 return {job}
             case ObjectsDeleted(job=job, attempt=attempt):
                 self.deleted.add((job, attempt))
+                return {job}
+            case PacksGone(job=job, expired=expired):
+                self.packs_deleted.add((job, expired))
                 return {job}
             case Ticked():
                 return set()

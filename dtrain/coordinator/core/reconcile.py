@@ -17,7 +17,7 @@ from typing import assert_never
 
 from dtrain.common.errors import InvariantError
 from dtrain.common.names import Generation, JobName
-from dtrain.coordinator.core import checkpoints, failures, hangs, placement, restarts, retention, salvages
+from dtrain.coordinator.core import checkpoints, failures, hangs, packs, placement, restarts, retention, salvages
 from dtrain.coordinator.core.events import (
     Cause,
     CheckpointAborted,
@@ -41,6 +41,7 @@ Jobs = Mapping[JobName, JobState]
 def reconcile(job: JobState, observed: Observed, jobs: Jobs, now: Now) -> Decision | None:
     """Return the next decision about ``job``, or None if desired state and facts agree."""
     settled = checkpoints.marks(job, observed) or retention.confirm(job, observed) or retention.expire(job)
+    settled = settled or packs.confirm(job, observed) or packs.expire(job)
     if settled is not None:
         return settled
     match job.phase:

@@ -39,6 +39,8 @@ def expire(job: JobState) -> Decision | None:
     wanted = kept(policy, job.committed.values())
     if job.generation is not None and job.generation.restore is not None:
         wanted.add(job.generation.restore.checkpoint)
+    if job.inflight is not None and job.inflight.base:
+        wanted.add(CheckpointNumber(job.inflight.base))
     for number in sorted(job.committed):
         checkpoint = job.committed[number]
         if number in wanted or checkpoint.expired or checkpoint.pinned or not checkpoint.marked:

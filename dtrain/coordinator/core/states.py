@@ -19,6 +19,7 @@
     Checkpoint events: STARTED -> ABORTED or COMMITTED; COMMITTED -> QUARANTINED; COMMITTED -> EXPIRED ->
     DELETED; ABORTED -> SWEPT. At most one is in flight, and only while RUNNING; it is settled before its
     generation ends; SalvageStarted says that a failed generation is kept for that. The newest sound one never expires.
+    Packs: EXPIRED once no checkpoint names them -> DELETED.
 
 `evolve` raises InvariantError on any other transition and changes nothing, so a log that could not have been
 written by these rules is refused at replay.
@@ -29,6 +30,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from dtrain.common.names import AttemptNumber, CheckpointNumber, Generation, JobName, Step, Term, WorkerId
+from dtrain.common.packs import Pack, packs_prefix
 from dtrain.common.specs import JobSpec
 from dtrain.coordinator.core.events import (
     FailureKind,
@@ -81,6 +83,7 @@ class InflightCheckpoint:
     generation: Generation  # Invariant: the active generation
     step: Step
     position: Position  # of its CheckpointStarted
+    base: int = 0  # Invariant: committed and not expired; 0 for none
     salvage_time: float = 0.0  # unix time since when it is all that its failed generation is waited for; 0: it is not
     salvage_wait_s: float = 0.0  # how long at most
 
@@ -104,12 +107,25 @@ class CommittedCheckpoint:
     time: float
     marked: bool = False  # storage confirmed the marker
     quarantined: str = ""  # why it is never restored from again; empty if it is sound
+    damaged_key: str = ""  # once quarantined: the damaged object
     pinned: bool = False  # a person wants it kept
     expired: bool = False  # decided to be deleted; Invariant: never the newest sound one
 
     @property
     def size_bytes(self) -> int:
-        return sum(shard.size_bytes for shard in self.shards)
+        """Of the state that it holds."""
+        return sum(shard.state_bytes or shard.size_bytes for shard in self.shards)
+
+    def uploaded_bytes(self, job: JobName) -> int:
+        """What was sent for it: its shards, and the packs that were made with it."""
+        own = packs_prefix(job, self.attempt)
+        fresh = sum(pack.size_bytes for pack in self.packs if pack.key.startswith(own))
+        return fresh + sum(shard.size_bytes for shard in self.shards)
+
+    @property
+    def packs(self) -> frozenset[Pack]:
+        """All packs that it names."""
+        return frozenset(pack for shard in self.shards for pack in shard.packs)
 
     @property
     def restore_point(self) -> RestorePoint:
@@ -129,6 +145,14 @@ class AbortedAttempt:
 
     checkpoint: CheckpointNumber
     attempt: AttemptNumber
+    store: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DoomedPacks:
+    """Packs that have expired and are being deleted."""
+
+    keys: tuple[str, ...]
     store: str
 
 
@@ -206,6 +230,8 @@ class JobState:
     committed: dict[CheckpointNumber, CommittedCheckpoint] = field(default_factory=dict)  # until deleted
     last_checkpoint: int = 0  # newest number ever committed; numbers are not used twice
     aborted: dict[AttemptNumber, AbortedAttempt] = field(default_factory=dict)  # until swept
+    packs: dict[str, str] = field(default_factory=dict)  # key -> store; named by a committed one once; until expired
+    doomed: dict[int, DoomedPacks] = field(default_factory=dict)  # by the event that expired them; until deleted
     last_attempt: int = 0  # newest attempt ever started
     misses: int = 0  # attempts missed in a row
     checkpoint_time: float = 0.0  # unix time the newest attempt started, or this run was submitted

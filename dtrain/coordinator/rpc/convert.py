@@ -10,6 +10,7 @@ from typing import assert_never
 from dtrain.common import names
 from dtrain.common.errors import UserError
 from dtrain.common.names import AttemptNumber, CheckpointNumber, Generation, Step, Term
+from dtrain.common.packs import Pack
 from dtrain.common.specs import CheckpointPolicy, JobSpec, RetentionPolicy
 from dtrain.common.stacks import STACK_MAX_CHARS
 from dtrain.coordinator.core.commands import Command, StageCheckpoint, StartTrainers, StopTrainers, TakeStacks
@@ -78,6 +79,8 @@ def _assignment(message: wire.Assignment) -> AssignmentReport:
                 reason=shard.reason[:TEXT_MAX_CHARS],
                 index_key=shard.index_key,
                 index_digest=shard.index_digest,
+                packs=tuple(Pack(key=pack.key, size_bytes=pack.size_bytes, digest=pack.digest) for pack in shard.packs),
+                state_bytes=shard.state_bytes,
             )
             for shard in message.shards
         ),
@@ -215,6 +218,10 @@ def command_to_wire(command: Command) -> wire.Command:
                     step=command.inflight.step,
                     store=command.job.spec.store,
                     committed_attempt=newest.restore_point.attempt if newest is not None else 0,
+                    bases=[
+                        wire.BaseIndex(rank=base.rank, index_key=base.index_key, index_digest=base.index_digest)
+                        for base in command.bases
+                    ],
                 ),
             )
         case StopTrainers():

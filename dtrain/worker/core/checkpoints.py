@@ -105,6 +105,8 @@ def upload_done(turn: Turn, done: UploadDone) -> None:
         digest=done.digest,
         index_key=done.index_key,
         index_digest=done.index_digest,
+        packs=done.packs,
+        state_bytes=done.state_bytes,
     )
     turn.put(turn.put_shard(assignment, durable))
     turn.act(JournalShard(job=done.job, generation=done.generation, shard=durable))

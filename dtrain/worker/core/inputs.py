@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from dtrain.common.names import AttemptNumber, Generation, JobName, Term
+from dtrain.common.packs import Pack
 from dtrain.worker.core.states import CheckpointRequest, ExitFact, LogPosition, TrainersSpec
 
 
@@ -112,6 +113,8 @@ class UploadDone:
     digest: str
     index_key: str
     index_digest: str
+    packs: tuple[Pack, ...] = ()  # what else the rank's state lies in
+    state_bytes: int = 0  # of the rank's whole state
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

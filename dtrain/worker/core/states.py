@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from dtrain.common.errors import InvariantError
 from dtrain.common.names import AttemptNumber, CheckpointNumber, Generation, JobName, Step, Term, WorkerId
+from dtrain.common.packs import Pack
 
 COMMANDS_MAX = 64  # commands remembered and reported: a coordinator repeats only what its newest state asks for
 NO_TERM = Term(0)  # before any leader was heard of
@@ -151,6 +152,15 @@ class TrainersSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BaseIndex:
+    """The index of a rank in the committed checkpoint that an attempt builds upon."""
+
+    rank: int
+    index_key: str
+    index_digest: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointRequest:
     """The newest attempt asked of a generation."""
 
@@ -159,6 +169,7 @@ class CheckpointRequest:
     step: Step
     store: str
     committed_attempt: int = 0  # of the newest checkpoint to restore from, whose bytes stay in memory; 0: none
+    bases: tuple[BaseIndex, ...] = ()  # of this node's ranks; one that has none sends all
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -210,11 +221,13 @@ class ShardAttempt:
     step: Step
     rank: int
     stage: ShardStage = ShardStage.REQUESTED
-    key: str = ""  # these five are set once DURABLE
+    key: str = ""  # these seven are set once DURABLE
     size_bytes: int = 0
     digest: str = ""
     index_key: str = ""
     index_digest: str = ""
+    packs: tuple[Pack, ...] = ()
+    state_bytes: int = 0  # of the rank's whole state
     reason: str = ""  # set once FAILED
 
     @property

@@ -20,6 +20,7 @@ from dtrain.worker.core.inputs import (
 )
 from dtrain.worker.core.snapshots import AssignmentSnapshot, NodeSnapshot, Phase
 from dtrain.worker.core.states import (
+    BaseIndex,
     CheckpointRequest,
     CommandRecord,
     CommandStage,
@@ -169,6 +170,8 @@ def _shard(shard: ShardAttempt) -> wire.ShardReport:
         reason=shard.reason,
         index_key=shard.index_key,
         index_digest=shard.index_digest,
+        packs=[wire.Pack(key=pack.key, size_bytes=pack.size_bytes, digest=pack.digest) for pack in shard.packs],
+        state_bytes=shard.state_bytes,
     )
 
 
@@ -231,6 +234,10 @@ def _body(command: wire.Command) -> CommandBody:
                     step=Step(stage.step),
                     store=stage.store,
                     committed_attempt=stage.committed_attempt,
+                    bases=tuple(
+                        BaseIndex(rank=base.rank, index_key=base.index_key, index_digest=base.index_digest)
+                        for base in stage.bases
+                    ),
                 )
             )
         case "stop_trainers":

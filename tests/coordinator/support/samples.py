@@ -1,6 +1,7 @@
 """One of each event, with every field filled, for tests of what is written down and read again."""
 
 from dtrain.common.names import AttemptNumber, CheckpointNumber, Generation, Step, WorkerId
+from dtrain.common.packs import Pack
 from dtrain.coordinator.core.events import (
     AttemptSwept,
     CancelRequested,
@@ -24,6 +25,8 @@ from dtrain.coordinator.core.events import (
     JobSubmitted,
     JobSucceeded,
     Member,
+    PacksDeleted,
+    PacksExpired,
     RankStack,
     RestorePoint,
     RunInterrupted,
@@ -83,7 +86,7 @@ EVENTS: tuple[Event, ...] = (
         victims=(0, 2, 3),
         stacks=(RankStack(rank=1, worker="w1", step=_STEP, stack=_ODD_TEXT),),
     ),
-    CheckpointStarted(checkpoint=_CHECKPOINT, attempt=_ATTEMPT, generation=_GENERATION, step=_STEP),
+    CheckpointStarted(checkpoint=_CHECKPOINT, attempt=_ATTEMPT, generation=_GENERATION, step=_STEP, base=2),
     SalvageStarted(
         checkpoint=_CHECKPOINT, attempt=_ATTEMPT, generation=_GENERATION, step=_STEP, wait_s=2.5, reason=_ODD_TEXT
     ),
@@ -94,7 +97,17 @@ EVENTS: tuple[Event, ...] = (
         generation=_GENERATION,
         step=_STEP,
         world_size=2,
-        shards=tuple(ShardRecord(rank=rank, key=f"k{rank}", size_bytes=2**40, digest=DIGEST) for rank in range(2)),
+        shards=tuple(
+            ShardRecord(
+                rank=rank,
+                key=f"k{rank}",
+                size_bytes=2**40,
+                digest=DIGEST,
+                packs=(Pack(key="p", size_bytes=2**41, digest=DIGEST),),
+                state_bytes=2**42,
+            )
+            for rank in range(2)
+        ),
         store="file:///store",
         manifest_key="m",
         manifest_digest=DIGEST,
@@ -105,6 +118,8 @@ EVENTS: tuple[Event, ...] = (
     CheckpointExpired(checkpoint=_CHECKPOINT, reason=_ODD_TEXT),
     CheckpointDeleted(checkpoint=_CHECKPOINT),
     AttemptSwept(checkpoint=_CHECKPOINT, attempt=_ATTEMPT),
+    PacksExpired(keys=("p", "q"), store="s3://bucket/prefix"),
+    PacksDeleted(expired=12),
     JobSucceeded(),
     JobFailed(reason=_ODD_TEXT, exit_code=2),
     JobCancelled(),

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from dtrain.common.errors import UserError
 from dtrain.common.names import AttemptNumber, CheckpointNumber, JobName, Step
+from dtrain.common.packs import Pack, packs_prefix
 from dtrain.common.specs import RetentionPolicy
 from dtrain.coordinator.core.commands import StageCheckpoint, StartTrainers, StopTrainers, TakeStacks
 from dtrain.coordinator.core.effects import DeleteAttempt
@@ -18,6 +19,7 @@ from dtrain.coordinator.core.facts import (
     ManifestRefused,
     ManifestWritten,
     MarkerWritten,
+    PacksGone,
     RankReport,
     RankState,
     RestorePhase,
@@ -26,6 +28,7 @@ from dtrain.coordinator.core.facts import (
     ShardReport,
     StreamClosed,
 )
+from dtrain.coordinator.core.states import JobState
 from tests.coordinator.support.clusters import DIGEST, Cluster, spec
 from tests.coordinator.support.nodes import Held, Node
 
@@ -204,8 +207,22 @@ class Turmoil:
                 step=inflight.step if inflight is not None and y % 6 else Step(y),
                 size_bytes=1,
                 digest=DIGEST,
+                packs=self._packs(state, attempt, rank, x + y),
             )
         self.cluster.reports(node.name)
+
+    @staticmethod
+    def _packs(state: JobState | None, attempt: AttemptNumber, rank: int, choice: int) -> tuple[Pack, ...]:
+        """A pack of the attempt's own, those of its base, both, none; and seldom one that it must not name."""
+        if state is None or state.inflight is None:
+            return ()
+        own = Pack(key=f"{packs_prefix(state.name, attempt)}rank-{rank}", size_bytes=1, digest=DIGEST)
+        base = state.committed.get(CheckpointNumber(state.inflight.base))
+        inherited = [pack for shard in base.shards if shard.rank == rank for pack in shard.packs][:2] if base else []
+        if choice % 13 == 0:
+            foreign = packs_prefix(state.name, max(1, attempt - 2))
+            return (Pack(key=f"{foreign}rank-{rank}", size_bytes=1, digest=DIGEST),)
+        return tuple([*inherited, own][choice % 2 :][: 1 + choice % 3] if choice % 5 else [])
 
     def save(self, x: int, y: int) -> None:
         """A checkpoint from the request to its marker, as far as the job and its workers allow."""
@@ -263,6 +280,8 @@ class Turmoil:
         job = JOBS[x % 2]
         owed = [e for e in self.cluster.owes(job) if isinstance(e, DeleteAttempt)] if job in self.cluster.jobs else []
         self.cluster.objects_deleted(owed[0].attempt if owed and y % 5 else 1 + y % 4, job)
+        doomed = list(self.cluster.jobs[JobName(job)].doomed) if job in self.cluster.jobs else []
+        self.cluster.tells(PacksGone(job=JobName(job), expired=doomed[0] if doomed and y % 5 else y))
 
     def stand_still(self, x: int, y: int) -> None:
         """Nothing moves for a while."""
