@@ -27,11 +27,13 @@ from dtrain.storage.catalogs import catalog_of
 from dtrain.storage.ranges import NeededRange, read_needed
 from dtrain.storage.verify import read_index, read_manifest, verify_checkpoint
 from dtrain.worker import uploads
+from dtrain.worker.bandwidth import BandwidthCap
 from dtrain.worker.bases import Bases
 from dtrain.worker.core import inputs
 from dtrain.worker.core.actions import Upload
 from dtrain.worker.core.inputs import UploadDone
 from dtrain.worker.rpc.convert import to_command
+from dtrain.worker.transfers import UploadMeter
 from tests.coordinator.support.clusters import JOB, Cluster, spec
 from tests.support.memory_store import MemoryStore
 
@@ -172,11 +174,11 @@ class PackedJob:
         common = {"checkpoint": request.checkpoint, "attempt": request.attempt, "rank": rank, "step": request.step}
         if request.attempt == FAILING_ROUND and rank == RANKS - 1:
             return ShardReport(phase=ShardPhase.FAILED, reason="no memory", **common)  # type: ignore[arg-type]
-        generation = self.cluster.generation().number
+        generation, give_up = self.cluster.generation().number, threading.Event()
         upload = Upload(
             job=JobName(JOB), generation=generation, rank=rank, request=request, slot=0, size_bytes=len(image)
         )
-        done: UploadDone = uploads._send(upload, slot, threading.Event(), self.bases)
+        done: UploadDone = uploads._send(upload, slot, give_up, UploadMeter(BandwidthCap(None), give_up), self.bases)
         return ShardReport(
             phase=ShardPhase.DURABLE,
             key=done.key,
