@@ -212,18 +212,8 @@ TWO = {
 GONE = {"deleted", "idle pack", "doomed pack", "pack gone"}
 EXPIRED = {"expired", "repacked"}
 ON = {
-    "suspected",
-    "cleared",
-    "hung",
-    "running",
-    "committed",
-    "marked",
-    "quarantined",
-    "aborted",
-    "swept",
-    "packed",
-    *TWO,
-}
+    "suspected", "cleared", "hung", "running", "committed", "marked", "quarantined", "aborted", "swept", "packed", *TWO
+}  # fmt: skip
 HAS_ONE = {"committed", "marked", "quarantined", "succeeded", "packed", "building", *TWO} - GONE
 ONE_SOUND = HAS_ONE - {"quarantined", "all quarantined"}
 
