@@ -6,20 +6,17 @@ in the log, because the rarest situations are a few milliseconds wide.
 """
 
 import random
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from dtrain.proto import agent_pb2 as wire
 from tests.sim.etcd import Change
 from tests.sim.machines import Machine
+from tests.sim.strikes import FAULTS, Undo
 from tests.sim.trainers import Trainer
-from tests.sim.world import JOB, World
+from tests.sim.world import World
 
 if TYPE_CHECKING:
     from tests.sim.nodes import Node
-
-Undo = Callable[[], None]
 
 # What only the control plane suffers: however bad it is, no healthy trainer may be restarted for it.
 CONTROL_PLANE = (
@@ -109,6 +106,8 @@ class Storm:
 
     def heal(self) -> None:
         """Lift everything: from here on the world is kind, and the job must finish."""
+        if self.over:
+            return
         self.over = True
         self.say("the world is healed")
         for undo in list(self._undo.values()):
@@ -221,263 +220,3 @@ class Storm:
                 self.world.net.reopen(*way)
 
         return mend
-
-
-# -- the faults --------------------------------------------------------------------------------------------
-
-
-def _coordinator_dies(storm: Storm) -> Undo | None:
-    host = storm.host()
-    storm.say(f"{host.name} is killed")
-    storm.world.saw("leader killed" if host is storm.world.leader else "follower killed")
-    for process in list(host.processes):
-        process.kill()
-    return lambda: storm.world.start_coordinator(host)
-
-
-def _coordinator_pauses(storm: Storm) -> Undo | None:
-    host = storm.host()
-    storm.say(f"{host.name} pauses")
-    storm.world.saw("coordinator paused")
-    paused = list(host.processes)
-    for process in paused:
-        process.pause()
-
-    def go_on() -> None:
-        storm.say(f"{host.name} goes on")
-        for process in paused:
-            process.go_on()
-
-    return go_on
-
-
-def _coordinator_loses_etcd(storm: Storm) -> Undo | None:
-    host = storm.host()
-    storm.say(f"{host.name} loses etcd")
-    if host is storm.world.leader:
-        storm.world.saw("leader cut off from etcd only")
-    return storm.cut(host.name, [member.machine.name for member in storm.world.members])
-
-
-def _coordinator_loses_workers(storm: Storm) -> Undo | None:
-    host = storm.host()
-    storm.say(f"{host.name} loses the workers")
-    storm.world.saw("leader cut off from workers only")
-    return storm.cut(host.name, [node.machine.name for node in storm.world.nodes])
-
-
-def _agent_restarts(storm: Storm) -> Undo | None:
-    """Killed and started again at once, as a service manager would: nothing may come of it."""
-    node = storm.node()
-    storm.say(f"the agent of {node.machine.name} is killed and starts again")
-    storm.world.saw("agent restarted at once")
-    node.kill_agent()
-    node.start_agent()
-    return None
-
-
-def _agent_dies(storm: Storm) -> Undo | None:
-    node = storm.node()
-    storm.say(f"the agent of {node.machine.name} is killed")
-    storm.world.hurt(node.machine.name, "agent killed")
-    node.kill_agent()
-    return node.start_agent
-
-
-def _agent_pauses(storm: Storm) -> Undo | None:
-    node = storm.node()
-    agent = node.agent
-    if agent is None or not agent.alive:
-        return None
-    storm.say(f"the agent of {node.machine.name} pauses")
-    storm.world.hurt(node.machine.name, "agent paused")
-    agent.pause()
-    return agent.go_on
-
-
-def _power(storm: Storm, *, wipe: bool) -> Undo | None:
-    node = storm.node()
-    if node.machine.dark:
-        return None
-    storm.say(f"{node.machine.name} loses power{' and its disk' if wipe else ''}")
-    storm.world.saw("machine lost its disk" if wipe else "machine lost power")
-    storm.world.hurt(node.machine.name, "power lost")
-    node.lose_power(wipe=wipe)
-    return node.boot
-
-
-def _trainer_ends(storm: Storm, code: int, error: str) -> Undo | None:
-    trainer = storm.trainer()
-    if trainer is not None:
-        storm.say(f"{trainer.of} ends with {code}")
-        storm.world.hurt(trainer.node.machine.name, "trainer ended")
-        trainer.end(code, error)
-    return None
-
-
-def _trainer_hangs(storm: Storm) -> Undo | None:
-    trainer = storm.trainer()
-    if trainer is None:
-        return None
-    storm.say(f"{trainer.of} hangs")
-    storm.world.saw("trainer hung")
-    storm.world.hurt(trainer.node.machine.name, "trainer hangs")
-    trainer.hangs = True
-
-    def go_on() -> None:
-        trainer.hangs = False
-
-    return go_on
-
-
-def _worker_cut_off(storm: Storm) -> Undo | None:
-    node, world = storm.node(), storm.world
-    storm.say(f"{node.machine.name} is cut off")
-    world.saw("worker cut off from the control plane")
-    world.hurt(node.machine.name, "cut off")
-    others = [host.name for host in world.hosts] + [member.machine.name for member in world.members]
-    return storm.cut(node.machine.name, others)
-
-
-def _worker_loses_etcd(storm: Storm) -> Undo | None:
-    node, world = storm.node(), storm.world
-    storm.say(f"{node.machine.name} loses etcd")
-    world.hurt(node.machine.name, "cut off from etcd")
-    return storm.cut(node.machine.name, [member.machine.name for member in world.members])
-
-
-def _workers_lose_each_other(storm: Storm) -> Undo | None:
-    one, other = storm.rng.sample(storm.world.nodes, 2)
-    storm.say(f"{one.machine.name} and {other.machine.name} lose each other")
-    storm.world.hurt(one.machine.name, "peers cut")
-    storm.world.hurt(other.machine.name, "peers cut")
-    return storm.cut(one.machine.name, [other.machine.name])
-
-
-def _etcd_member_down(storm: Storm) -> Undo | None:
-    member = storm.rng.choice(storm.world.members)
-    storm.say(f"{member.machine.name} goes down")
-    storm.world.saw("etcd member down")
-    member.go(up=False)
-    return lambda: member.go(up=True)
-
-
-def _etcd_away(storm: Storm) -> Undo | None:
-    storm.say("etcd goes down")
-    storm.world.saw("etcd away")
-    for member in storm.world.members:
-        member.go(up=False)
-
-    def back() -> None:
-        storm.say("etcd is back")
-        for member in storm.world.members:
-            member.go(up=True)
-
-    return back
-
-
-def _etcd_compacts(storm: Storm) -> Undo | None:
-    storm.say("etcd compacts")
-    storm.world.etcd.compact()
-    return None
-
-
-def _store_away(storm: Storm) -> Undo | None:
-    weather = storm.world.blobs.weather
-    storm.say("the store is away")
-    storm.world.saw("store away")
-    before, weather.failing = weather.failing, 1.0
-
-    def back() -> None:
-        weather.failing = before if before < 1.0 else 0.0
-
-    return back
-
-
-def _store_full(storm: Storm) -> Undo | None:
-    weather = storm.world.blobs.weather
-    storm.say("the store is full")
-    weather.full = True
-
-    def room() -> None:
-        weather.full = False
-
-    return room
-
-
-def _store_cut_off(storm: Storm) -> Undo | None:
-    weather = storm.world.blobs.weather
-    name = storm.rng.choice([*(node.machine.name for node in storm.world.nodes), *(h.name for h in storm.world.hosts)])
-    storm.say(f"{name} does not reach the store")
-    storm.world.saw("one machine cut off from the store")
-    weather.cut_off.add(name)
-    return lambda: weather.cut_off.discard(name)
-
-
-def _blob_rots(storm: Storm) -> Undo | None:
-    """Mostly a shard of the newest checkpoint, and then something that makes somebody read it."""
-    world = storm.world
-    shards = [key for key in world.blobs.objects if key.endswith(".safetensors")]
-    committed = [change for kind, change in world.log if kind == "CheckpointCommitted"]
-    if not shards or not committed or storm.rng.random() < 0.5:
-        return None
-    newest = [key for key in shards if key.encode() in (committed[-1].value or b"")]
-    key = storm.rng.choice(newest or shards)
-    storm.say(f"{key} rots")
-    world.saw("blob rotted")
-    world.hurt("store", "blob rotted")
-    world.blobs.rot(key)
-    return None
-
-
-def _clock_jumps(storm: Storm) -> Undo | None:
-    machine = storm.rng.choice([*storm.world.hosts, *(node.machine for node in storm.world.nodes)])
-    jump_s = storm.rng.choice((-3600.0, -5.0, 5.0, 86400.0))
-    storm.say(f"the clock of {machine.name} jumps by {jump_s:g} s")
-    storm.world.saw("clock jumped")
-    machine.skew_s += jump_s
-    return None
-
-
-def _people_ask(storm: Storm) -> Undo | None:
-    world, number = storm.world, storm.rng.randint(1, 8)
-    match storm.rng.randrange(4):
-        case 0 | 1:
-            storm.say("a person asks for a checkpoint")
-            world.ask("Checkpoint", wire.CheckpointRequest(job=JOB, request=f"r{number}"))
-        case 2:
-            storm.say(f"a person pins checkpoint {number}")
-            world.ask("Pin", wire.PinRequest(job=JOB, checkpoint=number, pinned=storm.rng.random() < 0.7))
-        case _:
-            storm.say(f"a person finds checkpoint {number} damaged")
-            request = wire.QuarantineRequest(job=JOB, checkpoint=number, key="some blob", reason="a person said so")
-            world.ask("Quarantine", request)
-    return None
-
-
-FAULTS: dict[str, Callable[[Storm], Undo | None]] = {
-    "coordinator dies": _coordinator_dies,
-    "coordinator pauses": _coordinator_pauses,
-    "coordinator loses etcd": _coordinator_loses_etcd,
-    "coordinator loses workers": _coordinator_loses_workers,
-    "agent restarts": _agent_restarts,
-    "agent dies": _agent_dies,
-    "agent pauses": _agent_pauses,
-    "machine loses power": lambda storm: _power(storm, wipe=False),
-    "machine loses its disk": lambda storm: _power(storm, wipe=True),
-    "trainer dies": lambda storm: _trainer_ends(storm, -9, ""),
-    "trainer raises": lambda storm: _trainer_ends(storm, 1, "ValueError: bad batch"),
-    "trainer hangs": _trainer_hangs,
-    "worker cut off": _worker_cut_off,
-    "worker loses etcd": _worker_loses_etcd,
-    "workers lose each other": _workers_lose_each_other,
-    "etcd member down": _etcd_member_down,
-    "etcd away": _etcd_away,
-    "etcd compacts": _etcd_compacts,
-    "store away": _store_away,
-    "store full": _store_full,
-    "store cut off": _store_cut_off,
-    "blob rots": _blob_rots,
-    "clock jumps": _clock_jumps,
-    "people ask": _people_ask,
-}

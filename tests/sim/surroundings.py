@@ -25,7 +25,7 @@ from dtrain.storage import uris
 from dtrain.worker import agent, journal, uploads
 from tests.sim import nodes
 from tests.sim.loop import CURRENT, SimLoop
-from tests.sim.network import Channel, GrpcServer
+from tests.sim.rpc import Channel, GrpcServer
 
 if TYPE_CHECKING:
     from tests.sim.world import World

@@ -1,6 +1,8 @@
 """Liveness, and that nothing was disturbed without a reason."""
 
+import traceback
 from collections.abc import Iterator
+from pathlib import Path
 
 from tests.sim.checkers.stories import Story
 
@@ -35,7 +37,12 @@ def undisturbed(story: Story) -> Iterator[str]:
 def endings(story: Story) -> Iterator[str]:
     """No process of the product ends by itself, and no callback of it raises."""
     for ending in story.world.endings:
-        yield f"{ending.who} ended at {ending.at_s:.3f} s: {type(ending.error).__name__}: {ending.error}"
+        error = ending.error
+        while isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        places = traceback.extract_tb(error.__traceback__)[-1:]
+        where = "".join(f" at {Path(place.filename).name}:{place.lineno}" for place in places)
+        yield f"{ending.who} ended at {ending.at_s:.3f} s: {type(error).__name__}: {error}{where}"
     for error in story.world.loop.errors:
         yield f"a callback raised {type(error).__name__}: {error}"
 
