@@ -66,6 +66,8 @@ def _prepare() -> None:
 
 
 def _many(options: argparse.Namespace) -> int:
+    from tests.sim import schedules  # noqa: F401  so that what cannot be loaded fails here, once
+
     first = options.first if options.first is not None else int(time.time() * 1000) % 1_000_000_000
     began_s, cpu_s = time.monotonic(), 0.0
     seen: Counter[str] = Counter()
