@@ -24,8 +24,6 @@ from dtrain.coordinator.core.states import JobState, LastFailure, Suspicion
 
 # Once may be chance. The same words at the same step from the same state are not.
 SAME_ERROR_LIMIT = 2
-# A script that raises within this time of its start and never joined or completed a step cannot start at all.
-CANNOT_START_WITHIN_S = 60.0
 CANNOT_START_EXIT_CODE = 2
 BACKOFF_FIRST_S = 1.0  # before the second restart in a row without progress; doubled with each further one
 BACKOFF_MAX_S = 30.0  # longer would leave machines idle that may be well again
@@ -108,10 +106,9 @@ def _left_aside(error: LastFailure) -> Decision:
 
 
 def _failed(job: JobState, last: LastFailure, why: str, *, cleared: Suspicion | None = None) -> Decision:
-    cannot_start = not last.progressed and last.error != "" and last.age_s < CANNOT_START_WITHIN_S
     event = JobFailed(
         reason=f"{last.reason}{why}",
-        exit_code=CANNOT_START_EXIT_CODE if cannot_start and last.exit_code == 1 else last.exit_code,
+        exit_code=CANNOT_START_EXIT_CODE if last.cannot_start and last.exit_code == 1 else last.exit_code,
         cleared=cleared.checkpoint if cleared is not None else None,
     )
     fact = "same_error_again" if last.repeats >= SAME_ERROR_LIMIT or cleared is not None else "restarts_exhausted"
@@ -123,7 +120,7 @@ def _cause(fact: str, last: LastFailure) -> Cause:
 
 
 def _same_again(error: LastFailure) -> str:
-    if not error.progressed:
+    if error.cannot_start:
         return f" ({error.repeats} times in a row before it got anywhere): mend the script and run it again"
     start = "the start" if error.restored is None else f"checkpoint {error.restored}"
     return (

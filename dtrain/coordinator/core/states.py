@@ -44,6 +44,8 @@ from dtrain.coordinator.core.events import (
 )
 
 SIGNAL_EXIT_BASE = 128  # a shell's convention for "ended by a signal"
+# A script that raises within this time of its start and never joined or completed a step cannot start at all.
+CANNOT_START_WITHIN_S = 60.0
 _NO_STEP = Step(0)
 
 
@@ -188,9 +190,20 @@ class LastFailure:
             other.exit_code,
         )
 
+    @property
+    def cannot_start(self) -> bool:
+        """Whether it failed so early, and with words, that the script cannot have got anywhere."""
+        return not self.progressed and self.error != "" and self.age_s < CANNOT_START_WITHIN_S
+
+    @property
+    def knows_place(self) -> bool:
+        """Whether ``step`` says where it died. A script that counts no steps of ours may have come far by itself."""
+        return self.step > 0 or self.restored is not None or self.age_s < CANNOT_START_WITHIN_S
+
     def same_place(self, other: "LastFailure") -> bool:
         """Whether both died at the same step from the same checkpoint: nothing was gained between them."""
-        return (self.step, self.restored) == (other.step, other.restored)
+        known = self.knows_place and other.knows_place
+        return known and (self.step, self.restored) == (other.step, other.restored)
 
 
 def _without_addresses(error: str) -> str:
