@@ -13,15 +13,16 @@ import pytest
 from dtrain.common.digests import blob_digest
 from dtrain.common.mailbox import pack
 from dtrain.common.names import AttemptNumber, CheckpointNumber, Generation, Step
+from dtrain.storage.indexes import index_shard
 from dtrain.storage.local import LocalFolder
 from dtrain.storage.metering import Meter
-from dtrain.storage.objects import StorageUnavailable
+from dtrain.storage.objects import ObjectInfo, StorageUnavailable
 from dtrain.storage.parts import FileParts
 from dtrain.worker.arenas import Kept
 from dtrain.worker.bandwidth import MIB_BYTES, BandwidthCap
 from dtrain.worker.core.actions import Upload
 from dtrain.worker.core.inputs import UploadDone, UploadFailed
-from dtrain.worker.core.states import CheckpointRequest
+from dtrain.worker.core.states import BaseIndex, CheckpointRequest
 from dtrain.worker.rank_dirs import RankId
 from dtrain.worker.tasks import Tasks
 from dtrain.worker.transfers import Transfer
@@ -38,6 +39,7 @@ class Rank:
     def __init__(self, folder: Path, *, payload: bytes = VALUES) -> None:
         self.folder = folder
         self.data = shard_bytes(rank=1, step=10, payload=payload)
+        self.bases: tuple[BaseIndex, ...] = ()
         self.cap = BandwidthCap(None)
         self.progress: dict[RankId, Transfer] = {}  # when the bytes were gone
         (folder / "slot1").write_bytes(self.data + b"what an earlier, longer state left")
@@ -61,6 +63,7 @@ class Rank:
             attempt=AttemptNumber(4),
             step=Step(10),
             store=(self.folder / "store").as_uri(),
+            bases=self.bases,
         )
 
         async def turn() -> None:
@@ -94,6 +97,21 @@ def test_the_slots_bytes_are_stored_up_to_their_size_and_recorded(rank: Rank) ->
     assert LocalFolder(rank.folder / "store").get(answer.key) == rank.data
     assert answer.digest == blob_digest(rank.data)
     assert rank.kept == [(1, Kept(attempt=4, step=10, size_bytes=len(rank.data), digest=answer.digest))]
+
+
+def test_what_did_not_change_is_packed_and_the_slot_counts_as_a_whole(tmp_path: Path) -> None:
+    rank = Rank(tmp_path, payload=bytes(2 * MIB_BYTES))
+    store = LocalFolder(rank.folder / "store")
+    index, _ = index_shard(memoryview(shard_bytes(rank=1, step=9, payload=bytes(2 * MIB_BYTES))))
+    store.put("index", index)
+    rank.bases = (BaseIndex(rank=1, index_key="index", index_digest=blob_digest(index)),)
+    answer = rank.upload()
+    assert isinstance(answer, UploadDone)
+    [pack] = answer.packs
+    assert store.get(pack.key) == bytes(2 * MIB_BYTES)
+    assert store.head(answer.key) == ObjectInfo(key=answer.key, size_bytes=answer.size_bytes)
+    assert answer.size_bytes < 2048 and answer.state_bytes == len(rank.data)
+    assert rank.kept[0][1].size_bytes == len(rank.data), "a restore from memory finds all of it there"
 
 
 def test_a_slot_that_holds_another_state_is_not_sent(rank: Rank) -> None:
