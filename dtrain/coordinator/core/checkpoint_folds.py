@@ -78,7 +78,7 @@ def fold_checkpoint(state: JobState, record: RecordedEvent) -> JobState | None:
             committed = state.committed[event.checkpoint]
             require(not committed.quarantined, state, record, "it is quarantined already")
             why = f"{event.key}: {event.reason}"
-            return state.with_checkpoint(replace(committed, quarantined=why, damaged_key=event.key))
+            return state.with_checkpoint(replace(committed, quarantined=why))
         case _:
             return None
 

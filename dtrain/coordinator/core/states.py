@@ -109,9 +109,13 @@ class CommittedCheckpoint:
     time: float
     marked: bool = False  # storage confirmed the marker
     quarantined: str = ""  # why it is never restored from again; empty if it is sound
-    damaged_key: str = ""  # once quarantined: the damaged object
     pinned: bool = False  # a person wants it kept
     expired: bool = False  # decided to be deleted; Invariant: never the newest sound one
+
+    @property
+    def damaged_key(self) -> str:
+        """Once quarantined: the damaged object. No key of ours holds a colon."""
+        return self.quarantined.partition(": ")[0]
 
     @property
     def size_bytes(self) -> int:
