@@ -132,7 +132,13 @@ def audit_storage(audit: Audit, events: list[Json], objects: Objects, job: str) 
     }
     started = {(e["data"]["checkpoint"], e["data"]["attempt"]) for e in events if e["type"] == "CheckpointStarted"}
     swept = {e["data"]["attempt"] for e in events if e["type"] == "AttemptSwept"}
+    lost = _lost_packs(events)
     for key in there:
+        if "/packs/" in key:
+            made_in = int(key.split("/attempt-")[1].split("/")[0])
+            audit.require(made_in in {attempt for _, attempt in started}, f"{key}: of an attempt that nobody knows")
+            audit.require(made_in not in swept and key not in lost, f"{key}: a pack that was deleted")
+            continue
         number, attempt = _numbers(key)
         if key.endswith("/COMMITTED"):
             audit.require(number in committed, f"{key}: a marker without its event")
@@ -152,6 +158,12 @@ def audit_storage(audit: Audit, events: list[Json], objects: Objects, job: str) 
         if marker_key in there:
             marker = json.loads(objects.read(marker_key))
             audit.require(marker["manifest_digest"] == data["manifest_digest"], f"{marker_key}: of another manifest")
+
+
+def _lost_packs(events: list[Json]) -> set[str]:
+    """Packs that the log calls deleted."""
+    batches = {e["seq"]: e["data"]["keys"] for e in events if e["type"] == "PacksExpired"}
+    return {key for e in events if e["type"] == "PacksDeleted" for key in batches[e["data"]["expired"]]}
 
 
 def _numbers(key: str) -> tuple[int, int]:
@@ -177,6 +189,8 @@ def _audit_checkpoint(audit: Audit, data: Json, objects: Objects, there: set[str
     for shard in data["shards"]:
         is_intact(shard["key"], shard["digest"], shard["size_bytes"])
         is_intact(shard["index_key"], shard["index_digest"])
+        for pack in shard.get("packs", []):
+            is_intact(pack["key"], pack["digest"], pack["size_bytes"])
     if manifest:
         said = json.loads(manifest)
         for name in ("checkpoint", "attempt", "generation", "step", "world_size"):
