@@ -98,6 +98,13 @@ def coordinator_command(etcd: str, prefix: str, listen: str, advertise: str, ide
     help="Seconds after which ranks without their agent end themselves.",
 )
 @click.option(
+    "--lease-ttl",
+    "lease_ttl_s",
+    type=float,
+    envvar="DTRAIN_LEASE_TTL",
+    help="Seconds after which a node that says nothing is given up, about. Default: 5.",
+)
+@click.option(
     "--zygote/--no-zygote",
     envvar="DTRAIN_ZYGOTE",
     default=True,
@@ -115,6 +122,7 @@ def worker_command(
     listen: str,
     advertise: str,
     orphan_after_s: float | None,
+    lease_ttl_s: float | None,
     zygote: bool,
     upload_mib_per_s: float | None,
     etcd_wait_s: float,
@@ -140,6 +148,8 @@ def worker_command(
     )
     if orphan_after_s is not None:
         config = replace(config, orphan_after_s=orphan_after_s)
+    if lease_ttl_s is not None:
+        config = replace(config, lease_ttl_s=lease_ttl_s)
 
     async def run() -> int:
         await probe_etcd(config.etcd, wait_s=etcd_wait_s)

@@ -41,10 +41,10 @@ from dtrain.worker.arenas import Arenas
 from dtrain.worker.bandwidth import BandwidthCap
 from dtrain.worker.config import WorkerConfig
 from dtrain.worker.core.actions import Action, JournalEntry
-from dtrain.worker.core.inputs import Input, StopRequested, Tick
+from dtrain.worker.core.inputs import CommandReceived, Input, StopRequested, Tick, TrainerExited
 from dtrain.worker.core.machine import recover, step
 from dtrain.worker.core.snapshots import project
-from dtrain.worker.core.states import GenerationStage, NodeState
+from dtrain.worker.core.states import ExitFact, GenerationStage, NodeState
 from dtrain.worker.journal import Journal
 from dtrain.worker.keepers import Keepers, kill_strays
 from dtrain.worker.mailboxes import POLL_S, Mailboxes
@@ -239,6 +239,7 @@ class Agent:
     async def _turns(self) -> None:
         while not (self._state.stopping and self._is_over()):
             fact = await self._inputs.get()
+            _note(fact)
             self._state, actions = step(self._state, fact, _now())
             await self._do(actions)
 
@@ -374,6 +375,17 @@ class Agent:
         if self._config.advertise and given:
             return server, self._config.advertise
         return server, f"{host}:{port}"
+
+
+def _note(fact: Input) -> None:
+    """Log what explains a recovery to a person: when an exit was seen, and when which command came."""
+    match fact:
+        case TrainerExited(job=job, generation=generation, rank=rank, exit=ExitFact(code=code)):
+            logger.info("%s generation %d rank %d ended: %s", job, generation, rank, "unseen" if code is None else code)
+        case CommandReceived(id=command_id, term=term):
+            logger.info("told in term %d: %s", term, command_id)
+        case _:
+            return
 
 
 def _now() -> float:

@@ -7,6 +7,9 @@ from pathlib import Path
 from dtrain.common.errors import UserError
 from dtrain.common.names import WorkerId
 
+LEASE_TTL_S = 5.0  # an agent that was killed is back well within it, on a busy machine too
+LEASE_TTL_MIN_S = 2.0  # etcd grants no less
+LEASE_TTL_MAX_S = 3600.0
 SHARED_MEMORY = Path("/dev/shm")
 
 
@@ -27,7 +30,7 @@ class WorkerConfig:
     listen: str = "127.0.0.1:0"  # where the Logs service listens; port 0: any free one
     advertise: str = ""  # host, or host:port, under which others reach this node; empty: where it listens
     heartbeat_s: float = 0.5  # a snapshot at least this often
-    lease_ttl_s: float = 5.0  # how long etcd remembers a node that says nothing
+    lease_ttl_s: float = LEASE_TTL_S  # how long etcd remembers a node that says nothing
     fence_after_s: float = 1800.0  # without any coordinator for so long, the trainers are ended
     orphan_after_s: float = 600.0  # without their agent for so long, the trainers are ended
     upload_mib_per_s: float | None = None  # all uploads of this agent together; None: as fast as they go
@@ -37,6 +40,10 @@ class WorkerConfig:
     def __post_init__(self) -> None:
         if not self.etcd:
             raise UserError("no etcd endpoint was given: name one, as in --etcd 127.0.0.1:2379.")
+        if not LEASE_TTL_MIN_S <= self.lease_ttl_s <= LEASE_TTL_MAX_S:
+            raise UserError(
+                f"lease-ttl {self.lease_ttl_s:g} is not valid: give {LEASE_TTL_MIN_S:g} to {LEASE_TTL_MAX_S:g} seconds."
+            )
         if self.slots < 1:
             raise UserError(f"slots {self.slots} is not valid: give 1 or more.")
         if self.listen.rpartition(":")[0] in ("0.0.0.0", "[::]", "") and not self.advertise:

@@ -2,7 +2,7 @@
 
 from dtrain.coordinator.core.events import GenerationFailed, GenerationStarted, JobFailed
 from dtrain.coordinator.core.facts import RestorePhase, StreamClosed, WorkerUnregistered
-from dtrain.coordinator.core.observed import LOST_AFTER_S
+from dtrain.coordinator.core.observed import LOST_AFTER_S, UNSEEN_LOST_AFTER_S
 from dtrain.coordinator.core.placement import GATHER_S, waiting_for
 from dtrain.coordinator.core.states import JobPhase
 from tests.coordinator.support.clusters import Cluster, spec
@@ -217,7 +217,7 @@ def test_a_new_leader_gives_every_worker_time_to_find_it_before_it_calls_one_los
     cluster.passes(1000)
     successor = cluster.fails_over()
     assert successor.decides() == []
-    successor.passes(LOST_AFTER_S - 0.1)
+    successor.passes(UNSEEN_LOST_AFTER_S - 0.1)
     assert successor.decides() == []
     successor.passes(0.1)
     assert successor.decides() == ["GenerationFailed"]

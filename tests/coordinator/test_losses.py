@@ -4,8 +4,8 @@ import pytest
 
 from dtrain.coordinator.core.commands import StageCheckpoint
 from dtrain.coordinator.core.events import CheckpointAborted, GenerationFailed, GenerationStarted
-from dtrain.coordinator.core.facts import ShardPhase
-from dtrain.coordinator.core.observed import LOST_AFTER_S
+from dtrain.coordinator.core.facts import ShardPhase, WorkerUnregistered
+from dtrain.coordinator.core.observed import LOST_AFTER_S, STREAM_SILENT_S
 from dtrain.coordinator.core.placement import GATHER_S
 from tests.coordinator.support.clusters import Cluster, spec
 
@@ -109,6 +109,28 @@ def test_a_worker_with_a_rank_that_has_not_finished_well_may_not(code: int | Non
     cluster.loses("w2")
     cluster.passes(LOST_AFTER_S)
     assert cluster.decides()[0] == "GenerationFailed"
+
+
+# -- signs of life ------------------------------------------------------------------------------------
+
+
+def test_a_stream_that_stays_open_and_says_nothing_is_no_sign_of_life() -> None:
+    cluster = running("w1", "w2")
+    cluster.passes(STREAM_SILENT_S * 10)
+    assert cluster.decides() == [], "its lease is alive"
+    cluster.reports("w1")
+    cluster.tells(WorkerUnregistered(worker=cluster.nodes["w1"].name))
+    cluster.passes(STREAM_SILENT_S - 0.1)
+    assert cluster.decides() == []
+    cluster.passes(0.1)
+    assert cluster.decides() == ["GenerationFailed"]
+
+
+def test_a_worker_without_a_lease_that_goes_on_reporting_is_not_lost() -> None:
+    cluster = running("w1", "w2")
+    cluster.tells(WorkerUnregistered(worker=cluster.nodes["w1"].name))
+    cluster.stands_still(STREAM_SILENT_S * 5)
+    assert cluster.decides() == []
 
 
 # -- the first failure --------------------------------------------------------------------------------

@@ -28,9 +28,13 @@ from dtrain.coordinator.core.facts import (
 )
 from dtrain.coordinator.core.step_clocks import StepClocks
 
-# How long a worker must be seen without a lease and without a stream before it counts as lost. Covers an agent
-# that is restarted at once, and the moment in which a new leader has not been called by its workers yet.
-LOST_AFTER_S = 3.0
+# A worker counts as lost when it has neither a lease nor a stream for a while. Where this leader saw the lease end,
+# the worker has had the lease's whole time to live to come back, and only a stream that is opened again is waited for.
+LOST_AFTER_S = 0.5
+# Where a leader never saw the lease, the worker may not have found this leader yet.
+UNSEEN_LOST_AFTER_S = 3.0
+# A stream that brings nothing for so long is none: six heartbeats. A node whose power fails closes no stream.
+STREAM_SILENT_S = 3.0
 
 
 @dataclass(slots=True, kw_only=True)
@@ -43,6 +47,7 @@ class WorkerView:
     snapshot: WorkerSnapshot | None = None  # the newest that reached this leader
     snapshot_at_s: float = 0.0  # monotonic
     absent_since_s: float | None = None  # monotonic; since when neither lease nor stream was there
+    lease_ended: bool = False  # this leader saw its lease end, and no newer one since
 
     @property
     def connected(self) -> bool:
@@ -97,9 +102,12 @@ class Observed:
         return self.workers[worker]
 
     def lost(self, worker: WorkerId, now: Now) -> bool:
-        """True once the worker has been without lease and stream for LOST_AFTER_S."""
-        absent = self.view(worker).absent_since_s
-        return absent is not None and now.mono_s - absent >= LOST_AFTER_S
+        """True once the worker has been without lease and stream for long enough."""
+        view = self.view(worker)
+        if view.absent_since_s is not None:
+            return now.mono_s - view.absent_since_s >= (LOST_AFTER_S if view.lease_ended else UNSEEN_LOST_AFTER_S)
+        silent_s = now.mono_s - view.snapshot_at_s
+        return view.registration is None and view.lease_ended and silent_s >= STREAM_SILENT_S
 
     def assignment(self, worker: WorkerId, job: JobName, generation: Generation) -> AssignmentReport | None:
         """The worker's report on exactly this generation of the job."""
@@ -112,9 +120,11 @@ class Observed:
             case WorkerRegistered(registration=registration):
                 view = self.view(registration.worker)
                 view.registration = registration
+                view.lease_ended = False
                 return self._presence_changed(view, now)
             case WorkerUnregistered(worker=worker):
                 view = self.view(worker)
+                view.lease_ended = view.lease_ended or view.registration is not None
                 view.registration = None
                 return self._presence_changed(view, now)
             case StreamClosed(worker=worker, stream=stream):
