@@ -50,10 +50,8 @@ def measure(command: list[str], folder: Path) -> tuple[float, float]:
     return float(said.read_text()) - wall, ended_s
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=7)
-    rounds = parser.parse_args().rounds
+def measure_all(rounds: int) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Return, by command, the seconds until the first step and until the command had ended."""
     first_s: dict[str, list[float]] = {}
     whole_s: dict[str, list[float]] = {}
     for round_number in range(rounds + 1):
@@ -66,6 +64,14 @@ def main() -> None:
             if round_number > 0:  # the first round warms the disk's cache
                 first_s.setdefault(name, []).append(first)
                 whole_s.setdefault(name, []).append(whole)
+    return first_s, whole_s
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=7)
+    rounds = parser.parse_args().rounds
+    first_s, whole_s = measure_all(rounds)
     print(f"{'median of ' + str(rounds):24} {'first step':>12} {'command ended':>15}   first steps")
     for name, values in first_s.items():
         spread = " ".join(f"{value:.2f}" for value in sorted(values))
