@@ -3,6 +3,7 @@
 import contextlib
 import os
 import random
+import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -108,23 +109,24 @@ def _start_of(stat: Path) -> str:
 
 
 def _lose_node(it: World, rng: random.Random) -> Mend:
-    """The agent and all that runs on its node are gone at once, and come back later."""
+    """The agent, all that runs on its node, and its memory are gone at once; the node comes back later."""
     name = rng.choice(it.names("w"))
     journal = it.journal_of(name)
     it.down.add(name)
     if is_alive(it.services[name]):
         it.services[name].kill()
-    for role in ("keeper", "trainer"):
-        for pid in it.processes(role):
-            if journal and journal in _mark_or_command(pid):
-                _signal(pid, signal.SIGKILL)
+    for pid in it.processes("keeper"):
+        if journal and journal[:8] in _command(pid):  # it names its folder, and the folder the journal
+            _signal(pid, signal.SIGKILL)
     for pid, rank in it.processes("trainer").items():
         if journal and rank.startswith(journal):
             _signal(pid, signal.SIGKILL)
+    for folder in it.shared_folders(name):
+        shutil.rmtree(folder, ignore_errors=True)  # what dies just now may still write: an agent sweeps that later
     return lambda: it.down.discard(name)
 
 
-def _mark_or_command(pid: int) -> str:
+def _command(pid: int) -> str:
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
     except OSError:
@@ -240,8 +242,8 @@ FAULTS = (
     Fault(kind="stop coordinator", strike=_stop_service("c"), weight=3, longest_s=8.0),
     Fault(kind="kill worker", strike=_kill_service("w"), weight=4),
     Fault(kind="stop worker", strike=_stop_service("w"), weight=2, longest_s=6.0),
-    Fault(kind="kill trainer", strike=_kill_process("trainer"), weight=1),
-    Fault(kind="stop trainer", strike=_stop_process("trainer"), weight=2, longest_s=2.0),
+    Fault(kind="kill trainer", strike=_kill_process("trainer"), weight=2),
+    Fault(kind="stop trainer", strike=_stop_process("trainer"), weight=2, longest_s=3.0),
     Fault(kind="kill keeper", strike=_kill_process("keeper"), weight=1),
     Fault(kind="kill warm process", strike=_kill_process("zygote"), weight=1),
     Fault(kind="lose node", strike=_lose_node, weight=1, shortest_s=1.0, longest_s=6.0),

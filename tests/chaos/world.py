@@ -100,10 +100,10 @@ class World:
             if member.process is not None:
                 member.process.wait(TERMINATE_S)
         wait_for("no orphan process", lambda: not marked(self.mark), deadline_s=GONE_S)
-        left = [path for name in self.names("w") for path in self._shared(name)]
+        left = [path for name in self.names("w") for path in self.shared_folders(name)]
         assert not left, f"left in shared memory: {left}"
 
-    def _shared(self, worker: str) -> list[Path]:
+    def shared_folders(self, worker: str) -> list[Path]:
         journal = self.journal_of(worker)
         return list(Path("/dev/shm").glob(f"dtrain-{journal[:8]}*")) if journal else []
 
