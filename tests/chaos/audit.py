@@ -133,6 +133,7 @@ def audit_storage(audit: Audit, events: list[Json], objects: Objects, job: str) 
     started = {(e["data"]["checkpoint"], e["data"]["attempt"]) for e in events if e["type"] == "CheckpointStarted"}
     swept = {e["data"]["attempt"] for e in events if e["type"] == "AttemptSwept"}
     lost = _lost_packs(events)
+    _audit_packs(audit, events, there)
     for key in there:
         if "/packs/" in key:
             made_in = int(key.split("/attempt-")[1].split("/")[0])
@@ -164,6 +165,23 @@ def _lost_packs(events: list[Json]) -> set[str]:
     """Packs that the log calls deleted."""
     batches = {e["seq"]: e["data"]["keys"] for e in events if e["type"] == "PacksExpired"}
     return {key for e in events if e["type"] == "PacksDeleted" for key in batches[e["data"]["expired"]]}
+
+
+def _audit_packs(audit: Audit, events: list[Json], there: set[str]) -> None:
+    """A pack lives as long as a checkpoint names it. That those which are named are there is seen with the shards."""
+    expired = {e["data"]["checkpoint"] for e in events if e["type"] == "CheckpointExpired"}
+    committed = [e["data"] for e in events if e["type"] == "CheckpointCommitted"]
+    named = {pack["key"] for c in committed for shard in c["shards"] for pack in shard.get("packs", [])}
+    living = [c for c in committed if c["checkpoint"] not in expired]
+    needed = {pack["key"] for c in living for shard in c["shards"] for pack in shard.get("packs", [])}
+    for event in events:
+        if event["type"] == "PacksExpired":
+            audit.require(
+                not needed & set(event["data"]["keys"]), f"event {event['seq']}: a pack that is needed expires"
+            )
+    for key in {key for key in there if "/packs/" in key}:
+        audit.require(key in named, f"{key}: a pack that no checkpoint ever named")
+        audit.require(key in needed, f"{key}: a pack that no checkpoint needs any more")
 
 
 def _numbers(key: str) -> tuple[int, int]:

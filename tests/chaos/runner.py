@@ -43,6 +43,7 @@ RANKS = 2
 STEP_MS = 100.0
 EVERY_STEPS = 20
 KEEP_LAST = 5
+FROZEN_KIB = 4096  # of tensors that seldom change: they are sent apart from the others, in packs
 QUIET_S = 300.0
 END_S = 240.0  # after everything was mended
 SETTLE_S = 60.0  # for markers and deletions that are still owed
@@ -85,7 +86,8 @@ class Ledger:
         lines += [
             f"generations {self.events['GenerationStarted']}, terms {self.terms}, "
             f"commits {self.events['CheckpointCommitted']}, aborted {self.events['CheckpointAborted']}, "
-            f"quarantined {self.events['CheckpointQuarantined']}, deleted {self.events['CheckpointDeleted']}",
+            f"quarantined {self.events['CheckpointQuarantined']}, deleted {self.events['CheckpointDeleted']}, "
+            f"salvages {self.events['SalvageStarted']}, packs expired {self.events['PacksExpired']}",
             f"rank steps begun {trained.begun}, recomputed {trained.repeated}, "
             f"goodput {useful / max(1, trained.begun):.1%} of the steps begun; "
             f"the job took {self.job_s:.0f} s; {self.objects_checked} objects audited",
@@ -141,7 +143,7 @@ def submit(it: World, job: str, steps: int, hurry: Path) -> None:
     records.mkdir()
     options = ["--name", job, "--nnodes", str(RANKS), "--nproc-per-node", "1", "--max-restarts", "100000"]
     options += ["--every-steps", str(EVERY_STEPS), "--keep-last", str(KEEP_LAST), "--store", it.store]
-    script = ["--steps", str(steps), "--step-ms", str(STEP_MS), "--hurry", str(hurry)]
+    script = ["--frozen-kib", str(FROZEN_KIB), "--steps", str(steps), "--step-ms", str(STEP_MS), "--hurry", str(hurry)]
     script += ["--records", str(records), "--final", str(it.folder / f"{job}.safetensors")]
     done = it.run("submit", *options, str(SCRIPT), *script)
     assert done.returncode == 0, done.stderr
@@ -184,7 +186,12 @@ def settle(it: World) -> list[Json]:
         }
         owed = numbers["CheckpointCommitted"] - numbers["CheckpointMarked"] - numbers["CheckpointExpired"]
         owed |= numbers["CheckpointExpired"] - numbers["CheckpointDeleted"]
-        if not owed and attempts["CheckpointAborted"] == attempts["AttemptSwept"]:
+        packs = Counter(e["type"] for e in events)
+        if (
+            not owed
+            and attempts["CheckpointAborted"] == attempts["AttemptSwept"]
+            and packs["PacksExpired"] == packs["PacksDeleted"]
+        ):
             return events
         if time.monotonic() > end:
             return events

@@ -19,6 +19,8 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import dtrain
 
+FROZEN_STEPS = 100
+
 
 def data() -> TensorDataset:
     generator = torch.Generator().manual_seed(7)
@@ -53,6 +55,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--step-ms", type=float, default=40.0)
     parser.add_argument("--hurry", type=Path, help="once this file is there, steps take no longer than they must")
+    parser.add_argument("--frozen-kib", type=int, default=0, help="of a layer that changes at every 100th step only")
     parser.add_argument("--records", type=Path, required=True)
     parser.add_argument("--final", type=Path, required=True)
     parser.add_argument("--hang-at", type=int, default=0, help="rank 1 of the first generation never ends this step")
@@ -70,7 +73,9 @@ def main() -> None:
         sampler = DistributedSampler(dataset, num_replicas=run.world_size, rank=run.rank, shuffle=True, seed=3)
         loader = DataLoader(dataset, batch_size=16, sampler=sampler)
         torch.manual_seed(100 + run.rank)  # dropout differs by rank
-        run.track(model=model, optimizer=optimizer, scheduler=scheduler, data=loader)
+        frozen = nn.ParameterList(torch.ones(args.frozen_kib * 128, 1) for _ in range(2 if args.frozen_kib else 0))
+        frozen.requires_grad_(False)
+        run.track(model=model, optimizer=optimizer, scheduler=scheduler, data=loader, frozen=frozen)
         if args.linger_s:
             run.track_local(slow=Slow(args.linger_s))
         time.sleep(args.linger_s)
@@ -92,12 +97,19 @@ def main() -> None:
             loss.backward()
             optimizer.step()
             scheduler.step()
+            if run.step % FROZEN_STEPS == 0:
+                for part in frozen:
+                    part.add_(run.step)
             if args.hurry is None or not args.hurry.exists():
                 time.sleep(args.step_ms / 1000)  # stands for the work of a larger model
             run.report(loss=loss.item())
         if run.rank == 0:
             partial = args.final.with_suffix(".partial")
-            save_file({name: tensor.contiguous() for name, tensor in model.module.state_dict().items()}, partial)
+            final = {
+                **model.module.state_dict(),
+                **{f"frozen.{name}": part for name, part in frozen.state_dict().items()},
+            }
+            save_file({name: tensor.contiguous() for name, tensor in final.items()}, partial)
             partial.rename(args.final)
 
 
