@@ -4,6 +4,7 @@
 #   make demo                    a two-rank training that loses a rank and recovers
 #   make test                    all tests;  make test-fast leaves the long crash loops out
 #   make sim SEEDS=10000         whole clusters on virtual time, each with its own faults; prints what it met
+#   make sim-planted             the same over copies of dtrain with a fault in them: all must be caught
 #   make chaos MINUTES=10 SEED=7 a job on a real cluster while everything is killed, stopped and cut off
 #   make demo PYTHON=python3.12  another interpreter
 #   make demo PIP_ARGS='--extra-index-url https://download.pytorch.org/whl/cpu'   a torch without CUDA: smaller
@@ -28,7 +29,7 @@ INSTALLED := $(VENV)/.installed
 # A virtual environment of the caller's must not leak into ours.
 unexport VIRTUAL_ENV PYTHONPATH PYTHONHOME
 
-.PHONY: help install demo test test-fast sim chaos lint format proto bench bench-checkpoint bench-recovery clean
+.PHONY: help install demo test test-fast sim sim-planted chaos lint format proto bench bench-checkpoint bench-recovery clean
 
 help:
 	@sed -n 's/^#   //p' Makefile; echo 'make lint | format | proto | bench | bench-checkpoint | bench-recovery | clean'
@@ -56,6 +57,9 @@ test-fast: $(INSTALLED)
 
 sim: $(INSTALLED)
 	$(BIN)/python -m tests.sim --seeds $(SEEDS)
+
+sim-planted: $(INSTALLED)
+	$(BIN)/python -m tests.sim.planted
 
 chaos: $(INSTALLED)
 	$(BIN)/python -m tests.chaos.runner --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from tests.sim import schedules
 
+REPLAYED_MAX = 500  # logs that are replayed in another process as well
 HASH_SEED = "0"  # sets of strings have one order, so that a seed gives the same schedule in every process
 
 
@@ -66,23 +67,29 @@ def _prepare() -> None:
 
 
 def _many(options: argparse.Namespace) -> int:
-    from tests.sim import schedules  # noqa: F401  so that what cannot be loaded fails here, once
+    from tests.sim import replays, schedules  # noqa: F401  what cannot be loaded fails here, once
 
     first = options.first if options.first is not None else int(time.time() * 1000) % 1_000_000_000
     began_s, cpu_s = time.monotonic(), 0.0
     seen: Counter[str] = Counter()
     totals: Counter[str] = Counter()
     failed = []
+    logs: list[replays.Log] = []
     for verdict in _verdicts(range(first, first + options.seeds), options.jobs):
         totals.update(schedules=1, events=verdict.events, generations=verdict.generations, commits=verdict.committed)
         seen.update(verdict.seen.keys())
         cpu_s += verdict.cpu_s
+        if len(logs) < REPLAYED_MAX:
+            logs.append(verdict.log)
         if verdict.findings:
             failed.append(verdict.seed)
             _say_failure(verdict)
             if options.until_found:
                 break
     took_s = time.monotonic() - began_s
+    if replays.elsewhere(logs) != [replays.digest(log) for log in logs]:
+        print("  replay is the same everywhere: another process folds a log into other states")
+        failed.append(first)
     if not options.quiet:
         for situation, count in sorted(seen.items(), key=lambda item: -item[1]):
             print(f"{count:7d}  {situation}")

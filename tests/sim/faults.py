@@ -97,6 +97,7 @@ class Storm:
     _undo: dict[int, Undo] = field(default_factory=dict)
     _count: int = 0
     over: bool = False
+    healed_s: float = 0.0
 
     def begin(self) -> None:
         self._steady()
@@ -108,7 +109,7 @@ class Storm:
         """Lift everything: from here on the world is kind, and the job must finish."""
         if self.over:
             return
-        self.over = True
+        self.over, self.healed_s = True, self.world.loop.now_s
         self.say("the world is healed")
         for undo in list(self._undo.values()):
             undo()

@@ -32,25 +32,31 @@ class Disk:
 
     def __init__(self) -> None:
         self._databases: dict[str, sqlite3.Connection] = {}
-        self._unsynced: set[str] = set()  # written to with synchronous off or normal
+        self._synced: dict[str, bytes] = {}  # as it was when the first commit was not synced
 
     def connect(self, path: Path) -> "_Connection":
         name = str(path)
         if name not in self._databases:
             self._databases[name] = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
-        return _Connection(self._databases[name], lambda: self._unsynced.add(name))
+        return _Connection(self._databases[name], lambda: self._not_synced(name))
+
+    def _not_synced(self, name: str) -> None:
+        if name not in self._synced:
+            self._synced[name] = self._databases[name].serialize()
 
     def lose_power(self) -> None:
-        """What was written without a sync was never there."""
-        for name in self._unsynced:
-            self._databases.pop(name).close()
-        self._unsynced.clear()
+        """What was committed without a sync was never there."""
+        for name, image in self._synced.items():
+            self._databases[name].close()
+            self._databases[name] = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
+            self._databases[name].deserialize(image)
+        self._synced.clear()
 
     def wipe(self) -> None:
         for database in self._databases.values():
             database.close()
         self._databases.clear()
-        self._unsynced.clear()
+        self._synced.clear()
 
 
 class _Connection:
@@ -64,9 +70,10 @@ class _Connection:
     def execute(self, statement: str, parameters: Any = ()) -> sqlite3.Cursor:
         if statement.startswith("PRAGMA"):
             self._synchronous = self._synchronous or "synchronous = FULL" in statement
-        elif statement == "COMMIT" and not self._synchronous:
+        cursor = self._database.execute(statement, parameters)
+        if statement == "COMMIT" and not self._synchronous:
             self._told_unsynced()
-        return self._database.execute(statement, parameters)
+        return cursor
 
     def executemany(self, statement: str, rows: Iterable[Any]) -> sqlite3.Cursor:
         return self._database.executemany(statement, rows)

@@ -47,7 +47,7 @@ def draw_shape(rng: random.Random) -> Shape:
         nnodes_max=nnodes,
         nproc=1,
         every_steps=rng.choice((4, 5, 6) if step_s > 0.2 else (7, 8, 9)),
-        checkpoints=20,
+        checkpoints=rng.choice((8, 8, 12, 20)),  # a short job meets its faults nearer to its end
         step_s=step_s,
         keep_last=rng.choice((0, 1, 2, 3)),
         fence_after_s=rng.choice((1800.0, 1800.0, 60.0)),

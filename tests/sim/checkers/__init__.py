@@ -36,6 +36,7 @@ CHECKERS = {
     "healthy trainers go on": outcomes.undisturbed,
     "no process gives up": outcomes.endings,
     "the job finishes": outcomes.finished,
+    "the last step is saved": outcomes.saved,
     "what is owed is done": outcomes.settled,
 }
 

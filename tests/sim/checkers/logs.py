@@ -35,6 +35,8 @@ def fenced(story: Story) -> Iterator[str]:
     for change in story.changes:
         if change.key.endswith("/leader"):
             leading = 0 if change.value is None else change.create_revision
+            if change.value is not None and change.version != 1:
+                yield f"the leader key of term {leading} was given to another without a new term"
         elif "/events/" in change.key and change.value is not None:
             told = json.loads(change.value)
             if told["term"] < term:

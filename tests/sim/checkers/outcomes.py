@@ -7,6 +7,7 @@ from pathlib import Path
 from tests.sim.checkers.stories import Story
 
 EXPLAINS_S = 15.0  # a lease and a stream end this long after what cut them, at most
+KIND_S = 20.0  # so long after the storm nothing of it is under way any more
 LATE_S = 60.0  # a collective that hangs, a process group that breaks, a report that is late
 
 
@@ -54,6 +55,15 @@ def finished(story: Story) -> Iterator[str]:
         yield f"the job has not ended {story.world.loop.now_s:.0f} s after its begin; last event: {last}"
     elif story.world.ended != "JobSucceeded":
         yield f"the job ended with {story.events_of(story.world.ended)[-1]}"
+
+
+def saved(story: Story) -> Iterator[str]:
+    """A job that ends in kind times ends with its last step saved."""
+    if story.world.ended != "JobSucceeded" or story.storm.healed_s + KIND_S > story.events_of("JobSucceeded")[-1].at_s:
+        return
+    steps = [told.data["step"] for told in story.events_of("CheckpointCommitted")]
+    if story.world.habits.until not in steps:
+        yield f"the last step {story.world.habits.until} was not saved; saved: {steps}"
 
 
 def settled(story: Story) -> Iterator[str]:

@@ -1,0 +1,106 @@
+"""The planted faults: each one place of the product's text, and what it becomes."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Planted:
+    name: str
+    file: str  # under dtrain/
+    old: str  # there exactly once
+    new: str
+
+
+_CHECKPOINTS = "coordinator/core/checkpoints.py"
+_EFFECTS = "coordinator/effects.py"
+_RETENTION = "coordinator/core/retention.py"
+_LOG = "coordinator/log.py"
+
+PLANTED = (
+    Planted("skip the compare of the term", _LOG,
+            "compares = [create_revision_is(self._leadership.key, self.term)]", "compares = []"),
+    Planted("act before the append", "coordinator/loop.py",
+            "await self._log.append(this.entries)", "asyncio.ensure_future(self._log.append(this.entries))"),
+    Planted("take a lost answer for a success", _LOG,
+            'logger.warning("append of %s is not confirmed: %s", batch[0].record.key, error)', "return"),
+    Planted("try an append again without a compare", _LOG,
+            "compares += [absent(entry.record.key) for entry in firsts.values()]", "compares += []"),
+    Planted("take the leader key from whoever has it", "coordinator/election.py",
+            "client.txn([absent(key)], [put(key, value, lease=lease.id)])",
+            "client.txn([], [put(key, value, lease=lease.id)])"),
+    Planted("accept an older attempt's ack", _CHECKPOINTS,
+            "if shard.attempt == inflight.attempt and shard.checkpoint == inflight.number",
+            "if shard.checkpoint == inflight.number"),
+    Planted("commit with an ack missing", _CHECKPOINTS,
+            "    if len(durable) != generation.world_size:\n        return None\n"
+            "    return tuple(durable[rank] for rank in range(generation.world_size))",
+            "    if len(durable) < max(1, generation.world_size - 1):\n        return None\n"
+            "    return tuple(durable[rank] for rank in sorted(durable))"),
+    Planted("count staged as stored", _CHECKPOINTS,
+            "if shard.phase is ShardPhase.DURABLE and shard.step == inflight.step",
+            "if shard.phase in (ShardPhase.STAGED, ShardPhase.DURABLE) and shard.step == inflight.step"),
+    Planted("commit before the manifest is written", _EFFECTS,
+            "    failpoints.hit(Point.MANIFEST_BEFORE)\n    _put_once(store, key, data)\n",
+            "    failpoints.hit(Point.MANIFEST_BEFORE)\n"),
+    Planted("put the marker before the event", _EFFECTS,
+            "    failpoints.hit(Point.MANIFEST_BEFORE)\n    _put_once(store, key, data)\n",
+            "    _put_once(store, key, data)\n    store.put(keys.marker_key(effect.job, inflight.number), data)\n"),
+    Planted("believe the size of a shard", _EFFECTS,
+            "if info is None or info.size_bytes != shard.size_bytes:", "if info is None:"),
+    Planted("note a marker before it is there", _CHECKPOINTS,
+            "if not checkpoint.marked and (job.name, number) in observed.markers:", "if not checkpoint.marked:"),
+    Planted("say another position in the marker", _EFFECTS,
+            "position_seq=checkpoint.position.seq,", "position_seq=1,"),
+    Planted("reuse an attempt's key", "storage/keys.py",
+            "attempt-{_number('attempt', attempt, 1, ATTEMPT_MAX):06d}/\"\n\n\ndef shard_key",
+            "attempt-{1 + _number('attempt', attempt, 1, ATTEMPT_MAX) % 2:06d}/\"\n\n\ndef shard_key"),
+    Planted("delete before the event", "coordinator/core/effects.py",
+            "        if c.expired\n", "        if c.expired or (c.marked and c.number + 1 < job.last_checkpoint)\n"),
+    Planted("keep the oldest instead of the newest", _RETENTION,
+            "wanted = {c.number for c in sound[-policy.keep_last :]}",
+            "wanted = {c.number for c in sound[: policy.keep_last]}"),
+    Planted("expire what a generation starts from", _RETENTION,
+            "wanted.add(job.generation.restore.checkpoint)", "pass"),
+    Planted("leave the marker of what is deleted", _EFFECTS,
+            "    if effect.committed:\n        store.delete(keys.marker_key",
+            "    if False:\n        store.delete(keys.marker_key"),
+    Planted("note a deletion before it is done", _RETENTION,
+            "if checkpoint.expired and (job.name, checkpoint.attempt) in observed.deleted:", "if checkpoint.expired:"),
+    Planted("sweep an attempt at once", _RETENTION,
+            "if a.store and (job.ended or number < newest)]", "if a.store]"),
+    Planted("start from a quarantined checkpoint", "coordinator/core/states.py",
+            "if not c.quarantined and not c.expired]", "if not c.expired]"),
+    Planted("start from the oldest checkpoint", "coordinator/core/states.py",
+            "self.committed[max(sound)] if sound", "self.committed[min(sound)] if sound"),
+    Planted("start from nothing", "worker/core/commands.py",
+            "stage=RestoreStage.NONE if spec.restore is None else RestoreStage.FETCHING",
+            "stage=RestoreStage.NONE"),
+    Planted("never quarantine", "coordinator/core/failures.py",
+            "if not job.committed[restore.checkpoint].quarantined:", "if False:"),
+    Planted("take one rank's end for the job's", "coordinator/core/reconcile.py",
+            "not all(rank.succeeded for rank in ranks)", "not any(rank.succeeded for rank in ranks)"),
+    Planted("restart on the coordinator's death", "coordinator/core/observed.py",
+            "LOST_AFTER_S = 3.0", "LOST_AFTER_S = 0.0"),
+    Planted("fence after a moment of silence", "worker/core/trainers.py",
+            "if silent_s <= turn.state.fence_after_s:", "if silent_s <= 1.5:"),
+    Planted("sweep living trainers at a restart", "worker/agent.py",
+            "if assignment.stage is not GenerationStage.OVER\n        }", "if False\n        }"),
+    Planted("forget the journal", "worker/journal.py",
+            "assignments={JobName(job): self._load_assignment(JobName(job)) for (job,) in jobs},", "assignments={},"),
+    Planted("do not sync the journal", "worker/journal.py", "PRAGMA synchronous = FULL", "PRAGMA synchronous = OFF"),
+    Planted("start beside an older generation", "worker/core/trainers.py",
+            "if assignment.stage is not GenerationStage.READY or spec is None or assignment.retiring:",
+            "if assignment.stage is not GenerationStage.READY or spec is None:"),
+    Planted("let an older generation go on", "worker/core/commands.py",
+            "turn.act(EndTrainers(job=old.job, generation=old.generation, grace_s=0.0))", "pass"),
+    Planted("accept an older generation's command", "worker/core/commands.py",
+            "if assignment is not None and received.generation < assignment.newest:", "if False:"),
+    Planted("ignore a stop", "worker/core/commands.py",
+            'end_generation(turn, assignment, stop.grace_s, "stopped before it was started")', "turn.put(assignment)"),
+    Planted("take a watch for complete", "coordinator/workers.py",
+            "            async for batch in watch(client, start, from_revision=revision + 1):",
+            "            async for batch in watch(client, start, from_revision=revision + 9):"),
+    Planted("give up what was staged", "worker/core/checkpoints.py",
+            "        _settle(turn, assignment, shard, ShardStage.STAGED)\n",
+            "        _settle(turn, assignment, shard, ShardStage.FAILED)\n"),
+)  # fmt: skip
