@@ -6,6 +6,7 @@ the order of keys stays the order of numbers. Every store checks every key again
 
     jobs/<job>/checkpoints/<checkpoint>/attempt-<attempt>/rank-<rank>.safetensors
     jobs/<job>/checkpoints/<checkpoint>/attempt-<attempt>/rank-<rank>.index.json
+    jobs/<job>/checkpoints/<checkpoint>/attempt-<attempt>/rank-<rank>-whole.*  (of a shard stored without its base)
     jobs/<job>/checkpoints/<checkpoint>/attempt-<attempt>/manifest.json
     jobs/<job>/checkpoints/<checkpoint>/COMMITTED
     jobs/<job>/packs/attempt-<attempt>/rank-<rank>-<digest>.bin
@@ -45,14 +46,27 @@ def attempt_prefix(job: JobName, checkpoint: CheckpointNumber, attempt: AttemptN
     return f"{checkpoint_prefix(job, checkpoint)}attempt-{_number('attempt', attempt, 1, ATTEMPT_MAX):06d}/"
 
 
-def shard_key(job: JobName, checkpoint: CheckpointNumber, attempt: AttemptNumber, rank: int) -> str:
-    """Return the key of one rank's shard."""
-    return f"{attempt_prefix(job, checkpoint, attempt)}rank-{_number('rank', rank, 0, RANK_MAX):05d}.safetensors"
+def shard_key(
+    job: JobName, checkpoint: CheckpointNumber, attempt: AttemptNumber, rank: int, *, baseless: bool = False
+) -> str:
+    """Return the key of one rank's shard.
+
+    ``baseless``: of one that is stored whole although a base was named. Two tries of an upload may differ in this,
+    and so in their bytes; under two keys a late end of the first cannot replace what the second was confirmed.
+    """
+    return _rank_key(job, checkpoint, attempt, rank, baseless) + ".safetensors"
 
 
-def index_key(job: JobName, checkpoint: CheckpointNumber, attempt: AttemptNumber, rank: int) -> str:
-    """Return the key of the index of one rank's shard."""
-    return f"{attempt_prefix(job, checkpoint, attempt)}rank-{_number('rank', rank, 0, RANK_MAX):05d}.index.json"
+def index_key(
+    job: JobName, checkpoint: CheckpointNumber, attempt: AttemptNumber, rank: int, *, baseless: bool = False
+) -> str:
+    """Return the key of the index of one rank's shard; ``baseless`` as for the shard."""
+    return _rank_key(job, checkpoint, attempt, rank, baseless) + ".index.json"
+
+
+def _rank_key(job: JobName, checkpoint: CheckpointNumber, attempt: AttemptNumber, rank: int, baseless: bool) -> str:
+    number = f"rank-{_number('rank', rank, 0, RANK_MAX):05d}"
+    return attempt_prefix(job, checkpoint, attempt) + number + ("-whole" if baseless else "")
 
 
 def pack_prefix(job: JobName, attempt: AttemptNumber) -> str:

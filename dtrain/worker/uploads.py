@@ -8,7 +8,8 @@ A slot is shared with a trainer that may write into it again. So the mailbox mus
 state before its digest is taken, and still say so when storage has confirmed: then nobody wrote in between.
 
 An agent killed after storage confirmed and before its journal knew it uploads again when it comes back: the same
-bytes under the same key, which changes nothing. One killed in the middle goes on where the store can: S3 is asked for
+bytes under the same key, which changes nothing; or, if the second time its base cannot be had, other bytes under
+another key. One killed in the middle goes on where the store can: S3 is asked for
 the parts that it has.
 
 All uploads of an agent share one cap on what they send a second, if there is one.
@@ -166,9 +167,10 @@ def _send(upload: Upload, slot: Path, give_up: threading.Event, meter: UploadMet
     """In a thread: digest the slot's bytes and put those that storage lacks. Returns when it has confirmed them."""
     request = upload.request
     store = shared_store(request.store)
-    key = shard_key(upload.job, request.checkpoint, request.attempt, upload.rank)
-    beside = index_key(upload.job, request.checkpoint, request.attempt, upload.rank)
     base = bases.find(upload, store, give_up)
+    baseless = base is None and any(named.rank == upload.rank for named in request.bases)
+    key = shard_key(upload.job, request.checkpoint, request.attempt, upload.rank, baseless=baseless)
+    beside = index_key(upload.job, request.checkpoint, request.attempt, upload.rank, baseless=baseless)
     with slot.open("rb") as file:
         made = _packed(file.fileno(), upload, base, key)
         packed = FileParts(file=file.fileno(), ranges=made.fresh_ranges)

@@ -114,6 +114,22 @@ def test_what_did_not_change_is_packed_and_the_slot_counts_as_a_whole(tmp_path: 
     assert rank.kept[0][1].size_bytes == len(rank.data), "a restore from memory finds all of it there"
 
 
+def test_tries_with_and_without_the_base_meet_under_no_key(tmp_path: Path) -> None:
+    keys = []
+    for name in ("there", "lost"):
+        folder = tmp_path / name
+        folder.mkdir()
+        rank = Rank(folder)
+        index, _ = index_shard(memoryview(shard_bytes(rank=1, step=9)))
+        if name == "there":
+            LocalFolder(folder / "store").put("index", index)
+        rank.bases = (BaseIndex(rank=1, index_key="index", index_digest=blob_digest(index)),)
+        answer = rank.upload()
+        assert isinstance(answer, UploadDone)
+        keys += [answer.key, answer.index_key]
+    assert len(set(keys)) == 4
+
+
 def test_a_slot_that_holds_another_state_is_not_sent(rank: Rank) -> None:
     rank.holds[1] = pack(5, 11)
     answer = rank.upload()
