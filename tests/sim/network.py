@@ -147,6 +147,7 @@ class Link:
         self.on_end: Callable[[], None] = lambda: None  # at the server: the client is gone
         self.ended = False  # for the client
         self.server_ended = False
+        self._starves = False
         self._error: Exception | None = None
         self._inbox: list[Any] = []
         self._waiter: asyncio.Future[None] | None = None
@@ -215,7 +216,7 @@ class Link:
 
     def _carry(self, way: int, message: Any, source: Machine, target: Machine, arrive: Callable[..., None]) -> None:
         net, weather = self.net, self.net.weather
-        if not net.open(source, target):
+        if self._starves or not net.open(source, target):
             self.starve()
             return
         when_s = max(net.loop.now_s + net.delay_s(), self._last_s[way])
@@ -239,7 +240,10 @@ class Link:
             self.on_message(message)
 
     def starve(self) -> None:
-        """Nothing gets through: both ends notice by their pings."""
+        """Nothing gets through any more, or a gap could be seen behind it: both ends notice by their pings."""
+        if self._starves:
+            return
+        self._starves = True
         for act in (self._break_client_silently, self._tell_server):
             self.net.loop.after(self.net.rng.uniform(*NOTICED_S), act)
 

@@ -4,6 +4,7 @@ import asyncio
 import gc
 import random
 import re
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -193,6 +194,7 @@ class World:
         self.loop.end()
         for node in self.nodes:
             node.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def sweep() -> None:
