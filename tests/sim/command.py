@@ -67,7 +67,7 @@ def _prepare() -> None:
 
 
 def _many(options: argparse.Namespace) -> int:
-    from tests.sim import replays, schedules  # noqa: F401  what cannot be loaded fails here, once
+    from tests.sim import replays, schedules, situations  # noqa: F401  what cannot be loaded fails here, once
 
     first = options.first if options.first is not None else int(time.time() * 1000) % 1_000_000_000
     began_s, cpu_s = time.monotonic(), 0.0
@@ -93,6 +93,9 @@ def _many(options: argparse.Namespace) -> int:
     if not options.quiet:
         for situation, count in sorted(seen.items(), key=lambda item: -item[1]):
             print(f"{count:7d}  {situation}")
+        for situation in situations.EXPECTED:
+            if situation not in seen:
+                print(f"  never  {situation}")
     print(
         f"{totals['schedules']} schedules from seed {first}: {len(failed)} with findings, {totals['commits']} commits, "
         f"{totals['generations']} generations, {totals['events']} events, "

@@ -325,7 +325,7 @@ class Member:
             return
         if name in ("Txn", "Put") and store.late_writes and store.rng.random() < store.late_writes:
             store.seen("etcd write took effect late")
-            store.loop.after(store.rng.uniform(1.0, 9.0), self._do, name, request, answer)
+            store.loop.after(store.rng.uniform(1.0, 15.0), self._do, name, request, answer)
             return
         self._do(name, request, answer)
 

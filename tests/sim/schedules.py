@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dtrain.proto import agent_pb2 as wire
-from tests.sim import checkers, faults
+from tests.sim import checkers, faults, situations
 from tests.sim.surroundings import installed
 from tests.sim.world import JOB, Shape, World, sweep
 
@@ -100,6 +100,8 @@ def _run(seed: int, watch: Callable[[World, faults.Storm], None] | None) -> Verd
                 storm.heal()
             world.loop.run_while(lambda: not world.loop.errors, until_s=ended_s + REST_S)
             findings = checkers.check(world, storm)
+            for situation in set(situations.met(checkers.Story(world, storm))):
+                world.saw(situation)
         return Verdict(
             seed=seed,
             findings=findings,

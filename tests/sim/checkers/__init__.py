@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from tests.sim.faults import Storm
     from tests.sim.world import World
 
-__all__ = ["CHECKERS", "Finding", "check"]
+__all__ = ["CHECKERS", "Finding", "Story", "check"]
 
 CHECKERS = {
     "one contiguous log": logs.contiguous,

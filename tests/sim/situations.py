@@ -1,0 +1,72 @@
+"""Which rare situations a schedule met, as its histories tell afterwards. One that never comes is a gap to close."""
+
+from collections.abc import Iterator
+
+from tests.sim.checkers.stories import Story
+
+# What a large number of schedules must have met, or the storms are too kind.
+EXPECTED = (
+    "attempt committed by another leader than began it",
+    "attempt aborted by another leader than began it",
+    "checkpoint quarantined",
+    "checkpoint expired",
+    "attempt missed",
+    "attempt aborted for storage",
+    "generation began from a checkpoint",
+    "generation began smaller than the one before",
+    "generation began on other workers",
+    "generation failed before its first step",
+    "three leaders or more",
+    "lost answer: Txn",
+    "lost answer: Put",
+    "etcd write took effect late",
+    "leader cut off from etcd only",
+    "leader cut off from workers only",
+    "leader killed",
+    "coordinator paused",
+    "agent restarted at once",
+    "machine lost power",
+    "machine lost its disk",
+    "one-way partition",
+    "blob rotted",
+    "object cut short",
+    "store full",
+    "watch met a compacted revision",
+    "request repeated though it was answered",
+    "trainer hung",
+)
+
+
+def met(story: Story) -> Iterator[str]:
+    """Situations that only the whole history shows."""
+    began = {told.data["attempt"]: told for told in story.events_of("CheckpointStarted")}
+    for told in story.events_of("CheckpointCommitted", "CheckpointAborted"):
+        word = "committed" if told.type == "CheckpointCommitted" else "aborted"
+        if told.term != began[told.data["attempt"]].term:
+            yield f"attempt {word} by another leader than began it"
+        if told.data.get("missed"):
+            yield "attempt missed"
+        if "could not store" in told.data.get("reason", ""):
+            yield "attempt aborted for storage"
+    for kind in ("CheckpointQuarantined", "CheckpointExpired", "CheckpointPinned"):
+        if story.events_of(kind):
+            yield f"checkpoint {kind.removeprefix('Checkpoint').lower()}"
+    if len({told.term for told in story.events}) > 2:
+        yield "three leaders or more"
+    yield from _generations(story)
+
+
+def _generations(story: Story) -> Iterator[str]:
+    first_steps = {entry.of.generation for entry in story.diary if entry.what == "trained"}
+    before: set[str] = set()
+    for told in story.events_of("GenerationStarted"):
+        workers = {member["worker"] for member in told.data["members"]}
+        if told.data.get("restore"):
+            yield "generation began from a checkpoint"
+        if before and len(workers) < len(before):
+            yield "generation began smaller than the one before"
+        if before and workers - before:
+            yield "generation began on other workers"
+        if told.data["generation"] not in first_steps:
+            yield "generation failed before its first step"
+        before = workers
