@@ -114,6 +114,7 @@ def test_a_run_survives_every_failpoint(
             assert it.wait_for_end(attack.job).type == "JobSucceeded", it.logs()
         assert {line["action"] for line in supervisor.fired().values()} == {action}
         if action == Action.EXIT:
-            trainers_own = [point for point in Point if point.startswith("stage")]
-            assert supervisor.restarts == len(Point) - len(trainers_own), "a service ended without being told"
+            # By process: two threads of one can each have reached a point before either ends it.
+            told = {line["pid"] for point, line in supervisor.fired().items() if not point.startswith("stage")}
+            assert supervisor.restarts == len(told), "a service ended without being told"
         check(attack, expected)
