@@ -28,3 +28,11 @@ def test_a_seed_gives_the_same_schedule_every_time() -> None:
     one, other = simulate("--seed", "106", "--trace"), simulate("--seed", "106", "--trace")
     assert one.stdout.count("FAULT") > 5, "nothing befell it"
     assert one.stdout == other.stdout
+
+
+def test_a_log_folds_into_the_same_states_in_another_process() -> None:
+    """With another PYTHONHASHSEED, so that nothing in a state may lie in the order of a set."""
+    done = simulate("--seeds", "2", "--first", "1", "--jobs", "1")
+    assert "replay is the same everywhere" not in done.stdout, done.stdout
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    assert "checkpoint named an older one's pack" in done.stdout.partition("never")[0], "nothing was packed"

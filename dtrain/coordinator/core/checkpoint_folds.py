@@ -112,7 +112,7 @@ def _committed(state: JobState, record: RecordedEvent, event: CheckpointCommitte
         inflight=None,
         misses=0,
         last_checkpoint=int(event.checkpoint),
-        packs={**dict.fromkeys((pack.key for pack in checkpoint.packs), event.store), **state.packs},
+        packs={**dict.fromkeys(sorted(pack.key for pack in checkpoint.packs), event.store), **state.packs},
     )
 
 
