@@ -1,6 +1,7 @@
 """Which rare situations a schedule met, as its histories tell afterwards. One that never comes is a gap to close."""
 
 from collections.abc import Iterator
+from typing import Any
 
 from tests.sim.checkers.stories import Story
 
@@ -34,6 +35,8 @@ EXPECTED = (
     "watch met a compacted revision",
     "request repeated though it was answered",
     "trainer hung",
+    "checkpoint named an older one's pack",
+    "pack deleted",
 )
 
 
@@ -48,12 +51,22 @@ def met(story: Story) -> Iterator[str]:
             yield "attempt missed"
         if "could not store" in told.data.get("reason", ""):
             yield "attempt aborted for storage"
+    if any(pack for told in story.events_of("CheckpointCommitted") for pack in _packs_of_others(told.data)):
+        yield "checkpoint named an older one's pack"
+    if any(deed.data is None and "/packs/" in deed.key for deed in story.deeds):
+        yield "pack deleted"
     for kind in ("CheckpointQuarantined", "CheckpointExpired", "CheckpointPinned"):
         if story.events_of(kind):
             yield f"checkpoint {kind.removeprefix('Checkpoint').lower()}"
     if len({told.term for told in story.events}) > 2:
         yield "three leaders or more"
     yield from _generations(story)
+
+
+def _packs_of_others(data: dict[str, Any]) -> list[str]:
+    made = f"/packs/attempt-{data['attempt']:06d}/"
+    keys = [pack["key"] for shard in data["shards"] for pack in shard.get("packs", ())]
+    return [key for key in keys if made not in key]
 
 
 def _generations(story: Story) -> Iterator[str]:

@@ -252,7 +252,7 @@ FAULTS: dict[str, Callable[["Storm"], Undo | None]] = {
     "machine loses power": lambda storm: _power(storm, wipe=False),
     "machine loses its disk": lambda storm: _power(storm, wipe=True),
     "trainer dies": lambda storm: _trainer_ends(storm, -9, ""),
-    "trainer raises": lambda storm: _trainer_ends(storm, 1, "ValueError: bad batch"),
+    "trainer raises": lambda storm: _trainer_ends(storm, 1, f"ValueError: bad batch {storm.rng.random()}"),
     "trainer hangs": _trainer_hangs,
     "worker cut off": _worker_cut_off,
     "worker loses etcd": _worker_loses_etcd,

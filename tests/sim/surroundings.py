@@ -21,9 +21,9 @@ from greenlet import getcurrent
 import dtrain.coordinator.service  # noqa: F401  with it, everything of a coordinator is loaded
 from dtrain.coordinator import election
 from dtrain.coordinator.election import ProcessIdentity
-from dtrain.storage import uris
+from dtrain.storage import packing, uris
 from dtrain.worker import agent, journal, uploads
-from tests.sim import nodes
+from tests.sim import nodes, trainers
 from tests.sim.loop import CURRENT, SimLoop
 from tests.sim.rpc import Channel, GrpcServer
 
@@ -113,6 +113,8 @@ def installed(world: "World") -> Iterator[None]:
     replace(agent, "HeldPort", nodes.HeldPort)
     replace(agent, "kill_strays", kill_strays)
     replace(agent, "POLL_S", POLL_S)
+    replace(packing, "TENSOR_MIN_BYTES", trainers.FROZEN_BYTES)  # so that these small trainers' states are packed
+    replace(packing, "PACK_MIN_BYTES", trainers.FROZEN_BYTES)
     modelled = SimpleNamespace(**{**vars(threading), "Event": _event_class(loop)})
     for name, module in list(sys.modules.items()):
         if name.startswith("dtrain."):

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from tests.sim.nodes import Node
 
 PAYLOAD_BYTES = 96  # of every rank; also what a rank asks for at a restore
+FROZEN_BYTES = 128
+GRADUAL_STEPS = 40
 NO_STATE = "genesis"
 WAIT_S = 0.05  # between two looks at a file or a word
 HOLD_S = 900.0  # as in production: how long a trainer waits for its last state to be asked for
@@ -68,6 +70,14 @@ class Habits:
     stage_fails: float = 0.0
     stage_s: tuple[float, float] = (0.0, 0.05)
     spoils_s: float = 0.0  # how long a rank lives on in a collective after a peer died; 0: it raises at once
+
+
+def unchanging(rank: int, step: int) -> dict[str, bytes]:
+    """Tensors that stay as they are: one for ever, one for a while. Checkpoints name them in packs."""
+    return {
+        f"frozen.{rank}": bytes([rank + 1]) * FROZEN_BYTES,
+        f"gradual.{rank}": bytes([step // GRADUAL_STEPS % 256]) * FROZEN_BYTES,
+    }
 
 
 class Trainer:
@@ -150,18 +160,25 @@ class Trainer:
             return
         saved = json.loads((restore / MANIFEST_FILE).read_bytes())["world_size"]
         shard = self.of.rank % saved
-        needed = NeededRange(shard=shard, tensor=f"payload.{shard}", begin=0, end=PAYLOAD_BYTES)
-        (self.folder / ".new").write_bytes(encode_needs([needed]))
+        parts = (("payload", PAYLOAD_BYTES), ("frozen", FROZEN_BYTES), ("gradual", FROZEN_BYTES))
+        needed = [NeededRange(shard=shard, tensor=f"{part}.{shard}", begin=0, end=size) for part, size in parts]
+        (self.folder / ".new").write_bytes(encode_needs(needed))
         (self.folder / ".new").rename(self.folder / NEEDS_FILE)
-        self._wait_for_bytes(restore / SHARD_FILE.format(shard))
+        self._wait_for_bytes(restore / SHARD_FILE.format(shard), shard)
 
-    def _wait_for_bytes(self, path: Path) -> None:
+    def _wait_for_bytes(self, path: Path, shard: int) -> None:
         if self.box.restore is not RestoreState.READY:
-            self._later(WAIT_S, self._wait_for_bytes, path)
+            self._later(WAIT_S, self._wait_for_bytes, path, shard)
             return
         data = path.read_bytes()
+        header = parse_header(data)
+        spans = {name: (header.data_start + span.begin, header.data_start + span.end)
+                 for name, span in header.tensors.items()}  # fmt: skip
         try:
-            told = msgspec.json.decode(data[parse_header(data).data_start :].rstrip())
+            told = msgspec.json.decode(data[slice(*spans[f"payload.{shard}"])].rstrip())
+            for part, wanted in unchanging(shard, told["step"]).items():
+                if data[slice(*spans[part])] != wanted:
+                    raise ValueError(part)
         except (msgspec.DecodeError, ValueError):
             self.note("restored", "garbage")
             self.end(1, "its state cannot be read")
@@ -215,7 +232,13 @@ class Trainer:
             return
         self.box.phase = TrainerPhase.CHECKPOINTING
         payload = json.dumps({"job": self.of.job, "step": self.step, "state": self.state}).encode()
-        data = shard_of(payload.ljust(PAYLOAD_BYTES), rank=self.of.rank, world_size=self.world_size, step=self.step)
+        data = shard_of(
+            payload.ljust(PAYLOAD_BYTES),
+            rank=self.of.rank,
+            world_size=self.world_size,
+            step=self.step,
+            beside=unchanging(self.of.rank, self.step),
+        )
         slot = self.box.stage_slot or 0
         self.box.begin_staging(slot)
         with (self.folder / f"slot{slot}").open("wb") as file:

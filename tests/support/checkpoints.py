@@ -1,7 +1,7 @@
 """Makes a committed checkpoint in a store, as a job would have left it, for tests of whatever reads one."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from dtrain.common.digests import blob_digest
 from dtrain.common.names import AttemptNumber, CheckpointNumber, Generation, JobName, Step
@@ -19,24 +19,34 @@ from dtrain.storage.shards import (
 )
 
 
-def shard_of(payload: bytes, *, rank: int, world_size: int, step: int) -> bytes:
-    """Return a shard whose one tensor, named after its rank, is the payload."""
+def shard_of(
+    payload: bytes, *, rank: int, world_size: int, step: int, beside: Mapping[str, bytes] | None = None
+) -> bytes:
+    """Return a shard whose last tensor, named after its rank, is the payload; ``beside``: those before it, by name."""
     name = f"payload.{rank}"
-    tensor = TensorEntry(
-        name=name,
-        dtype="U8",
-        shape=(len(payload),),
-        offsets_in_whole=(0,),
-        global_shape=(len(payload),),
-        size_bytes=len(payload),
-    )
+    before = sorted((beside or {}).items())
+    assert all(other < name for other, _ in before), "tensors lie in the order of their names"
+    tensors = [_tensor(other, data) for other, data in (*before, (name, payload))]
     metadata = {
         STEP_ENTRY: str(step),
         RANK_ENTRY: str(rank),
         WORLD_SIZE_ENTRY: str(world_size),
-        TREE_ENTRY: json.dumps({"objects": {}, "local": {}, "random": {"tensor": name}}),
+        TREE_ENTRY: json.dumps(
+            {"objects": {other: {"tensor": other} for other, _ in before}, "local": {}, "random": {"tensor": name}}
+        ),
     }
-    return plan([tensor], metadata).header + payload
+    return b"".join((plan(tensors, metadata).header, *(data for _, data in before), payload))
+
+
+def _tensor(name: str, data: bytes) -> TensorEntry:
+    return TensorEntry(
+        name=name,
+        dtype="U8",
+        shape=(len(data),),
+        offsets_in_whole=(0,),
+        global_shape=(len(data),),
+        size_bytes=len(data),
+    )
 
 
 def put_shard(

@@ -25,6 +25,7 @@ CHECKERS = {
     "nothing overwritten": commits.untouched,
     "expiry spares the newest": deletions.expiries,
     "deletion follows its event": deletions.deleted,
+    "needed packs stay": deletions.packs,
     "markers are deleted first": deletions.order,
     "starts from the newest": lineage.restore_points,
     "trainers start where the log says": lineage.restored,

@@ -21,6 +21,7 @@ def _one_stored(story: Story, told: Told) -> Iterator[str]:
         yield f"{what} has shards of ranks {[shard['rank'] for shard in shards]}"
     objects = [(shard["key"], shard["digest"]) for shard in shards]
     objects += [(shard["index_key"], shard["index_digest"]) for shard in shards]
+    objects += [(pack["key"], pack["digest"]) for shard in shards for pack in shard.get("packs", ())]
     objects.append((told.data["manifest_key"], told.data["manifest_digest"]))
     states = set()
     for key, wanted in objects:

@@ -55,6 +55,16 @@ def deleted(story: Story) -> Iterator[str]:
                 yield f"checkpoint {number} was noted as deleted, but {shard['key']} is there"
 
 
+def packs(story: Story) -> Iterator[str]:
+    """A pack stays for as long as any committed checkpoint that is not expired names it."""
+    for deed in story.deeds:
+        if deed.data is not None or "/packs/" not in deed.key:
+            continue
+        for checkpoint in story.standing_at(deed.at_s).committed.values():
+            if not checkpoint.expired and deed.key in checkpoint.keys:
+                yield f"{deed.key} was deleted by {deed.by}, but checkpoint {checkpoint.number} names it"
+
+
 def order(story: Story) -> Iterator[str]:
     """While a marker is there, everything it promises is there."""
     for told in story.events_of("CheckpointCommitted"):

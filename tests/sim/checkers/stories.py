@@ -57,7 +57,8 @@ class Checkpoint:
         """Of every object that it needs."""
         shards = self.told.data["shards"]
         found = [shard["key"] for shard in shards] + [shard["index_key"] for shard in shards]
-        return [*found, self.told.data["manifest_key"]]
+        packs = [pack["key"] for shard in shards for pack in shard.get("packs", ())]
+        return [*found, *packs, self.told.data["manifest_key"]]
 
 
 @dataclass(slots=True)
