@@ -26,6 +26,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--trace", action="store_true", help="with --seed: tell what happens, line by line")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes that share the work")
     parser.add_argument("--until-found", action="store_true", help="stop at the first finding")
+    parser.add_argument("--within-s", type=float, default=float("inf"), help="stop after so many seconds")
     parser.add_argument("--quiet", action="store_true", help="say nothing but findings and the last line")
     options = parser.parse_args(arguments)
     if os.environ.get("PYTHONHASHSEED") != HASH_SEED:
@@ -86,6 +87,8 @@ def _many(options: argparse.Namespace) -> int:
             _say_failure(verdict)
             if options.until_found:
                 break
+        if time.monotonic() - began_s > options.within_s:
+            break
     took_s = time.monotonic() - began_s
     if replays.elsewhere(logs) != [replays.digest(log) for log in logs]:
         print("  replay is the same everywhere: another process folds a log into other states")

@@ -198,6 +198,8 @@ class Trainer:
         self.box.tracking = True
         self.box.completed_step = self.step
         self.box.phase = TrainerPhase.TRAINING
+        if self.step >= self.node.world.habits.until:  # everything was done and saved before
+            self._later(self.rng.uniform(0.1, 0.3), self._finish)
 
     # -- training --------------------------------------------------------------------------------------
 
@@ -328,7 +330,8 @@ class Gang:
                 self._world.faults_seen.append(f"ranks of {trainer.of} begin from different states: {sorted(told)}")
             for rank in self.ranks.values():
                 rank.begin()
-            self._schedule()
+            if trainer.step < self._world.habits.until:
+                self._schedule()
 
     def lost(self, trainer: Trainer, *, failed: bool) -> None:
         """A rank is gone. The others raise in their next collective, or hang in it for a while."""
