@@ -80,7 +80,7 @@ def _many(options: argparse.Namespace) -> int:
         totals.update(schedules=1, events=verdict.events, generations=verdict.generations, commits=verdict.committed)
         seen.update(verdict.seen.keys())
         cpu_s += verdict.cpu_s
-        if len(logs) < REPLAYED_MAX:
+        if len(logs) < REPLAYED_MAX and not verdict.findings:
             logs.append(verdict.log)
         if verdict.findings:
             failed.append(verdict.seed)

@@ -20,6 +20,9 @@ def undisturbed(story: Story) -> Iterator[str]:
     """A generation fails only if something happened to one of its members, or to what it starts from."""
     started = {told.data["generation"]: told for told in story.events_of("GenerationStarted")}
     failures = story.events_of("GenerationFailed")
+    if "lost answers" in story.storm.mix.steady:
+        # A worker whose registrations get no answers has no lease; cut off from the leader as well it is lost indeed.
+        failures = [told for told in failures if "its lease and its stream ended" not in told.data["reason"]]
     if story.storm.mix.spares_workers and failures:
         yield f"nothing touched the workers, but {failures[0].data['reason']}"
         return
