@@ -6,7 +6,12 @@ from tests.sim.planted.faults import PLANTED, Planted
 from tests.sim.planted.hunts import ROOT, hunt
 
 # Caught so early that a hunt costs seconds; the others are hunted by `make sim-planted`.
-QUICK = ("act before the append", "try an append again without a compare", "take the leader key from whoever has it")
+QUICK = (
+    "take the leader key from whoever has it",
+    "commit before the manifest is written",
+    "put the marker before the event",
+    "delete before the event",
+)
 SEEDS = 40
 DEADLINE_S = 200.0
 
