@@ -167,8 +167,9 @@ class TrackedState:
         targets = Targets(saved.wholes, device)
         for name, item in self._objects.items():
             targets.want_object(_tree_of(saved, "objects", name, self._objects), name, unwrapped(item))
-        for name in self._local:
-            targets.want(_tree_of(saved, "local", name, self._local))
+        for name, item in self._local.items():
+            own = f"{OWN_PREFIX}.{saved.rank}.{name}"
+            targets.want_object(_tree_of(saved, "local", name, self._local), own, item)
         if seek:
             targets.want(_section(saved, "position"))
         targets.want(_section(saved, "random"))
