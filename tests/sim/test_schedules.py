@@ -1,4 +1,4 @@
-"""Fresh schedules in every test run: the storms differ each time, what must hold does not."""
+"""Schedules in every test run: the same seeds each time, so that what is mended stays mended. New ones: `make sim`."""
 
 import re
 import subprocess
@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-FRESH_SEEDS = 300
+FIRST_SEED = 1
+SEEDS = 160
 WITHIN_S = 150.0  # fewer schedules on a machine that is busy with other things
 SEEDS_MIN = 30  # fewer than these would show nothing
 DEADLINE_S = 280.0
@@ -20,8 +21,8 @@ def simulate(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-def test_fresh_schedules_hold_every_rule() -> None:
-    done = simulate("--seeds", str(FRESH_SEEDS), "--within-s", str(WITHIN_S))
+def test_schedules_hold_every_rule() -> None:
+    done = simulate("--first", str(FIRST_SEED), "--seeds", str(SEEDS), "--within-s", str(WITHIN_S))
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     total = re.search(r"^(\d+) schedules from seed", done.stdout, re.MULTILINE)
     assert total is not None and int(total[1]) >= SEEDS_MIN, done.stdout
