@@ -145,9 +145,12 @@ def test_a_used_store_is_not_taken_for_a_new_job(tmp_path: Path, rng: random.Ran
         it.add_worker()  # another node: it remembers nothing
         it.workers.remove(worker)
         options = ("--name", attack.job, "--store", attack.store, "--every-steps", "10")
-        refused = wait_for(
-            "an answer of the coordinator",
-            lambda: r if (r := it.run("submit", *options, str(Path(__file__)))).returncode == 2 else None,
+        # Until the new leader is there, a submission is refused as well, for another reason.
+        wait_for(
+            "the coordinator's refusal of a used store",
+            lambda: (
+                (r := it.run("submit", *options, str(Path(__file__)))).returncode == 2
+                and "already holds checkpoints" in r.stderr
+            ),
             deadline_s=30,
         )
-        assert "already holds checkpoints" in refused.stderr
