@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -26,6 +27,8 @@ def regenerate(request: pytest.FixtureRequest) -> bool:
 @pytest.fixture(scope="session", autouse=True)
 def no_process_is_left_behind() -> Iterator[None]:
     """Set up first, so torn down last: after the servers that tests share."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell has it for what runs in its background
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     mark = secrets.token_hex(8)
     os.environ[SESSION_MARK] = mark
     yield
