@@ -150,9 +150,8 @@ def _choose(header: ShardHeader, digests: dict[str, tuple[str, ...]], base: Inde
         if name in base.index.places:
             used_bytes[base.index.places[name][0]] += sizes[name]
     serving = [number for number, pack in enumerate(base.index.packs) if 2 * used_bytes[number] >= pack.size_bytes]
-    serving = sorted(serving, key=lambda number: -used_bytes[number])[
-        : PACKS_MAX - 1
-    ]  # one more may become of the rest
+    serving.sort(key=lambda number: -used_bytes[number])
+    del serving[PACKS_MAX - 1 :]  # one more may become of the rest
     kept = {}
     for name in unchanged:
         number, begin = base.index.places.get(name, (-1, 0))

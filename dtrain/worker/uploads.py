@@ -9,8 +9,7 @@ state before its digest is taken, and still say so when storage has confirmed: t
 
 An agent killed after storage confirmed and before its journal knew it uploads again when it comes back: the same
 bytes under the same key, which changes nothing; or, if the second time its base cannot be had, other bytes under
-another key. One killed in the middle goes on where the store can: S3 is asked for
-the parts that it has.
+another key. One killed in the middle goes on where the store can: S3 is asked for the parts that it has.
 
 All uploads of an agent share one cap on what they send a second, if there is one.
 """

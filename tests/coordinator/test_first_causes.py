@@ -4,9 +4,10 @@ import itertools
 
 import pytest
 
-from dtrain.coordinator.core.events import FailureKind, GenerationFailed
+from dtrain.coordinator.core.events import FailureKind
 from dtrain.coordinator.core.first_causes import FIRST_CAUSE_WAIT_S, VICTIMS_MAX
 from tests.coordinator.support.clusters import Cluster, spec
+from tests.coordinator.support.endings import failed
 
 RESTARTED = ["GenerationFailed", "GenerationStarted"]
 LOST = "RuntimeError: [pair.cc:534] Connection closed by peer [127.0.0.1]:29500"
@@ -19,12 +20,6 @@ def two_nodes(*, step: int = 5) -> Cluster:
     cluster.joins("w1", "w2")
     cluster.runs(spec(nnodes_min=2, nnodes_max=2), step=step)
     return cluster
-
-
-def failed(cluster: Cluster) -> GenerationFailed:
-    event = cluster.last("GenerationFailed")
-    assert isinstance(event, GenerationFailed)
-    return event
 
 
 def ends(cluster: Cluster, rank: int) -> None:

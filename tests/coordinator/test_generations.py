@@ -1,11 +1,12 @@
 """When a generation starts, on which workers, why it fails, and when its job may not go on."""
 
-from dtrain.coordinator.core.events import GenerationFailed, GenerationStarted, JobFailed
+from dtrain.coordinator.core.events import GenerationStarted
 from dtrain.coordinator.core.facts import RestorePhase, StreamClosed, WorkerUnregistered
 from dtrain.coordinator.core.observed import LOST_AFTER_S, UNSEEN_LOST_AFTER_S
 from dtrain.coordinator.core.placement import GATHER_S, waiting_for
 from dtrain.coordinator.core.states import JobPhase
 from tests.coordinator.support.clusters import Cluster, spec
+from tests.coordinator.support.endings import failed
 
 RESTARTED = ["GenerationFailed", "GenerationStarted"]
 
@@ -13,18 +14,6 @@ RESTARTED = ["GenerationFailed", "GenerationStarted"]
 def started(cluster: Cluster) -> GenerationStarted:
     event = cluster.last("GenerationStarted")
     assert isinstance(event, GenerationStarted)
-    return event
-
-
-def failed(cluster: Cluster) -> GenerationFailed:
-    event = cluster.last("GenerationFailed")
-    assert isinstance(event, GenerationFailed)
-    return event
-
-
-def job_failed(cluster: Cluster) -> JobFailed:
-    event = cluster.last("JobFailed")
-    assert isinstance(event, JobFailed)
     return event
 
 

@@ -4,13 +4,14 @@ from typing import Any
 
 import pytest
 
-from dtrain.coordinator.core.events import CheckpointQuarantined, FailureKind, GenerationFailed, JobFailed
+from dtrain.coordinator.core.events import CheckpointQuarantined, FailureKind
 from dtrain.coordinator.core.evolve import evolve
 from dtrain.coordinator.core.observed import LOST_AFTER_S
 from dtrain.coordinator.core.placement import waiting_for
 from dtrain.coordinator.core.restarts import BACKOFF_FIRST_S, BACKOFF_MAX_S
 from dtrain.coordinator.core.states import CANNOT_START_WITHIN_S, JobPhase, JobState
 from tests.coordinator.support.clusters import Cluster, spec
+from tests.coordinator.support.endings import failed, job_failed
 
 RESTARTED = ["GenerationFailed", "GenerationStarted"]
 GIVEN_UP = ["GenerationFailed", "JobFailed"]
@@ -37,18 +38,6 @@ def goes_on(cluster: Cluster) -> None:
     cluster.passes(BACKOFF_MAX_S)
     cluster.decides()
     cluster.starts()
-
-
-def failed(cluster: Cluster) -> GenerationFailed:
-    event = cluster.last("GenerationFailed")
-    assert isinstance(event, GenerationFailed)
-    return event
-
-
-def job_failed(cluster: Cluster) -> JobFailed:
-    event = cluster.last("JobFailed")
-    assert isinstance(event, JobFailed)
-    return event
 
 
 def restored(cluster: Cluster) -> int:

@@ -3,7 +3,7 @@
 import json
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from dtrain.coordinator.core.events import CheckpointCommitted, GenerationStarte
 from dtrain.storage.uris import open_store
 from dtrain.storage.verify import verify_checkpoint
 from tests.support.cluster import Cluster, cluster
+from tests.support.s3_server import S3Server, seaweedfs
 
 SCRIPT = Path(__file__).with_name("train.py")
 STEPS = 100
@@ -119,3 +120,12 @@ def check(attack: Attack, expected: bytes | None) -> None:
 def _committed_before(attack: Attack, seq: int) -> list[tuple[RecordedEvent, CheckpointCommitted]]:
     events = attack.cluster.history(attack.job)
     return [(e, e.event) for e in events if isinstance(e.event, CheckpointCommitted) and e.seq < seq]
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
+    """A real S3 server, and what its clients need in the environment."""
+    with seaweedfs(tmp_path / "s3") as it:
+        for name, value in it.environment.items():
+            monkeypatch.setenv(name, value)
+        yield it

@@ -3,25 +3,15 @@
 import os
 import random
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-
-import pytest
 
 from dtrain.coordinator.core.events import CheckpointCommitted
 from tests.support.cluster import cluster
 from tests.support.facts import wait_for
-from tests.support.s3_server import S3Server, seaweedfs
+from tests.support.s3_server import S3Server
 from tests.survival.conftest import STEPS, begin, check
 from tests.survival.test_kills import kill_trainer, kill_worker
-
-
-@pytest.fixture
-def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
-    with seaweedfs(tmp_path / "s3") as it:
-        for name, value in it.environment.items():
-            monkeypatch.setenv(name, value)
-        yield it
 
 
 def test_trainer_and_agent_die_with_checkpoints_on_s3(

@@ -3,28 +3,18 @@
 import os
 import random
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-
-import pytest
 
 from dtrain.coordinator.core.events import GenerationStarted, SalvageStarted
 from tests.support.cluster import cluster
 from tests.support.facts import wait_for
-from tests.support.s3_server import S3Server, seaweedfs
+from tests.support.s3_server import S3Server
 from tests.survival.conftest import STEPS, begin, check
 
 SAVED = 25
 # A step so long that so many of them are worth a wait that a busy machine can keep: 3.75 s.
 STEP_MS = "150"
-
-
-@pytest.fixture
-def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
-    with seaweedfs(tmp_path / "s3") as it:
-        for name, value in it.environment.items():
-            monkeypatch.setenv(name, value)
-        yield it
 
 
 def test_a_checkpoint_staged_before_a_kill_is_committed_and_the_next_generation_starts_from_it(

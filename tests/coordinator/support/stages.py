@@ -70,11 +70,6 @@ class Stage:
             while event not in await self.history():
                 await asyncio.sleep(RETRY_S)
 
-    async def until_stored(self, key: str) -> None:
-        async with asyncio.timeout(DEADLINE_S):
-            while self.store.head(key) is None:
-                await asyncio.sleep(RETRY_S)
-
 
 @contextlib.asynccontextmanager
 async def a_stage(etcd: EtcdServer, folder: Path) -> AsyncIterator[Stage]:

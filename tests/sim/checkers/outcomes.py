@@ -6,7 +6,6 @@ from pathlib import Path
 
 from tests.sim.checkers.stories import Story
 
-EXPLAINS_S = 15.0  # a lease and a stream end this long after what cut them, at most
 KIND_S = 20.0  # so long after the storm nothing of it is under way any more
 LATE_S = 60.0  # a collective that hangs, a process group that breaks, a report that is late
 
