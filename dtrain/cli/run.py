@@ -7,6 +7,7 @@ checkpoints, so the same name goes on where it stopped.
 
 import asyncio
 import secrets
+import shutil
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -155,6 +156,8 @@ def run_command(
     from dtrain.standalone.cluster import LocalPlan
     from dtrain.standalone.data_folder import DataFolder
 
+    if shutil.which(asked.python) is None:
+        raise UserError(f"interpreter {asked.python} not found: give --python a program that can be run here.")
     folder = DataFolder.at(data_dir)
     spec = build_spec(asked, default_store=folder.store.as_uri())
     plan = LocalPlan(

@@ -9,9 +9,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-UNLIMITED_BYTES = 1 << 60  # version 1 of control groups says "no limit" by some number beyond this
-CGROUP_ROOT = Path("/sys/fs/cgroup")
-PROC = Path("/proc")
+from dtrain.storage.control_groups import CGROUP_ROOT, PROC, memory_groups, text_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +30,7 @@ def free_for(folder: Path, *, proc: Path = PROC, cgroup_root: Path = CGROUP_ROOT
 
 
 def _machine(proc: Path) -> list[Free]:
-    for line in _text(proc / "meminfo").splitlines():
+    for line in text_of(proc / "meminfo").splitlines():
         name, _, value = line.partition(":")
         if name == "MemAvailable":
             return [Free(size_bytes=int(value.split()[0]) * 1024, where="this machine")]
@@ -42,43 +40,9 @@ def _machine(proc: Path) -> list[Free]:
 def _control_groups(proc: Path, root: Path) -> list[Free]:
     """The bounds of this process's memory group and of all above it."""
     found: list[Free] = []
-    for line in _text(proc / "self" / "cgroup").splitlines():
-        _, controllers, path = line.split(":", 2)
-        if not controllers:
-            base, limit, usage, droppable = root, "memory.max", "memory.current", "inactive_file"
-        elif "memory" in controllers.split(","):
-            base, limit, usage, droppable = (
-                *(root / "memory", "memory.limit_in_bytes"),
-                *("memory.usage_in_bytes", "total_inactive_file"),
-            )
-        else:
-            continue
-        group = base / path.lstrip("/")
-        if not group.is_dir():  # a container sees its own group as the root, and its path from outside
-            group = base
-        while True:
-            found += _group(group, limit, usage, droppable)
-            if group == base:
-                break
-            group = group.parent
+    for group in memory_groups(proc=proc, root=root):
+        most, used = group.limit_bytes, group.used_bytes
+        if most is not None and used is not None:
+            free_bytes = max(0, most - used + group.droppable_bytes)
+            found.append(Free(size_bytes=free_bytes, where=f"the control group {group.folder} (limit {most} bytes)"))
     return found
-
-
-def _group(group: Path, limit: str, usage: str, droppable: str) -> list[Free]:
-    most, used = _text(group / limit).strip(), _text(group / usage).strip()
-    if not most.isdigit() or not used.isdigit() or int(most) >= UNLIMITED_BYTES:
-        return []  # "max", or no such file: no bound here
-    cache_bytes = 0
-    for line in _text(group / "memory.stat").splitlines():
-        name, _, value = line.partition(" ")
-        if name == droppable:
-            cache_bytes = int(value)
-    free_bytes = max(0, int(most) - int(used) + cache_bytes)
-    return [Free(size_bytes=free_bytes, where=f"the control group {group} (limit {int(most)} bytes)")]
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text()
-    except OSError:  # not Linux, not mounted, not allowed: it sets no bound that we could know
-        return ""

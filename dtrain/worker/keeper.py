@@ -30,6 +30,7 @@ PR_SET_CHILD_SUBREAPER = 36
 EXIT_USED = 75  # this folder had its keeper, or has it now
 EXIT_CANNOT_RUN = 127  # as a shell says when a program cannot be run
 WATCH_S = 1.0  # how often the agent's lock is tried
+KILLS_REMEMBERED = 10  # looks, a second apart: a large process takes seconds from its kill to its end
 SWEEP_S = 0.02  # pause between two looks for descendants that are being killed
 SWEEPS_MAX = 500  # ten seconds: only a process stuck in the kernel lasts longer
 LOG_TAIL_BYTES = 32 * 1024  # of the log's end, read for its last words: room for a deep traceback
@@ -70,12 +71,12 @@ def keep(folder: str, begin: Callable[[dict], None]) -> int:  # type: ignore[typ
     write_json(folder, "started.json", {**me, "trainer_pid": 0, "trainer_start": 0})
     trainer = spawn(plan, libc, lock, begin)
     write_json(folder, "started.json", {**me, "trainer_pid": trainer, "trainer_start": start_time(trainer)})
-    status = wait(trainer, plan)
-    code = os.waitstatus_to_exitcode(status)
+    ended = wait(trainer, plan)
     # The wall clock may be set between two exits of one node; this one only grows.
-    seen = {"code": code, "at_unix_s": time.time(), "at_mono_s": time.monotonic()}
-    error, traceback = ("", "") if code == 0 else last_words(plan, code)
-    write_json(folder, "exited.json", {**seen, "error": error, "traceback": traceback})
+    seen = {"code": ended.code, "at_unix_s": time.time(), "at_mono_s": time.monotonic()}
+    error, traceback = ("", "") if ended.code == 0 else last_words(plan, ended.code)
+    said = {"error": error, "traceback": traceback, "out_of_memory": ended.out_of_memory}
+    write_json(folder, "exited.json", {**seen, **said})
     end_descendants()
     return 0
 
@@ -138,18 +139,54 @@ def execute(plan: dict) -> None:  # type: ignore[type-arg]
     os.execvpe(plan["argv"][0], plan["argv"], plan["env"])
 
 
-def wait(trainer: int, plan: dict) -> int:  # type: ignore[type-arg]
-    """Return the trainer's wait status. Meanwhile hand signals on, reap orphans, and watch the agent."""
+class Ended:
+    """How the trainer ended."""
+
+    def __init__(self, code: int, out_of_memory: str) -> None:
+        self.code = code
+        self.out_of_memory = out_of_memory  # what is known, if the kernel killed for want of memory; else empty
+
+
+class MemoryKills:
+    """The kernel's count of processes that it killed for want of memory, in the trainer's control group."""
+
+    def __init__(self, plan: dict) -> None:  # type: ignore[type-arg]
+        self._file = plan.get("kills_file", "")
+        self._bound = plan.get("memory_bound", "")
+        self._seen = [self._count()] * KILLS_REMEMBERED  # one for each look, the newest last
+
+    def look(self) -> None:
+        self._seen = [*self._seen[1:], self._count()]
+
+    def said_of(self, peak_kib: int) -> str:
+        """What is known of a kill that was counted a moment ago; empty if none was."""
+        if self._count() <= self._seen[0]:
+            return ""
+        return f"its process held {peak_kib // 1024} MiB at most" + (f", {self._bound}" if self._bound else "")
+
+    def _count(self) -> int:
+        try:
+            with open(self._file, encoding="utf-8") as file:
+                return next((int(line.split()[1]) for line in file if line.startswith("oom_kill ")), 0)
+        except (OSError, ValueError, IndexError):
+            return 0
+
+
+def wait(trainer: int, plan: dict) -> Ended:  # type: ignore[type-arg]
+    """Wait for the trainer's end. Meanwhile hand signals on, reap orphans, and watch the agent."""
     kill_at = agent_gone_since = None
+    sent = False  # a signal that may be what ends it
+    kills = MemoryKills(plan)
     next_watch = time.monotonic() + WATCH_S
     while True:
         while True:  # one SIGCHLD may stand for several children
             try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
+                pid, status, usage = os.wait4(-1, os.WNOHANG)
             except ChildProcessError:
                 raise SystemExit("the trainer was reaped by somebody else") from None
             if pid == trainer:
-                return status
+                code = os.waitstatus_to_exitcode(status)
+                return Ended(code, "" if sent or code == 0 else kills.said_of(usage.ru_maxrss))
             if pid == 0:
                 break
         now = time.monotonic()
@@ -157,13 +194,16 @@ def wait(trainer: int, plan: dict) -> int:  # type: ignore[type-arg]
         received = signal.sigtimedwait(CHILD_SIGNALS, max(0.0, wake - now))
         now = time.monotonic()
         if received is not None and received.si_signo == signal.SIGTERM:
+            sent = True
             send(trainer, signal.SIGTERM)
             kill_at = min(kill_at or float("inf"), now + plan["grace_s"])
         elif (received is not None and received.si_signo == signal.SIGQUIT) or (kill_at is not None and now >= kill_at):
+            sent = True
             send(trainer, signal.SIGKILL)
             kill_at = None
         if now >= next_watch:
             next_watch = now + WATCH_S
+            kills.look()
             if agent_lives(plan["agent_lock"]):
                 agent_gone_since = None
             elif agent_gone_since is None:
@@ -172,6 +212,7 @@ def wait(trainer: int, plan: dict) -> int:  # type: ignore[type-arg]
                 note = f"dtrain: ended, because its worker was gone for {plan['orphan_after_s']:g} s\n"
                 with open(plan["log"], "a", encoding="utf-8") as log:
                     log.write(note)
+                sent = True
                 send(trainer, signal.SIGKILL)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import assert_never
 
 from dtrain.common.mailbox import RestoreState
+from dtrain.storage.control_groups import memory_groups
 from dtrain.worker.arenas import Arenas
 from dtrain.worker.core.actions import (
     Act,
@@ -42,6 +43,7 @@ from dtrain.worker.rpc.logs import log_path
 from dtrain.worker.stacks import Stacks
 from dtrain.worker.uploads import Uploads
 
+MIB = 1 << 20
 GRACE_MAX_S = 30.0  # a keeper whose agent died after SIGTERM kills after this by itself
 
 
@@ -128,6 +130,7 @@ def _prepare(shells: Shells, act: PrepareFolders) -> None:
 
 def _plan(shells: Shells, spec: TrainersSpec, of: RankId) -> KeeperPlan:
     folder = shells.dirs.rank_dir(of)
+    kills_file, memory_bound = _memory()
     return KeeperPlan(
         argv=[spec.python or sys.executable, "-u", spec.script, *spec.args],
         cwd=spec.cwd or "/",
@@ -137,7 +140,20 @@ def _plan(shells: Shells, spec: TrainersSpec, of: RankId) -> KeeperPlan:
         grace_s=GRACE_MAX_S,
         agent_lock=str(shells.agent_lock),
         orphan_after_s=shells.orphan_after_s,
+        kills_file=kills_file,
+        memory_bound=memory_bound,
     )
+
+
+def _memory() -> tuple[str, str]:
+    """Where the kernel counts its kills in the group that trainers are born into, and what bounds it, in words."""
+    groups = list(memory_groups())
+    counting = next((str(group.kills_file) for group in groups if group.kills_file.exists()), "")
+    bounds = [(group.limit_bytes, str(group.folder)) for group in groups if group.limit_bytes is not None]
+    if not bounds:
+        return counting, "and its control group has no limit"
+    size_bytes, name = min(bounds)
+    return counting, f"and the limit of the control group {name} is {size_bytes // MIB} MiB"
 
 
 def _spawn(shells: Shells, act: SpawnTrainer) -> None:

@@ -61,10 +61,17 @@ class Exited(msgspec.Struct, frozen=True):
     error: str
     at_mono_s: float = 0.0  # on this boot's monotonic clock; 0: written by who did not see it
     traceback: str = ""
+    out_of_memory: str = ""
 
     def fact(self) -> ExitFact:
         at_unix_s = _MONOTONIC_ZERO_UNIX_S + self.at_mono_s if self.at_mono_s else self.at_unix_s
-        return ExitFact(code=self.code, at_unix_s=at_unix_s, error=self.error, traceback=self.traceback)
+        return ExitFact(
+            code=self.code,
+            at_unix_s=at_unix_s,
+            error=self.error,
+            traceback=self.traceback,
+            out_of_memory=self.out_of_memory,
+        )
 
 
 class KeeperPlan(msgspec.Struct, frozen=True, kw_only=True):
@@ -78,6 +85,8 @@ class KeeperPlan(msgspec.Struct, frozen=True, kw_only=True):
     grace_s: float  # longest time between SIGTERM and SIGKILL
     agent_lock: str
     orphan_after_s: float
+    kills_file: str = ""  # where the kernel counts whom it kills for want of memory; empty: it does not say
+    memory_bound: str = ""  # on what the trainer may hold, in words
 
 
 class RankDirs:

@@ -48,6 +48,7 @@ def assert_refused(answer: Answer, *words: str) -> None:
         (["run", "--name", "", "script.py"], ["is not valid", "lower-case"]),
         (["run", "--every-steps", "5", "--every-seconds", "5", "script.py"], ["not both"]),
         (["run", "--every-steps", "-5", "script.py"], ["--every-steps -5", "above 0"]),
+        (["run", "--python", "/no/such/python", "script.py"], ["/no/such/python not found", "--python"]),
         (["run", "--env", "1X=2", "script.py"], ["'1X=2'", "NAME=VALUE"]),
         (["run", "--env", "NOT_SET_ANYWHERE", "script.py"], ["NOT_SET_ANYWHERE is not set", "=VALUE"]),
         (["run", "--store", "ftp://somewhere", "script.py"], ["ftp://somewhere", "s3://"]),

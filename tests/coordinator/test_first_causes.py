@@ -5,6 +5,7 @@ import itertools
 import pytest
 
 from dtrain.coordinator.core.events import FailureKind
+from dtrain.coordinator.core.facts import RankState
 from dtrain.coordinator.core.first_causes import FIRST_CAUSE_WAIT_S, VICTIMS_MAX
 from tests.coordinator.support.clusters import Cluster, spec
 from tests.coordinator.support.endings import failed
@@ -127,6 +128,31 @@ def test_an_end_is_of_the_kind_that_its_code_and_words_say(code: int, error: str
     cluster.passes(FIRST_CAUSE_WAIT_S)
     cluster.decides()
     assert failed(cluster).kind is kind
+
+
+KNOWN = "its process held 812 MiB at most, and the limit of the control group /job is 1024 MiB"
+
+
+@pytest.mark.parametrize("code", [-9, 137])
+def test_a_kill_for_want_of_memory_is_told_from_every_other(code: int) -> None:
+    cluster = two_nodes()
+    cluster.says(0, state=RankState.EXITED, exit_code=code, out_of_memory=KNOWN, exited_at=50.0)
+    cluster.exits(3, 1, error=LOST, at_s=50.1)
+    assert "GenerationFailed" in cluster.decides()
+    event = failed(cluster)
+    assert (event.kind, event.exit_code) == (FailureKind.MEMORY, 137)
+    if code == -9:
+        assert event.reason == f"rank 0 on w1 was killed by the kernel, which was out of memory: {KNOWN}"
+
+
+def test_the_kill_of_a_process_beside_the_rank_is_told_with_the_ranks_own_words() -> None:
+    cluster = two_nodes()
+    error = "RuntimeError: DataLoader worker (pid 7) is killed by signal: Killed."
+    cluster.says(0, state=RankState.EXITED, exit_code=1, error=error, out_of_memory=KNOWN, exited_at=50.0)
+    assert "GenerationFailed" in cluster.decides()
+    assert failed(cluster).kind is FailureKind.SCRIPT
+    beside = "(just then the kernel, out of memory, killed a process beside it)"
+    assert failed(cluster).reason == f"rank 0 on w1 exited with code 1: {error} {beside}"
 
 
 def test_an_event_holds_a_bounded_number_of_victims() -> None:

@@ -6,6 +6,7 @@ import pytest
 
 from dtrain.coordinator.core.events import CheckpointQuarantined, FailureKind
 from dtrain.coordinator.core.evolve import evolve
+from dtrain.coordinator.core.facts import RankState
 from dtrain.coordinator.core.observed import LOST_AFTER_S
 from dtrain.coordinator.core.placement import waiting_for
 from dtrain.coordinator.core.restarts import BACKOFF_FIRST_S, BACKOFF_MAX_S
@@ -94,6 +95,21 @@ def test_a_kill_from_outside_uses_a_restart_only_if_nothing_new_was_reached() ->
     assert job_failed(cluster).exit_code == 137
 
 
+def test_a_kill_for_want_of_memory_uses_a_restart_as_every_other_kill() -> None:
+    cluster = one_node(max_restarts=1)
+    decided = []
+    for step in (5, 6, 6, 6):
+        cluster.trains(step=step)
+        cluster.says(0, state=RankState.EXITED, exit_code=-9, out_of_memory="its process held 9 MiB at most")
+        decided.append(cluster.decides())
+        kind, counted = failed(cluster).kind, failed(cluster).counted
+        assert (kind, counted) == (FailureKind.MEMORY, len(decided) > 2), "a leak that gets further stops nothing"
+        if decided[-1] == RESTARTED:
+            cluster.starts()
+    assert decided == [RESTARTED, RESTARTED, RESTARTED, GIVEN_UP]
+    assert job_failed(cluster).exit_code == 137
+
+
 def test_a_checkpoint_is_progress_too() -> None:
     cluster = one_node(max_restarts=0)
     assert fails(cluster, step=20, code=-9) == RESTARTED
@@ -174,6 +190,28 @@ def test_a_script_that_cannot_start_is_given_up_after_the_same_words_twice() -> 
     assert fails(cluster, step=0, error=error) == GIVEN_UP
     assert job_failed(cluster).exit_code == 2
     assert "2 times in a row before it got anywhere" in job_failed(cluster).reason
+
+
+def test_a_script_that_got_somewhere_before_exits_with_its_own_code() -> None:
+    """It did start once, so it was no mistake to ask for it."""
+    cluster = one_node(max_restarts=10)
+    assert fails(cluster, step=5, code=-9) == RESTARTED
+    cluster.starts()
+    error = "OSError: no such data set"
+    assert fails(cluster, step=0, error=error) == RESTARTED
+    goes_on(cluster)
+    assert fails(cluster, step=0, error=error) == GIVEN_UP
+    assert job_failed(cluster).exit_code == 1
+    assert cluster.log[-1][0].cause.traceback == f"Traceback\n{error}"
+
+
+def test_a_program_that_cannot_be_run_keeps_its_code() -> None:
+    cluster = one_node(max_restarts=10)
+    error = "dtrain: cannot run /no/such/python: No such file or directory"
+    assert fails(cluster, step=0, error=error, code=127) == RESTARTED
+    cluster.starts()
+    assert fails(cluster, step=0, error=error, code=127) == GIVEN_UP
+    assert job_failed(cluster).exit_code == 127
 
 
 def test_a_script_that_counts_no_steps_may_have_come_far_before_the_same_error() -> None:
@@ -302,6 +340,23 @@ def test_an_error_steps_after_the_restore_does_not_put_the_checkpoint_in_doubt()
         goes_on(cluster)
         assert fails(cluster, step=50)[0] == expected[0]
     assert cluster.job().phase is JobPhase.FAILED
+    assert not any(c.quarantined for c in cluster.job().committed.values())
+
+
+def test_a_script_that_never_joined_does_not_put_the_checkpoint_in_doubt() -> None:
+    cluster = one_node(step=10, max_restarts=10)
+    cluster.commits()
+    cluster.finish()
+    cluster.decides()
+    cluster.submits(spec(max_restarts=10), request="r2")
+    cluster.decides()
+    cluster.starts()
+    assert restored(cluster) == 1
+    error = "SyntaxError: invalid syntax"
+    assert fails(cluster, step=0, error=error) == RESTARTED
+    cluster.starts()
+    assert fails(cluster, step=0, error=error) == GIVEN_UP
+    assert job_failed(cluster).exit_code == 2
     assert not any(c.quarantined for c in cluster.job().committed.values())
 
 

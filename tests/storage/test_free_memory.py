@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from dtrain.storage.control_groups import memory_groups
 from dtrain.storage.free_memory import free_for
 
 GIB = 1 << 30
@@ -65,6 +66,22 @@ def test_in_a_container_the_path_seen_from_outside_leads_to_its_own_root(tmp_pat
     group(cgroups, memory__max=700, memory__current=100)
     free = free_for(tmp_path, proc=machine(tmp_path, groups="0::/docker/f00\n"), cgroup_root=cgroups)
     assert free.size_bytes == 600
+
+
+@pytest.mark.parametrize(
+    ("groups", "path", "limit", "kills"),
+    [
+        ("0::/job\n", "job", "memory__max", "memory.events"),
+        ("4:memory:/job\n0::/\n", "memory/job", "memory__limit_in_bytes", "memory.oom_control"),
+    ],
+    ids=["version 2", "version 1"],
+)
+def test_the_kernels_count_of_kills_is_found_with_the_limit(
+    tmp_path: Path, cgroups: Path, groups: str, path: str, limit: str, kills: str
+) -> None:
+    group(cgroups / path, **{limit: 4096})
+    (own, *_) = memory_groups(proc=machine(tmp_path, groups=groups), root=cgroups)
+    assert (own.kills_file, own.limit_bytes) == (cgroups / path / kills, 4096)
 
 
 def test_this_machine_has_some() -> None:

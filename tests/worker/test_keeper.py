@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from dtrain.storage.control_groups import MemoryGroup, memory_groups
 from dtrain.worker import keeper
 from dtrain.worker.rank_dirs import KeeperPlan, Started, forbid, read_exited, read_started
 from tests.support.facts import wait_for
@@ -35,7 +37,14 @@ class Rank:
         self._env = {**os.environ, MARK: mark}
 
     def keep(
-        self, script: str, *, program: str = sys.executable, grace_s: float = 10.0, orphan_after_s: float = 60.0
+        self,
+        script: str,
+        *,
+        program: str = sys.executable,
+        grace_s: float = 10.0,
+        orphan_after_s: float = 60.0,
+        kills_file: Path | None = None,
+        group: Path | None = None,
     ) -> "subprocess.Popen[bytes]":
         plan = KeeperPlan(
             argv=[program, "-u", "-c", script],
@@ -46,12 +55,17 @@ class Rank:
             grace_s=grace_s,
             agent_lock=str(self.agent_lock),
             orphan_after_s=orphan_after_s,
+            kills_file=str(kills_file or ""),
+            memory_bound="and its limit is 64 MiB",
         )
         (self.folder / "keeper.json").write_bytes(msgspec.json.encode(plan))
-        return self.another()
+        return self.another(group)
 
-    def another(self) -> "subprocess.Popen[bytes]":
-        return subprocess.Popen([sys.executable, "-I", "-S", keeper.__file__, str(self.folder)], env=self._env)
+    def another(self, group: Path | None = None) -> "subprocess.Popen[bytes]":
+        command = [sys.executable, "-I", "-S", keeper.__file__, str(self.folder)]
+        if group is not None:  # the shell moves itself, and becomes the keeper
+            command = ["sh", "-c", 'echo $$ > "$0" && exec "$@"', str(group / "cgroup.procs"), *command]
+        return subprocess.Popen(command, env=self._env)
 
     def started(self) -> Started:
         def look() -> Started | None:
@@ -240,6 +254,72 @@ def test_without_its_agent_the_trainer_is_ended_after_the_given_time_and_its_log
     fact = read_exited(rank.folder)
     assert fact is not None
     assert fact.code == -signal.SIGKILL
+
+
+COUNTED = "import os, pathlib\npathlib.Path({path!r}).write_text('oom 3\\noom_kill 8\\n')\n"
+KILLED = "os.kill(os.getpid(), 9)"
+
+
+@pytest.mark.parametrize(
+    ("counted", "end", "said"), [(True, KILLED, True), (False, KILLED, False), (True, "os._exit(1)", True)]
+)
+def test_a_kill_that_the_kernel_counted_just_then_is_told(rank: Rank, counted: bool, end: str, said: bool) -> None:
+    events = rank.folder.parent / "memory.events"
+    events.write_text("oom 3\noom_kill 7\n")
+    script = COUNTED.format(path=str(events)) if counted else "import os\n"
+    assert rank.keep(script + end, kills_file=events).wait(DEADLINE_S) == 0
+    fact = read_exited(rank.folder)
+    assert fact is not None
+    assert bool(re.fullmatch(r"its process held \d+ MiB at most, and its limit is 64 MiB", fact.out_of_memory)) is said
+
+
+def test_a_kill_on_order_is_not_taken_for_the_kernels(rank: Rank) -> None:
+    events = rank.folder.parent / "memory.events"
+    process = rank.keep(
+        COUNTED.format(path=str(events)) + "print('up')\nwhile True: os.sched_yield()", kills_file=events
+    )
+    rank.said("up")
+    process.send_signal(signal.SIGQUIT)
+    process.wait(DEADLINE_S)
+    fact = read_exited(rank.folder)
+    assert fact is not None
+    assert (fact.code, fact.out_of_memory) == (-signal.SIGKILL, "")
+
+
+@pytest.fixture
+def small_group() -> Iterator[MemoryGroup]:
+    """A control group of 64 MiB below this process's own."""
+    own = next(iter(memory_groups()), None)
+    if own is None:
+        pytest.skip("no control group counts memory here")
+    group = MemoryGroup(folder=own.folder / f"dtrain-test-{os.getpid()}", is_unified=own.is_unified)
+    try:
+        group.folder.mkdir()
+    except OSError as error:
+        pytest.skip(f"no control group can be made here: {error}")
+    try:
+        limit = group.folder / ("memory.max" if group.is_unified else "memory.limit_in_bytes")
+        if not limit.exists():
+            pytest.skip("the memory of a control group cannot be limited here")
+        limit.write_text(str(64 << 20))
+        for name, most in (("memory.swap.max", 0), ("memory.memsw.limit_in_bytes", 64 << 20)):
+            if (group.folder / name).exists():
+                (group.folder / name).write_text(str(most))
+        yield group
+    finally:
+        wait_for("the group is empty", lambda: not (group.folder / "cgroup.procs").read_text(), deadline_s=DEADLINE_S)
+        group.folder.rmdir()
+
+
+def test_what_the_kernel_kills_for_want_of_memory_is_told(rank: Rank, small_group: MemoryGroup) -> None:
+    hoard = "held = []\nwhile True: held.append(bytearray(1 << 20))"
+    process = rank.keep(hoard, kills_file=small_group.kills_file, group=small_group.folder)
+    assert process.wait(DEADLINE_S) == 0
+    fact = read_exited(rank.folder)
+    assert fact is not None
+    assert fact.code == -signal.SIGKILL
+    match = re.match(r"its process held (\d+) MiB at most", fact.out_of_memory)
+    assert match is not None and 30 < int(match[1]) <= 70
 
 
 def test_the_trainer_has_a_clean_slate(rank: Rank) -> None:

@@ -104,6 +104,7 @@ class FailureKind(StrEnum):
     SCRIPT = "script"  # the user's code: an exception, an exit code, a crash of its own process
     CONNECTION = "connection"  # ranks lost each other, and nothing else was seen to be wrong
     KILLED = "killed"  # a signal from outside ended the trainer
+    MEMORY = "memory"  # the kernel was out of memory, and killed it
     PREEMPTED = "preempted"  # its worker was shut down, or fenced itself
     NODE = "node"  # the worker is gone
     CHECKPOINT = "checkpoint"  # what it was to start from is damaged

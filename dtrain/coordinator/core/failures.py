@@ -26,6 +26,7 @@ from dtrain.coordinator.core.observed import Observed
 from dtrain.coordinator.core.restarts import counts
 from dtrain.coordinator.core.states import SIGNAL_EXIT_BASE, GenerationState, InflightCheckpoint, JobState
 
+_SIGKILL = 9
 _STARTED_PHASES = frozenset({"joined", "restoring", "training", "checkpointing", "holding", "paused", "finished"})
 
 
@@ -203,11 +204,14 @@ def how_it_ended(rank: RankReport) -> str:
     """The end of a trainer in words."""
     if rank.exit_unknown:
         return "ended unseen"
-    if rank.exit_code < 0:
-        return f"was ended by signal {-rank.exit_code}"
     if rank.exit_code == 0:
         return "finished"
-    return f"exited with code {rank.exit_code}" + (f": {rank.error}" if rank.error else "")
+    if rank.out_of_memory and rank.exit_code == -_SIGKILL:
+        return f"was killed by the kernel, which was out of memory: {rank.out_of_memory}"
+    beside = " (just then the kernel, out of memory, killed a process beside it)" if rank.out_of_memory else ""
+    if rank.exit_code < 0:
+        return f"was ended by signal {-rank.exit_code}{beside}"
+    return f"exited with code {rank.exit_code}" + (f": {rank.error}" if rank.error else "") + beside
 
 
 def _exit_code(rank: RankReport) -> int:

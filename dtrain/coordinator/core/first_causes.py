@@ -91,6 +91,8 @@ def kind_of(rank: RankReport, *, leaving: bool) -> FailureKind:
     if leaving:
         return FailureKind.PREEMPTED
     number = -rank.exit_code if rank.exit_code < 0 else rank.exit_code - SIGNAL_EXIT_BASE
+    if rank.out_of_memory and number == _SIGKILL:
+        return FailureKind.MEMORY
     if rank.exit_unknown or number in _SENT_FROM_OUTSIDE:
         return FailureKind.KILLED
     # NCCL's watchdog and gloo's threads end the process with SIGABRT when a collective breaks.

@@ -3,7 +3,7 @@
     failure                                       uses a restart    what follows
     --------------------------------------------  ----------------  ------------------------------------------
     script, connection, hang                      yes               the next generation
-    killed                                        if nothing new    the next generation
+    killed, memory                                if nothing new    the next generation
                                                   was reached
     preempted, node, checkpoint                   no                the next generation, elsewhere or from an
                                                                     older checkpoint
@@ -24,7 +24,7 @@ from dtrain.coordinator.core.states import JobState, LastFailure, Suspicion
 
 # Once may be chance. The same words at the same step from the same state are not.
 SAME_ERROR_LIMIT = 2
-CANNOT_START_EXIT_CODE = 2
+CANNOT_START_EXIT_CODE = 2  # as for every other mistake in what was asked for
 BACKOFF_FIRST_S = 1.0  # before the second restart in a row without progress; doubled with each further one
 BACKOFF_MAX_S = 30.0  # longer would leave machines idle that may be well again
 
@@ -34,8 +34,9 @@ def counts(kind: FailureKind, *, further: bool) -> bool:
     match kind:
         case FailureKind.PREEMPTED | FailureKind.NODE | FailureKind.CHECKPOINT:
             return False
-        case FailureKind.KILLED:
-            # The kernel kills what needs too much memory, again and again: only progress shows that it was not that.
+        case FailureKind.KILLED | FailureKind.MEMORY:
+            # What needs too much memory is killed again and again, and not every killer says that it was that. But a
+            # generation that got further may have met a neighbour's peak, and a leak leaves most of the time useful.
             return not further
         case FailureKind.SCRIPT | FailureKind.CONNECTION | FailureKind.HANG | FailureKind.UNKNOWN:
             return True
@@ -76,8 +77,11 @@ def verdict(job: JobState) -> Decision | None:
 
 
 def _is_suspect(job: JobState, error: LastFailure) -> bool:
-    """Whether the state that was restored may be to blame: no step was completed after it, and none was blamed yet."""
-    if job.suspicion is not None or error.restored is None or not error.right_after_restore:
+    """Whether the state that was restored may be to blame: no step was completed after it, and none was blamed yet.
+
+    A script that did not even join never read it.
+    """
+    if job.suspicion is not None or error.restored is None or not error.right_after_restore or not error.progressed:
         return False
     found = job.committed.get(error.restored)
     return found is not None and not found.quarantined and not found.expired
@@ -108,11 +112,17 @@ def _left_aside(error: LastFailure) -> Decision:
 def _failed(job: JobState, last: LastFailure, why: str, *, cleared: Suspicion | None = None) -> Decision:
     event = JobFailed(
         reason=f"{last.reason}{why}",
-        exit_code=CANNOT_START_EXIT_CODE if last.cannot_start and last.exit_code == 1 else last.exit_code,
+        exit_code=CANNOT_START_EXIT_CODE if _never_started(job, last) else last.exit_code,
         cleared=cleared.checkpoint if cleared is not None else None,
     )
     fact = "same_error_again" if last.repeats >= SAME_ERROR_LIMIT or cleared is not None else "restarts_exhausted"
     return Decision(event=event, cause=_cause(fact, last))
+
+
+def _never_started(job: JobState, last: LastFailure) -> bool:
+    """Whether the script raised at its start in every generation of this run: a mistake in what was asked for."""
+    error = job.last_error if job.last_error is not None else last
+    return last.cannot_start and last.exit_code == 1 and job.restarts == error.repeats
 
 
 def _cause(fact: str, last: LastFailure) -> Cause:

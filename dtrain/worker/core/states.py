@@ -180,6 +180,7 @@ class ExitFact:
     at_unix_s: float
     error: str  # one line: what it said last
     traceback: str = ""  # of the exception that ended it, bounded; empty if none is known
+    out_of_memory: str = ""  # what is known, if the kernel killed for want of memory just then; else empty
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

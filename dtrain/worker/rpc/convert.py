@@ -154,6 +154,7 @@ def _rank(run: RankRun) -> wire.RankReport:
         message.error = run.exit.error
         message.traceback = run.exit.traceback
         message.exited_at = run.exit.at_unix_s
+        message.out_of_memory = run.exit.out_of_memory
     return message
 
 
