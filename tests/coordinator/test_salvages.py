@@ -7,8 +7,9 @@ import pytest
 
 from dtrain.coordinator.core.commands import StopTrainers
 from dtrain.coordinator.core.events import CheckpointAborted, GenerationFailed, GenerationStarted, SalvageStarted
-from dtrain.coordinator.core.facts import ShardPhase
+from dtrain.coordinator.core.facts import ShardPhase, Transfer
 from dtrain.coordinator.core.observed import LOST_AFTER_S
+from dtrain.coordinator.core.paces import MIB
 from dtrain.coordinator.core.salvages import CLOCKS_DIFFER_S, MANIFEST_WAIT_S, WAIT_MAX_S
 from tests.coordinator.support.clusters import Cluster, spec
 
@@ -95,6 +96,88 @@ def test_what_is_not_stored_in_time_is_given_up() -> None:
     assert isinstance(aborted, CheckpointAborted)
     assert "had staged was not stored within" in aborted.reason
     assert restored(cluster) == 1
+
+
+def waited_for(*, left_mib: float) -> tuple[Cluster, float]:
+    """A generation that died with one upload still under way; and the bound of the wait."""
+    cluster = in_flight("w1", step_s=2.0)
+    stages(cluster)
+    cluster.acknowledges(0)
+    cluster.exits(0, -9)
+    cluster.says(1, upload=uploaded(100.0 - left_mib))
+    assert cluster.decides() == ["SalvageStarted"]
+    return cluster, salvage(cluster).wait_s
+
+
+def uploaded(done_mib: float) -> Transfer:
+    return Transfer(bytes_done=int(done_mib * MIB), bytes_total=100 * MIB)
+
+
+@pytest.mark.parametrize(
+    ("sent", "given_up"),
+    [(0.0, True), (20.0, True), (30.0, True), (34.0, False), (90.0, False), (100.0, False), (-5.0, True)],
+    ids=[
+        "nothing",
+        "a fifth",
+        "too little at twice the pace",
+        "enough at twice the pace",
+        "most",
+        "all",
+        "it began anew",
+    ],
+)
+def test_half_way_a_wait_ends_that_cannot_be_in_time_as_its_upload_shows(sent: float, given_up: bool) -> None:
+    """At half of the bound, twice the pace brings twice of what has come: a third is the least."""
+    cluster, bound_s = waited_for(left_mib=90.0)
+    cluster.passes(bound_s * 0.49)
+    cluster.says(1, upload=uploaded(10.0 + 0.9 * sent * 0.49 / 0.5))
+    assert cluster.decides() == [], "it was judged too early"
+    cluster.passes(bound_s * 0.01)
+    cluster.says(1, upload=uploaded(10.0 + 0.9 * sent))
+    assert cluster.decides() == (GIVEN_UP if given_up else [])
+    if given_up:
+        aborted = cluster.last("CheckpointAborted")
+        assert isinstance(aborted, CheckpointAborted)
+        assert f"cannot be stored within {bound_s:.1f} s: rank 1 has" in aborted.reason
+        assert "MiB to go, and sent" in aborted.reason
+    else:
+        cluster.acknowledges()
+        cluster.manifest_written()
+        assert cluster.decides() == ["CheckpointCommitted", *RESTARTED]
+
+
+def test_an_upload_that_shows_nothing_is_waited_for_to_the_end() -> None:
+    cluster, bound_s = waited_for(left_mib=90.0)
+    cluster.says(1, upload=None)
+    cluster.passes(bound_s * 0.9)
+    cluster.reports("w1")
+    assert cluster.decides() == []
+
+
+def test_another_leader_looks_anew_before_it_judges() -> None:
+    cluster, bound_s = waited_for(left_mib=90.0)
+    cluster.passes(bound_s * 0.45)
+    successor = cluster.fails_over()
+    successor.reconnect()
+    assert successor.decides() == []
+    successor.passes(bound_s * 0.45)
+    successor.reports("w1")
+    assert successor.decides() == [], "it judged by what it had not seen"
+
+
+def test_why_nothing_is_waited_for_is_in_the_log() -> None:
+    quick = in_flight("w1", step_s=0.0001)
+    stages(quick)
+    quick.exits(1, -9)
+    quick.decides()
+    missing = in_flight("w1")
+    missing.shard(0, ShardPhase.STAGED)
+    missing.exits(1, -9)
+    missing.decides()
+    first, second = quick.last("CheckpointAborted"), missing.last("CheckpointAborted")
+    assert isinstance(first, CheckpointAborted) and isinstance(second, CheckpointAborted)
+    assert "steps take" in first.reason and first.reason.endswith("again: no wait is worth it")
+    assert second.reason == "generation 1 failed, and rank 1 on w1 had not staged it"
 
 
 def test_a_rank_that_had_not_staged_leaves_nothing_to_wait_for() -> None:

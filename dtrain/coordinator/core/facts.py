@@ -33,7 +33,7 @@ class RestorePhase(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Transfer:
-    """How far an upload or a restore is. Shown to people; no decision hangs on it."""
+    """How far an upload or a restore is. Shown to people; one rule reads it: when to stop waiting (paces.py)."""
 
     bytes_done: int
     bytes_total: int

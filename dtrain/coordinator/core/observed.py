@@ -89,6 +89,8 @@ class Observed:
     # When a run of a job began to wait for workers. By run: the wait of one that was cancelled is not the next one's.
     pending_since_s: dict[tuple[JobName, int], float] = field(default_factory=dict)
     reached_since_s: dict[tuple[JobName, AttemptNumber], float] = field(default_factory=dict)
+    # What each upload had to go when this leader first saw it waited for: rank -> (bytes, monotonic time).
+    upload_looks: dict[tuple[JobName, AttemptNumber], dict[int, tuple[int, float]]] = field(default_factory=dict)
     # When a generation's first lost connection was seen without its cause; one entry a generation that failed so.
     failing_since_s: dict[tuple[JobName, Generation], float] = field(default_factory=dict)
     clocks: dict[JobName, StepClocks] = field(default_factory=dict)  # of the newest generation that was reported
@@ -195,3 +197,4 @@ class Observed:
         """Drop what was noted about a settled attempt, so that memory stays bounded."""
         self.manifests.pop((job, attempt), None)
         self.reached_since_s.pop((job, attempt), None)
+        self.upload_looks.pop((job, attempt), None)

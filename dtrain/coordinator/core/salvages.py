@@ -9,15 +9,18 @@ it instead of doing its steps again:
     CheckpointAborted    too late, or a rank's bytes are lost: the next generation starts from the one before
     GenerationFailed     follows either at once
 
-How long the wait may be: as long as the steps at stake would take again. How fast storage is just now nobody knows, but
-by this rule the wait never costs more than was to be saved, and the whole never more than twice the best.
+How long the wait may be: as long as the steps at stake would take again. How fast storage will be nobody knows, but
+by this rule the wait never costs more than was to be saved, and the whole never more than twice the best. It ends
+sooner where the uploads show that they cannot arrive in time (paces.py).
 
 Until it is over the generation stays active. So no worker is told to stop, and none gives an upload up.
 """
 
 from enum import Enum
+from typing import assert_never
 
 from dtrain.common.names import WorkerId
+from dtrain.coordinator.core import paces
 from dtrain.coordinator.core.checkpoints import acknowledged
 from dtrain.coordinator.core.events import Cause, CheckpointAborted, Decision, GenerationFailed, SalvageStarted
 from dtrain.coordinator.core.facts import Now, ShardPhase, ShardReport
@@ -50,25 +53,31 @@ def before_failure(
     failed: Decision,
 ) -> Decision | None:
     """What precedes the end of a generation with a checkpoint in flight; None while that is waited for."""
-    hope = _hope(job, generation, inflight, observed, now)
+    hope, lost = _hope(job, generation, inflight, observed, now)
     if inflight.salvaging:
         if hope is _Hope.NONE:
-            return _abort(inflight, f"generation {inflight.generation} failed, and what it had staged is lost", failed)
+            return _abort(inflight, f"and what it had staged is lost: {lost}", failed)
         if not _in_time(inflight, now):
-            reason = f"generation {inflight.generation} failed, and what it had staged was not stored within "
-            return _abort(inflight, f"{reason}{inflight.salvage_wait_s:.1f} s", failed)
+            reason = f"and what it had staged was not stored within {inflight.salvage_wait_s:.1f} s"
+            return _abort(inflight, reason, failed)
+        if slow := paces.too_slow(job, generation, inflight, observed, now):
+            reason = f"and what it had staged cannot be stored within {inflight.salvage_wait_s:.1f} s: {slow}"
+            return _abort(inflight, reason, failed)
         return None
     match hope:
         case _Hope.UNKNOWN:
             return None  # a new leader: each worker reports in a moment, or is lost after a while
         case _Hope.NONE:
-            return _abort(inflight, f"generation {inflight.generation} failed", failed)
+            return _abort(inflight, f"and {lost}", failed)
         case _Hope.STORED | _Hope.STAGED:
-            wait_s = _worth_s(job, generation, inflight, observed)
+            steps, again_s = _at_stake(job, generation, inflight, observed)
+            wait_s = min(again_s, WAIT_MAX_S)
             if hope is _Hope.STORED:
                 wait_s = max(wait_s, MANIFEST_WAIT_S)
             if wait_s < WAIT_MIN_S:
-                return _abort(inflight, f"generation {inflight.generation} failed", failed)
+                return _abort(
+                    inflight, f"and its {steps} steps take {again_s:.3f} s again: no wait is worth it", failed
+                )
             assert isinstance(failed.event, GenerationFailed)
             event = SalvageStarted(
                 checkpoint=inflight.number,
@@ -81,7 +90,8 @@ def before_failure(
             return Decision(event=event, cause=failed.cause)
 
 
-def _abort(inflight: InflightCheckpoint, reason: str, failed: Decision) -> Decision:
+def _abort(inflight: InflightCheckpoint, why: str, failed: Decision) -> Decision:
+    reason = f"generation {inflight.generation} failed, {why}"
     event = CheckpointAborted(checkpoint=inflight.number, attempt=inflight.attempt, reason=reason)
     return Decision(event=event, cause=Cause(fact=failed.cause.fact, worker=failed.cause.worker))
 
@@ -90,42 +100,54 @@ def _in_time(inflight: InflightCheckpoint, now: Now) -> bool:
     return -CLOCKS_DIFFER_S <= now.wall_s - inflight.salvage_time < inflight.salvage_wait_s
 
 
-def _worth_s(job: JobState, generation: GenerationState, inflight: InflightCheckpoint, observed: Observed) -> float:
-    """Seconds that the steps between the newest checkpoint and this one would take again, within the bound."""
+def _at_stake(
+    job: JobState, generation: GenerationState, inflight: InflightCheckpoint, observed: Observed
+) -> tuple[int, float]:
+    """The steps between the newest checkpoint and this one, and the seconds that they would take again."""
     newest = job.newest_restorable
     steps = inflight.step - (newest.step if newest is not None else 0)
     times = [
         rank.step_s for _, report in reports(job, generation, observed) for rank in report.ranks if rank.step_s > 0
     ]
-    return min(steps * min(times, default=0.0), WAIT_MAX_S)
+    return steps, steps * min(times, default=0.0)
 
 
 def _hope(
     job: JobState, generation: GenerationState, inflight: InflightCheckpoint, observed: Observed, now: Now
-) -> _Hope:
+) -> tuple[_Hope, str]:
+    """What may still become of the attempt; where nothing may, why."""
     if acknowledged(job, generation, inflight, observed) is not None:
-        return _Hope.STORED
+        return _Hope.STORED, ""
     unknown = False
     for member in generation.members:
         view = observed.view(member.worker)
         report = observed.assignment(member.worker, job.name, generation.number)
         if report is None:
             if view.snapshot is not None or observed.lost(member.worker, now):
-                return _Hope.NONE
+                return _Hope.NONE, f"{member.worker} has nothing of it"
             unknown = True
             continue
         shards = {shard.rank: shard for shard in report.shards if shard.attempt == inflight.attempt}
         uploads = not _gone(observed, member.worker, member.journal, now, patient=inflight.salvaging)
-        if not all(_is_safe(shards.get(rank), inflight, uploads=uploads) for rank in member.ranks):
-            return _Hope.NONE
-    return _Hope.UNKNOWN if unknown else _Hope.STAGED
+        for rank in member.ranks:
+            if why := _why_lost(shards.get(rank), inflight, uploads=uploads):
+                return _Hope.NONE, f"rank {rank} on {member.worker} {why}"
+    return (_Hope.UNKNOWN if unknown else _Hope.STAGED), ""
 
 
-def _is_safe(shard: ShardReport | None, inflight: InflightCheckpoint, *, uploads: bool) -> bool:
-    """Whether this rank's bytes are stored, or on their way."""
-    if shard is None or shard.step != inflight.step:
-        return False
-    return shard.phase is ShardPhase.DURABLE or (shard.phase is ShardPhase.STAGED and uploads)
+def _why_lost(shard: ShardReport | None, inflight: InflightCheckpoint, *, uploads: bool) -> str:
+    """Why this rank's bytes will never be stored; empty if they are, or are on their way."""
+    if shard is None or shard.step != inflight.step or shard.phase is ShardPhase.REQUESTED:
+        return "had not staged it"
+    match shard.phase:
+        case ShardPhase.DURABLE:
+            return ""
+        case ShardPhase.STAGED:
+            return "" if uploads else "had staged it, and will not upload it"
+        case ShardPhase.MISSED | ShardPhase.FAILED:
+            return f"could not store it: {shard.reason or shard.phase}"
+        case unreachable:
+            assert_never(unreachable)
 
 
 def _gone(observed: Observed, worker: WorkerId, journal: str, now: Now, *, patient: bool) -> bool:
