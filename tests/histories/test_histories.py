@@ -20,9 +20,14 @@ SITUATIONS = {
     "CheckpointMarked",
     "CheckpointQuarantined",
     "GenerationFailed",
+    "HangFound",
+    "HangSuspected",
     "JobCancelled",
     "JobSucceeded",
+    "PacksDeleted",
+    "PacksExpired",
     "RunInterrupted",
+    "SalvageStarted",
 }
 
 
@@ -41,13 +46,18 @@ def test_every_prefix_of_an_old_log_means_what_it_meant(path: Path, regenerate: 
 
 def test_the_recorded_runs_went_through_all_there_is() -> None:
     types: set[str] = set()
-    failovers = 0
+    failovers = suspected = shrunk = 0
     for path in log_paths():
         events = [json.loads(line) for line in path.read_bytes().splitlines()]
         types |= {event["type"] for event in events}
         failovers += len({event["term"] for event in events}) > 1
+        suspected += any(event["data"].get("suspect") for event in events)
+        shrunk += len({event["data"]["world_size"] for event in events if event["type"] == "GenerationStarted"}) > 1
     assert types >= SITUATIONS
-    assert failovers
+    assert failovers and suspected and shrunk
+    salvage = [json.loads(line)["type"] for line in (LOGS / "salvaged.jsonl").read_bytes().splitlines()]
+    at = salvage.index("SalvageStarted")
+    assert salvage[at : at + 4] == ["SalvageStarted", "CheckpointCommitted", "GenerationFailed", "GenerationStarted"]
 
 
 @pytest.mark.parametrize("changed", [{"restarts": 7}, {"last_attempt": 99}, {"placed": {}}, {"reason": "another"}])

@@ -17,13 +17,18 @@ from collections.abc import Callable
 from typing import Any
 
 from dtrain.common.errors import UserError
+from dtrain.common.packs import Pack, packs_prefix
 from dtrain.common.specs import RetentionPolicy
-from dtrain.coordinator.core.effects import DeleteAttempt, Effect, ReadMarkers, WriteManifest, WriteMarker
+from dtrain.coordinator.core.effects import DeleteAttempt, DeletePacks, Effect, ReadMarkers, WriteManifest, WriteMarker
 from dtrain.coordinator.core.facts import RestorePhase, ShardPhase
-from tests.coordinator.support.clusters import Cluster, spec
+from tests.coordinator.support.clusters import DIGEST, JOB, Cluster, spec
 
 COMMAND = "> "
-SHOWN = ("generation", "world_size", "checkpoint", "attempt", "step", "counted", "missed", "reason", "exit_code")
+SHOWN = (
+    *("generation", "world_size", "checkpoint", "attempt", "step", "counted", "missed", "reason", "exit_code"),
+    *("culprit", "cleared"),
+)
+SHOWN_IF_SET = ("base", "suspect", "keys")
 
 
 class Player:
@@ -47,6 +52,7 @@ class Player:
         self._cluster.decides()
         for record, _ in self._cluster.log[self._told :]:
             said = [f"{name}={found}" for name in SHOWN if (found := getattr(record.event, name, None)) is not None]
+            said += [f"{name}={found}" for name in SHOWN_IF_SET if (found := getattr(record.event, name, None))]
             point = getattr(record.event, "restore", None)
             said += [f"from checkpoint {point.checkpoint}"] if point is not None else []
             trace.append(" ".join([f"{record.type} ({record.cause.fact})", *said]))
@@ -69,7 +75,9 @@ class Player:
                 self._owed = set()
             case "shard":
                 rank, phase = given
-                cluster.shard(rank, ShardPhase(phase), **options)
+                made_in = options.pop("pack_of_attempt", 0)
+                packs = (_pack(made_in, rank),) if made_in else ()
+                cluster.shard(rank, ShardPhase(phase), packs=packs, **options)
             case "restore_is":
                 (phase,) = given
                 cluster.restore_is(RestorePhase(phase), **options)
@@ -97,6 +105,12 @@ def _words(effect: Effect) -> str:
             return f"markers of {effect.job} to read"
         case DeleteAttempt():
             return f"attempt {effect.attempt} to delete"
+        case DeletePacks():
+            return f"{len(effect.packs)} packs to delete, by event {effect.expired}"
+
+
+def _pack(attempt: int, rank: int) -> Pack:
+    return Pack(key=f"{packs_prefix(JOB, attempt)}rank-{rank}", size_bytes=100, digest=DIGEST)
 
 
 def _value(word: str) -> Any:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from dtrain.common.names import AttemptNumber, CheckpointNumber, JobName, Step, Term, WorkerId
+from dtrain.common.packs import Pack
 from dtrain.common.specs import CheckpointPolicy, JobSpec
 from dtrain.coordinator import codec
 from dtrain.coordinator.core import admissions
@@ -28,6 +29,7 @@ from dtrain.coordinator.core.facts import (
     MarkerWritten,
     Now,
     ObjectsDeleted,
+    PacksGone,
     PinAsked,
     QuarantineAsked,
     RankReport,
@@ -299,6 +301,7 @@ class Cluster:
         attempt: int | None = None,
         step: int | None = None,
         reason: str = "",
+        packs: tuple[Pack, ...] = (),
     ) -> None:
         """One rank's shard of the attempt in flight (or of ``attempt``) is reported."""
         inflight = self.inflight(name)
@@ -313,6 +316,7 @@ class Cluster:
             size_bytes=64,
             digest=DIGEST,
             reason=reason,
+            packs=packs,
         )
         worker = self._worker_of(name, rank)
         self.nodes[worker].held[name].shards[number, rank] = report
@@ -349,6 +353,9 @@ class Cluster:
 
     def objects_deleted(self, attempt: int, name: str = JOB) -> None:
         self.tells(ObjectsDeleted(job=JobName(name), attempt=AttemptNumber(attempt)))
+
+    def packs_deleted(self, expired: int, name: str = JOB) -> None:
+        self.tells(PacksGone(job=JobName(name), expired=expired))
 
     def markers_are_read(self, name: str = JOB) -> None:
         self.tells(MarkersRead(job=JobName(name), store=self.job(name).spec.store, position_seq=0, key=""))
