@@ -5,7 +5,8 @@
 #   make test                    all tests;  make test-fast leaves the long crash loops out
 #   make sim SEEDS=10000         whole clusters on virtual time, each with its own faults; prints what it met
 #   make sim-planted             the same over copies of dtrain with a fault in them: all must be caught
-#   make chaos MINUTES=10 SEED=7 a job on a real cluster while everything is killed, stopped and cut off
+#   make chaos MINUTES=10 SEED=7 a job on a real cluster while everything is killed, stopped and cut off;
+#                                KEEP=/new/folder keeps its data
 #   make demo PYTHON=python3.12  another interpreter
 #   make demo PIP_ARGS='--extra-index-url https://download.pytorch.org/whl/cpu'   a torch without CUDA: smaller
 
@@ -23,6 +24,7 @@ PYTEST_ARGS ?= -n 2 --dist worksteal
 SEEDS ?= 1000
 MINUTES ?= 10
 SEED ?=
+KEEP ?=
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -63,7 +65,7 @@ sim-planted: $(INSTALLED)
 	$(BIN)/python -m tests.sim.planted
 
 chaos: $(INSTALLED)
-	$(BIN)/python -m tests.chaos.runner --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
+	$(BIN)/python -m tests.chaos.runner --minutes $(MINUTES) $(if $(SEED),--seed $(SEED)) $(if $(KEEP),--keep $(KEEP))
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -8,9 +8,8 @@ from collections.abc import Iterator
 import pytest
 
 from tests.support.facts import wait_for
-from tests.support.processes import marked
+from tests.support.processes import SESSION_MARK, marked
 
-SESSION_MARK = "TESTSESSION_MARK"  # inherited by every process that a test starts, however far down
 GONE_WITHIN_S = 20.0
 
 

@@ -8,6 +8,7 @@ import base64
 import hashlib
 import json
 import urllib.request
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,6 +84,7 @@ def audit_story(audit: Audit, events: list[Json]) -> None:
     attempts = generations = 0
     running = False
     committed: dict[int, Json] = {}  # restorable ones, by number
+    suspected: dict[int, Json] = {}
     for event in events:
         kind, data, seq = event["type"], event["data"], event["seq"]
         if kind == "GenerationStarted":
@@ -97,6 +99,8 @@ def audit_story(audit: Audit, events: list[Json]) -> None:
         elif kind in ("GenerationFailed", "JobSucceeded", "JobFailed", "JobCancelled", "RunInterrupted"):
             audit.require(inflight is None, f"event {seq}: a checkpoint is still in flight")
             running = False
+            if data.get("cleared") in suspected:
+                committed[data["cleared"]] = suspected.pop(data["cleared"])
         elif kind == "CheckpointStarted":
             audit.require(running and inflight is None, f"event {seq}: a second attempt in flight")
             audit.require(data["attempt"] == attempts + 1, f"event {seq}: not the next attempt")
@@ -120,6 +124,8 @@ def audit_story(audit: Audit, events: list[Json]) -> None:
                 and not any(number > data["checkpoint"] for number in committed)
             )
             audit.require(not newest_expired, f"event {seq}: the newest checkpoint expires")
+            if data.get("suspect") and gone is not None:
+                suspected[data["checkpoint"]] = gone
 
 
 def audit_storage(audit: Audit, events: list[Json], objects: Objects, job: str) -> None:
@@ -227,7 +233,10 @@ class Trained:
 
 
 def audit_records(audit: Audit, events: list[Json], records: Path, ranks: int, steps: int) -> Trained:
-    """Each rank, in each generation, did every step from its restore on, on the same data as at any other time."""
+    """Each rank, in each generation, did every step from its restore on, on the same data as at any other time.
+
+    And no generation trained on when a newer one did.
+    """
     starts = {
         e["data"]["generation"]: (e["data"].get("restore") or {"step": 0})["step"]
         for e in events
@@ -237,6 +246,7 @@ def audit_records(audit: Audit, events: list[Json], records: Path, ranks: int, s
     for rank in range(ranks):
         path = records / f"rank{rank}.jsonl"
         lines = [json.loads(line) for line in path.read_text().splitlines()]
+        _audit_order(audit, rank, [line["generation"] for line in lines])
         fed: dict[int, float] = {}
         by_generation: dict[int, list[int]] = {}
         for line in lines:
@@ -251,3 +261,16 @@ def audit_records(audit: Audit, events: list[Json], records: Path, ranks: int, s
         trained.begun += len(lines)
         trained.repeated += len(lines) - len(fed)
     return trained
+
+
+def _audit_order(audit: Audit, rank: int, generations: list[int]) -> None:
+    """Find ranks that trained on when a newer generation did, given the generation of each step in the order of time.
+
+    One step may still begin: a rank that was stopped between two steps only sees its peers missing when it has.
+    """
+    newest, late = 0, Counter[int]()
+    for generation in generations:
+        newest = max(newest, generation)
+        late[generation] += generation < newest
+    for generation, count in late.items():
+        audit.require(count <= 1, f"rank {rank}: generation {generation} trained on beside a newer one")

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.chaos.etcd_members import is_alive, send
-from tests.chaos.world import World
+from tests.chaos.world import STORAGE, World
 from tests.support.cluster import Service
+from tests.support.processes import shared_folders
 from tests.support.tcp_proxy import TcpProxy
 
 Mend = Callable[[], None]
@@ -121,7 +122,7 @@ def _lose_node(it: World, rng: random.Random) -> Mend:
     for pid, rank in it.processes("trainer").items():
         if journal and rank.startswith(journal):
             _signal(pid, signal.SIGKILL)
-    for folder in it.shared_folders(name):
+    for folder in shared_folders(it.folder, name):
         shutil.rmtree(folder, ignore_errors=True)  # what dies just now may still write: an agent sweeps that later
     return lambda: it.down.discard(name)
 
@@ -231,8 +232,24 @@ def _storage_dawdles(it: World, rng: random.Random) -> Mend:
 
 
 def _storage_stops(it: World, rng: random.Random) -> Mend:
-    _signal(it.storage.pid, signal.SIGSTOP)
-    return lambda: _signal(it.storage.pid, signal.SIGCONT)
+    pid = it.storage.pid
+    if not it.storage.is_alive:
+        raise NothingToStrike
+    _signal(pid, signal.SIGSTOP)
+
+    def mend() -> None:
+        if it.storage.is_alive and it.storage.pid == pid:
+            _signal(pid, signal.SIGCONT)
+
+    return mend
+
+
+def _kill_storage(it: World, rng: random.Random) -> Mend:
+    if not it.storage.is_alive:
+        raise NothingToStrike
+    it.down.add(STORAGE)
+    it.storage.kill()
+    return lambda: it.down.discard(STORAGE)
 
 
 # A rank's death costs a generation, and a generation that never gets to a checkpoint teaches nothing: what only
@@ -245,14 +262,17 @@ FAULTS = (
     Fault(kind="kill trainer", strike=_kill_process("trainer"), weight=2),
     Fault(kind="stop trainer", strike=_stop_process("trainer"), weight=2, longest_s=3.0),
     Fault(kind="kill keeper", strike=_kill_process("keeper"), weight=1),
+    Fault(kind="stop keeper", strike=_stop_process("keeper"), weight=1),
     Fault(kind="kill warm process", strike=_kill_process("zygote"), weight=1),
+    Fault(kind="stop warm process", strike=_stop_process("zygote"), weight=0.5),
     Fault(kind="lose node", strike=_lose_node, weight=1, shortest_s=1.0, longest_s=6.0),
     Fault(kind="kill etcd member", strike=_kill_member, weight=3),
     Fault(kind="stop etcd member", strike=_stop_member, weight=2),
     Fault(kind="etcd outage", strike=_etcd_outage, weight=2),
     Fault(kind="storage 503", strike=_storage_refuses, weight=2),
     Fault(kind="storage slow", strike=_storage_dawdles, weight=2),
-    Fault(kind="storage stops", strike=_storage_stops, weight=1),
+    Fault(kind="kill storage", strike=_kill_storage, weight=1),
+    Fault(kind="stop storage", strike=_storage_stops, weight=1),
     *(
         Fault(kind=f"{name}: {how}", strike=_trouble(links, how), weight=0.4, longest_s=7.0)
         for name, links in LINKS.items()

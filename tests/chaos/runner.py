@@ -6,7 +6,7 @@ A quiet run gives the weights that are due. Then the same job runs while faults 
 last at once. After the time is over everything is mended, and the job has to end within a bound. What is asserted:
 the same weights bit by bit, an audit of log, storage and records without a finding, no process left, and that enough
 happened. The seed gives the same kinds of faults in the same order, at the same times; what they find there depends
-on the machine.
+on the machine. A run that is interrupted, or killed, leaves no process and no folder behind.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import heapq
 import itertools
 import json
 import random
+import signal
 import sys
 import tempfile
 import time
@@ -22,6 +23,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 
 from tests.chaos.audit import (
     Audit,
@@ -51,6 +53,9 @@ POLL_S = 0.05
 RESTART_MAX_S = 2.0  # how long a supervisor takes to notice
 FAULTS_FLOOR_PER_MINUTE = 8.0
 COMMITS_FLOOR_PER_MINUTE = 2.0
+EVIDENCE_FROM = 3  # so many faults of one kind, and not one of them met any traffic: too little happened
+INTERRUPTIONS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+INTERRUPTED_CODE = 130  # of a process that Ctrl-C ended, as shells have it
 JOB = "chaos"
 ENDS = ("JobSucceeded", "JobFailed", "JobCancelled")
 
@@ -66,6 +71,9 @@ class Ledger:
     terms: int = 0
     objects_checked: int = 0
     trained: Trained = field(default_factory=Trained)
+    met: Counter[str] = field(default_factory=Counter)  # what faults of links and storage did, by their kind's end
+    storm_s: float = 0.0
+    storm_steps: int = 0  # the furthest that was begun when the storm ended
     job_s: float = 0.0  # from its submission to its end
     findings: list[str] = field(default_factory=list)
 
@@ -76,6 +84,10 @@ class Ledger:
             found.append(f"too little happened: {struck} faults")
         if committed < COMMITS_FLOOR_PER_MINUTE * self.minutes:
             found.append(f"too little happened: {committed} commits")
+        for ending, count in self.met.items():
+            drawn = sum(number for kind, number in self.faults.items() if kind.endswith(ending))
+            if drawn >= EVIDENCE_FROM and not count:
+                found.append(f"too little happened: {drawn} times {ending!r}, and nothing met it")
         return found
 
     def __str__(self) -> str:
@@ -89,8 +101,11 @@ class Ledger:
             f"quarantined {self.events['CheckpointQuarantined']}, deleted {self.events['CheckpointDeleted']}, "
             f"salvages {self.events['SalvageStarted']}, packs expired {self.events['PacksExpired']}",
             f"rank steps begun {trained.begun}, recomputed {trained.repeated}, "
-            f"goodput {useful / max(1, trained.begun):.1%} of the steps begun; "
+            f"goodput {useful / max(1, trained.begun):.1%} of the steps begun, "
+            f"{self.storm_steps * STEP_MS / 1000 / max(1.0, self.storm_s):.1%} of the time under faults; "
             f"the job took {self.job_s:.0f} s; {self.objects_checked} objects audited",
+            f"requests answered by 503: {self.met['503']}, bytes of answers lost: {self.met['lose answers']}, "
+            f"chunks corrupted: {self.met['corrupt']}",
         ]
         lines += [f"FINDING: {finding}" for finding in self.findings]
         return "\n".join(lines)
@@ -198,6 +213,16 @@ def settle(it: World) -> list[Json]:
         time.sleep(0.5)
 
 
+def weigh(it: World, ledger: Ledger) -> None:
+    """Note what the storm has left to see, as long as it is fresh."""
+    links = [it.storage_link, *it.doors.values(), *(link for each in it.etcd_links.values() for link in each)]
+    ledger.met["503"] = it.storage_proxy.refused
+    ledger.met["lose answers"] = sum(link.answers_lost for link in links)
+    ledger.met["corrupt"] = sum(link.chunks_corrupted for link in links)
+    records = (it.folder / f"{JOB}-records").glob("rank*.jsonl")
+    ledger.storm_steps = max((json.loads(line)["step"] for path in records for line in path.open()), default=0)
+
+
 def audit(it: World, ledger: Ledger, steps: int) -> None:
     settle(it)
     found = Audit()
@@ -212,12 +237,15 @@ def audit(it: World, ledger: Ledger, steps: int) -> None:
     ledger.findings += found.faults
 
 
-def run(folder: Path, *, seed: int, minutes: float, mtbf_s: float = MTBF_S) -> Ledger:
-    """One chaos run in ``folder``. What is wrong is in the ledger's findings, or raised with all logs printed."""
+def run(folder: Path, *, seed: int, minutes: float, mtbf_s: float = MTBF_S, remove: Path | None = None) -> Ledger:
+    """One chaos run in ``folder``. What is wrong is in the ledger's findings, or raised with all logs printed.
+
+    If this process is killed, ``remove`` is removed.
+    """
     ledger = Ledger(seed=seed, minutes=minutes)
     steps = round(minutes * 60 * 1000 / STEP_MS)  # more than can be done before the time is over
     hurry = folder / "hurry"
-    with world(folder / "world") as it:
+    with world(folder / "world", remove=remove) as it:
         try:
             hurry.touch()
             submit(it, "quiet", steps, hurry)
@@ -227,6 +255,8 @@ def run(folder: Path, *, seed: int, minutes: float, mtbf_s: float = MTBF_S) -> L
             began = time.monotonic()
             submit(it, JOB, steps, hurry)
             Storm(it, ledger, mtbf_s).rage(minutes * 60)
+            ledger.storm_s = time.monotonic() - began
+            weigh(it, ledger)
             it.etcd.start()
             it.etcd.wait_ready()
             hurry.touch()
@@ -236,11 +266,20 @@ def run(folder: Path, *, seed: int, minutes: float, mtbf_s: float = MTBF_S) -> L
             if (it.folder / f"{JOB}.safetensors").read_bytes() != expected:
                 ledger.findings.append("the final weights differ from the quiet run's")
             it.stop()
+        except KeyboardInterrupt:
+            raise  # nothing went wrong
         except BaseException:
             print(it.logs(), ledger, sep="\n")
             raise
     ledger.findings += ledger.too_little()
     return ledger
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """End as at Ctrl-C, whatever the signal; more of them must not keep this process from tidying up."""
+    for each in INTERRUPTIONS:
+        signal.signal(each, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def main() -> int:
@@ -252,14 +291,20 @@ def main() -> int:
     arguments = parser.parse_args()
     seed = random.SystemRandom().randrange(2**32) if arguments.seed is None else arguments.seed
     print(f"repeat with: make chaos MINUTES={arguments.minutes:g} SEED={seed}", flush=True)
+    for number in INTERRUPTIONS:
+        signal.signal(number, _interrupt)  # a shell may have had SIGINT ignored
     with tempfile.TemporaryDirectory(prefix="dtrain-chaos-") as scratch:
         folder = arguments.keep or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            ledger = run(folder, seed=seed, minutes=arguments.minutes, mtbf_s=arguments.mtbf)
+            remove = None if arguments.keep else folder
+            ledger = run(folder, seed=seed, minutes=arguments.minutes, mtbf_s=arguments.mtbf, remove=remove)
+        except KeyboardInterrupt:
+            print("interrupted: nothing is left")
+            return INTERRUPTED_CODE
         except Exception:
             traceback.print_exc()
-            print(f"FAILED. Repeat with: make chaos MINUTES={arguments.minutes:g} SEED={seed}")
+            print(f"FAILED. Repeat with: make chaos MINUTES={arguments.minutes:g} SEED={seed} KEEP=/new/folder")
             return 1
     print(ledger)
     return 1 if ledger.findings else 0

@@ -102,6 +102,22 @@ def test_a_story_that_cannot_be_is_found(change: Callable[[list[Json]], list[Jso
     assert findings(change(recorded("failed-generation")))
 
 
+def test_a_suspected_checkpoint_that_is_cleared_has_to_be_used_again() -> None:
+    committed = {"checkpoint": 1, "attempt": 1, "generation": 1, "step": 10, "world_size": 1, "shards": [{"rank": 0}]}
+    story = [
+        ("GenerationStarted", {"generation": 1}),
+        ("CheckpointStarted", committed),
+        ("CheckpointCommitted", committed),
+        ("GenerationFailed", {}),
+        ("CheckpointQuarantined", {"checkpoint": 1, "suspect": True}),
+        ("JobFailed", {"cleared": 1}),
+    ]
+    for restore, is_sound in ((committed, True), (None, False)):
+        told = [*story, ("GenerationStarted", {"generation": 2, "restore": restore})]
+        events = [{"type": kind, "data": data, "term": 1} for kind, data in told]
+        assert (findings(events) == []) is is_sound
+
+
 def storage() -> tuple[list[Json], dict[str, bytes]]:
     """One committed and marked checkpoint of one rank, and what lies in storage for it."""
     folder = "jobs/x/checkpoints/000001"
@@ -168,3 +184,21 @@ def test_a_rank_that_left_out_a_step_is_found(steps: list[int], why: str, tmp_pa
     started = [{"type": "GenerationStarted", "data": {"generation": 1}}]
     audit_records(audit, started, tmp_path, ranks=1, steps=4)
     assert any(why in fault for fault in audit.faults)
+
+
+@pytest.mark.parametrize(
+    ("generations", "is_sound"), [("1122", True), ("1121", True), ("11211", False), ("1212121", False)]
+)
+def test_a_generation_that_trains_on_beside_a_newer_one_is_found(
+    generations: str, is_sound: bool, tmp_path: Path
+) -> None:
+    steps = {"1": 0, "2": 0}
+    lines = []
+    for generation in generations:
+        steps[generation] += 1
+        lines.append(json.dumps({"generation": int(generation), "step": steps[generation], "sum": 0.0}))
+    (tmp_path / "rank0.jsonl").write_text("\n".join(lines))
+    audit = Audit()
+    started = [{"type": "GenerationStarted", "data": {"generation": number}} for number in (1, 2)]
+    audit_records(audit, started, tmp_path, ranks=1, steps=max(steps.values()))
+    assert audit.faults == ([] if is_sound else ["rank 0: generation 1 trained on beside a newer one"])

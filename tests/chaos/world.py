@@ -20,13 +20,15 @@ from tests.chaos.etcd_members import EtcdMembers, is_alive, send
 from tests.chaos.storage_proxy import StorageProxy
 from tests.support.cluster import Service
 from tests.support.facts import wait_for
+from tests.support.guardian import guarded
 from tests.support.ports import free_ports
-from tests.support.processes import MARK, end_all, marked, new_mark
-from tests.support.s3_server import S3Server, seaweedfs
+from tests.support.processes import MARK, end_all, free_shared_memory, marked, new_mark, shared_folders
+from tests.support.s3_server import Seaweed, seaweedfs
 from tests.support.tcp_proxy import TcpProxy
 
 COORDINATORS = 2
 WORKERS = 3
+STORAGE = "storage"
 DOOR_HOST = "127.0.0.2"  # loopback too: a coordinator's door has its port on another address
 GONE_S = 20.0
 TERMINATE_S = 30.0
@@ -40,7 +42,7 @@ class World:
     mark: str
     env: dict[str, str]
     etcd: EtcdMembers
-    storage: S3Server
+    storage: Seaweed
     storage_proxy: StorageProxy
     storage_link: TcpProxy
     services: dict[str, Service] = field(default_factory=dict)
@@ -83,6 +85,8 @@ class World:
                 self.restart_at.pop(name, None)
             elif now >= self.restart_at.setdefault(name, now + delay_s):
                 service.start()
+        if not self.storage.is_alive and STORAGE not in self.down:
+            self.storage.start()
 
     def run(self, *args: str) -> "subprocess.CompletedProcess[str]":
         argv = [sys.executable, "-m", "dtrain", args[0], "--etcd", ",".join(self.etcd.endpoints), *args[1:]]
@@ -99,13 +103,13 @@ class World:
             send(member, signal.SIGTERM)
             if member.process is not None:
                 member.process.wait(TERMINATE_S)
-        wait_for("no orphan process", lambda: not marked(self.mark), deadline_s=GONE_S)
-        left = [path for name in self.names("w") for path in self.shared_folders(name)]
+        gone = lambda: not marked(self.mark).keys() - {self.storage.pid}  # noqa: E731
+        try:
+            wait_for("no orphan process", gone, deadline_s=GONE_S)
+        except AssertionError:
+            raise AssertionError(f"orphans: {marked(self.mark)}") from None
+        left = shared_folders(self.folder)
         assert not left, f"left in shared memory: {left}"
-
-    def shared_folders(self, worker: str) -> list[Path]:
-        journal = self.journal_of(worker)
-        return list(Path("/dev/shm").glob(f"dtrain-{journal[:8]}*")) if journal else []
 
     def logs(self, last_bytes: int = 3000) -> str:
         texts = []
@@ -125,15 +129,21 @@ def _variable(pid: int, name: str) -> str:
 
 
 @contextlib.contextmanager
-def world(folder: Path) -> Iterator[World]:
-    """Everything up, in ``folder``. On leaving whatever is left is killed; ``World.stop`` is the orderly end."""
+def world(folder: Path, *, remove: Path | None = None) -> Iterator[World]:
+    """Everything up, in ``folder``. On leaving whatever is left is killed; ``World.stop`` is the orderly end.
+
+    If this process is killed, what it left is ended, and ``remove`` removed.
+    """
     mark = new_mark()
     env = {name: value for name, value in os.environ.items() if not name.startswith("DTRAIN_")}
-    env |= {MARK: mark, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    (folder / "etcd").mkdir(parents=True)
+    env |= {MARK: mark, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "TMPDIR": str(folder / "tmp")}
+    for name in ("etcd", "tmp"):
+        (folder / name).mkdir(parents=True)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(guarded(mark, folder, remove=remove))
+        stack.callback(free_shared_memory, folder)
         stack.callback(end_all, mark)
-        storage = stack.enter_context(seaweedfs(folder / "storage"))
+        storage = stack.enter_context(seaweedfs(folder / "storage", env={MARK: mark}))
         proxy = stack.enter_context(StorageProxy(storage.endpoint.removeprefix("http://")))
         link = stack.enter_context(TcpProxy(proxy.endpoint))
         env |= storage.environment

@@ -1,11 +1,9 @@
 """A real cluster for a test: etcd, coordinators and worker agents, each a process that can be killed at will."""
 
 import asyncio
-import contextlib
 import json
 import os
 import signal
-import sqlite3
 import subprocess
 import sys
 from collections.abc import Coroutine, Iterator
@@ -20,7 +18,7 @@ from dtrain.coordinator.history import read_history
 from dtrain.etcd.client import EtcdClient
 from tests.support.etcd_server import EtcdServer
 from tests.support.facts import wait_for
-from tests.support.processes import MARK, end_all, marked, new_mark
+from tests.support.processes import MARK, end_all, free_shared_memory, marked, new_mark, shared_folders
 
 _Result = TypeVar("_Result")
 PREFIX = "/dtrain"
@@ -141,12 +139,7 @@ class Cluster:
 
     def shared_folders(self) -> list[Path]:
         """The folders that this cluster's agents have in shared memory."""
-        found = []
-        for journal in self.folder.glob("*/journal.sqlite"):
-            with contextlib.closing(sqlite3.connect(journal)) as database:
-                (name,) = database.execute("select value from meta where name = 'journal'").fetchone()
-            found += Path("/dev/shm").glob(f"dtrain-{name[:8]}*")
-        return found
+        return shared_folders(self.folder)
 
     def logs(self) -> str:
         """All service logs, for a failure's message."""
@@ -186,3 +179,4 @@ def cluster(folder: Path, *, coordinators: int = 1, workers: int = 1, slots: int
     finally:
         it.etcd.stop()
         end_all(mark)
+        free_shared_memory(folder)

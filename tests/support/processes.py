@@ -1,12 +1,16 @@
 """Finding what a test left behind: every process it starts inherits a mark in its environment."""
 
+import contextlib
 import os
 import secrets
+import shutil
 import signal
+import sqlite3
 import time
 from pathlib import Path
 
 MARK = "DTRAINTEST_MARK"  # not DTRAIN_*: a worker keeps its own settings from its trainers
+SESSION_MARK = "TESTSESSION_MARK"  # inherited by every process that a test starts, however far down
 
 
 def new_mark() -> str:
@@ -42,3 +46,19 @@ def end_all(mark: str, *, deadline_s: float = 10.0) -> dict[int, str]:
             raise AssertionError(f"processes that cannot be killed: {left}")
         time.sleep(0.02)
     return first
+
+
+def shared_folders(folder: Path, agent: str = "*") -> list[Path]:
+    """What ``agent``, or all agents with their data folders in ``folder``, have in shared memory."""
+    found: list[Path] = []
+    for journal in folder.glob(f"{agent}/journal.sqlite"):
+        with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(journal)) as database:
+            for (name,) in database.execute("select value from meta where name = 'journal'"):
+                found += Path("/dev/shm").glob(f"dtrain-{name[:8]}*")
+    return found
+
+
+def free_shared_memory(folder: Path) -> None:
+    """Remove what those agents have in shared memory. They must have ended."""
+    for path in shared_folders(folder):
+        shutil.rmtree(path, ignore_errors=True)

@@ -1,7 +1,8 @@
 """Real S3 servers for tests, on loopback: SeaweedFS as a process, moto in this process.
 
-SeaweedFS checks signatures and honours conditional puts as S3 does; moto accepts any credentials and keeps
-everything in memory. Both end with their context, and keep nothing outside the folder they were given.
+SeaweedFS checks signatures and honours conditional puts as S3 does, and can be killed and started again; moto accepts
+any credentials and keeps everything in memory. Both end with their context, and keep nothing outside the folder they
+were given.
 """
 
 import json
@@ -9,9 +10,9 @@ import os
 import subprocess
 import sysconfig
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,8 @@ import boto3.session
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
-from tests.support.ports import free_ports
+from tests.support.ports import free_ports, remove_sockets
+from tests.support.processes import SESSION_MARK
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -29,7 +31,7 @@ PORT_TRIES = 3  # a free port may be taken between its finding and its use
 POLL_S = 0.05
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class S3Server:
     """A running server with one empty bucket."""
 
@@ -69,6 +71,40 @@ class S3Server:
         return session.client("s3", endpoint_url=self.endpoint, config=config)
 
 
+@dataclass(slots=True, kw_only=True)
+class Seaweed(S3Server):
+    """SeaweedFS as a process. Data and ports survive a kill."""
+
+    folder: Path
+    ports: list[int]
+    env: Mapping[str, str]
+    process: "subprocess.Popen[bytes] | None" = field(default=None)
+
+    def start(self) -> None:
+        with (self.folder / "weed.log").open("ab") as log:
+            self.process = subprocess.Popen(
+                _command(self.folder, self.ports),
+                cwd=self.folder,
+                env=self.env,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self.pid = self.process.pid
+
+    @property
+    def is_alive(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
+    def kill(self) -> None:
+        """kill -9, and wait for its end. What it answered to is in the page cache, which outlives it."""
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait()
+        remove_sockets(self.ports)
+
+
 def open_uploads(server: S3Server, prefix: str = "") -> list[str]:
     """The keys of the uploads in parts that were neither completed nor aborted."""
     listed = server.client().list_multipart_uploads(Bucket=server.bucket, Prefix=prefix)
@@ -76,29 +112,34 @@ def open_uploads(server: S3Server, prefix: str = "") -> list[str]:
 
 
 @contextmanager
-def seaweedfs(folder: Path, *, bucket: str = "dtrain-test") -> Iterator[S3Server]:
-    """Run SeaweedFS with its data in ``folder``; kill it on leaving."""
+def seaweedfs(folder: Path, *, bucket: str = "dtrain-test", env: Mapping[str, str] | None = None) -> Iterator[Seaweed]:
+    """Run SeaweedFS with its data in ``folder`` and ``env`` in its environment; kill it on leaving."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "s3.json").write_text(json.dumps(_IDENTITIES))
+    marks = {SESSION_MARK: os.environ[SESSION_MARK]} if SESSION_MARK in os.environ else {}
+    own = {"PATH": os.environ.get("PATH", ""), "HOME": str(folder), "TMPDIR": str(folder), **marks, **(env or {})}
     for tries_left in reversed(range(PORT_TRIES)):
         ports = free_ports(9)
-        process = _start(folder, ports)
+        server = Seaweed(
+            endpoint=f"http://127.0.0.1:{ports[0]}",
+            bucket=bucket,
+            access_key="dtraintestkey",
+            secret_key="dtraintestsecret",
+            pid=0,
+            folder=folder,
+            ports=ports,
+            env=own,
+        )
+        server.start()
         try:
-            server = S3Server(
-                endpoint=f"http://127.0.0.1:{ports[0]}",
-                bucket=bucket,
-                access_key="dtraintestkey",
-                secret_key="dtraintestsecret",
-                pid=process.pid,
-            )
-            if not _wait_until_ready(server, process):
+            if not _wait_until_ready(server):
                 if tries_left:
                     continue
                 raise RuntimeError(f"SeaweedFS ended at once:\n{_log_tail(folder)}")
             yield server
             return
         finally:
-            process.kill()
-            process.wait()
-            _remove_sockets(ports)
+            server.kill()
 
 
 @contextmanager
@@ -116,20 +157,19 @@ def moto(*, bucket: str = "dtrain-test") -> Iterator[S3Server]:
         yield server
 
 
-def _start(folder: Path, ports: list[int]) -> "subprocess.Popen[bytes]":
-    folder.mkdir(parents=True, exist_ok=True)
-    identities = {
-        "identities": [
-            {
-                "name": "tests",
-                "credentials": [{"accessKey": "dtraintestkey", "secretKey": "dtraintestsecret"}],
-                "actions": ["Admin", "Read", "Write", "List", "Tagging"],
-            }
-        ]
-    }
-    config = folder / "s3.json"
-    config.write_text(json.dumps(identities))
-    command = [
+_IDENTITIES = {
+    "identities": [
+        {
+            "name": "tests",
+            "credentials": [{"accessKey": "dtraintestkey", "secretKey": "dtraintestsecret"}],
+            "actions": ["Admin", "Read", "Write", "List", "Tagging"],
+        }
+    ]
+}
+
+
+def _command(folder: Path, ports: list[int]) -> list[str]:
+    return [
         str(Path(sysconfig.get_path("scripts")) / "weed"),
         "server",
         f"-dir={folder}",
@@ -145,7 +185,7 @@ def _start(folder: Path, ports: list[int]) -> "subprocess.Popen[bytes]":
         f"-filer.port.grpc={ports[7]}",
         "-s3",
         "-filer",
-        f"-s3.config={config}",
+        f"-s3.config={folder / 's3.json'}",
         "-s3.autoCreateBucket=false",
         "-s3.port.iceberg=0",
         "-s3.port.lance=0",
@@ -156,16 +196,12 @@ def _start(folder: Path, ports: list[int]) -> "subprocess.Popen[bytes]":
         "-volume.preStopSeconds=0",
         "-webdav=false",
     ]
-    environment = {"PATH": os.environ.get("PATH", ""), "HOME": str(folder), "TMPDIR": str(folder)}
-    with (folder / "weed.log").open("ab") as log:
-        return subprocess.Popen(
-            command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
-        )
 
 
-def _wait_until_ready(server: S3Server, process: "subprocess.Popen[bytes]") -> bool:
+def _wait_until_ready(server: Seaweed) -> bool:
     """Make the bucket as soon as the server takes it; return False if the process ended before."""
-    client = server.client()
+    client, process = server.client(), server.process
+    assert process is not None
     deadline = time.monotonic() + START_DEADLINE_S
     last: Exception | None = None
     while time.monotonic() < deadline:
@@ -184,13 +220,6 @@ def _wait_until_ready(server: S3Server, process: "subprocess.Popen[bytes]") -> b
         except subprocess.TimeoutExpired:
             continue
     raise TimeoutError(f"SeaweedFS was not ready after {START_DEADLINE_S} s: {last}")
-
-
-def _remove_sockets(ports: list[int]) -> None:
-    """Remove the sockets that SeaweedFS makes in /tmp, wherever its data is, and that a killed one leaves."""
-    for port in ports:
-        for path in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
-            path.unlink(missing_ok=True)
 
 
 def _log_tail(folder: Path) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from dtrain.coordinator.core.events import GenerationStarted
 from tests.support.cluster import Cluster, cluster
 from tests.support.facts import wait_for
+from tests.support.processes import free_shared_memory
 from tests.survival.conftest import EVERY, SCRIPT, STEPS, Attack, begin, check
 
 
@@ -46,10 +47,7 @@ def test_a_spare_node_takes_over(tmp_path: Path, rng: random.Random, quiet: Call
         last = attack.started()[-1].event
         assert isinstance(last, GenerationStarted)
         assert lost not in [member.worker for member in last.members]
-        for folder in it.shared_folders():  # a killed node cannot tidy up after itself
-            for path in sorted(folder.rglob("*"), reverse=True):
-                path.rmdir() if path.is_dir() else path.unlink()
-            folder.rmdir()
+        free_shared_memory(it.folder)  # a killed node cannot tidy up after itself
 
 
 def test_a_job_shrinks_to_the_nodes_that_are_left(tmp_path: Path, rng: random.Random) -> None:
@@ -62,10 +60,7 @@ def test_a_job_shrinks_to_the_nodes_that_are_left(tmp_path: Path, rng: random.Ra
         assert sizes[0] == 2
         assert sizes[-1] == 1
         assert attack.steps(0)[-1]["step"] == STEPS
-        for folder in it.shared_folders():
-            for path in sorted(folder.rglob("*"), reverse=True):
-                path.rmdir() if path.is_dir() else path.unlink()
-            folder.rmdir()
+        free_shared_memory(it.folder)
 
 
 def test_a_standby_coordinator_takes_over_and_nothing_is_restarted(
