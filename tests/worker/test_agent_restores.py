@@ -1,13 +1,17 @@
 """What a generation starts from: verified, handed over, and never confused with a storage that is away."""
 
+from pathlib import Path
+
 from dtrain.common.digests import blob_digest
 from dtrain.common.names import AttemptNumber, CheckpointNumber, Generation, Step, job_name
 from dtrain.proto import agent_pb2 as wire
 from dtrain.storage.keys import manifest_key
 from dtrain.storage.manifests import Manifest, encode
+from dtrain.storage.restore_files import NEEDS_FILE, RESTORE_FOLDER
 from dtrain.storage.uris import open_store
 from tests.support.checkpoints import put_shard
-from tests.worker.nodes import JOB, Node
+from tests.support.facts import wait_for
+from tests.worker.nodes import DEADLINE_S, JOB, Node
 from tests.worker.scripts.mailbox_trainer import staged_bytes
 
 
@@ -72,3 +76,32 @@ def test_a_missing_shard_is_damage_and_a_storage_that_cannot_be_used_is_not(node
     node.start_trainers(generation=2, restore=restore)
     node.wait("the loss is told", lambda s: s.assignments[0].restore.state == wire.DAMAGED)
     assert node.coordinator.snapshots[-1].assignments[0].restore.reason == "is missing"
+
+
+def test_the_bytes_come_while_the_trainers_start_and_before_any_has_asked(node: Node) -> None:
+    restore, _ = _committed(node)
+    go, script = node.folder / "go", node.folder / "slow_to_start.py"
+    script.write_text(
+        "import pathlib, sys, time\n"
+        "while not pathlib.Path(sys.argv[3]).exists(): time.sleep(0.01)\n"
+        "from tests.worker.scripts.mailbox_trainer import main\nmain()\n"
+    )
+    node.start()
+    node.start_trainers(
+        restore=restore,
+        script=str(script),
+        args=[str(node.end_file), "0.01", str(go)],
+        env={"PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+    folder = node.folder / "shm"
+
+    def there() -> bool:
+        images = sorted(folder.glob(f"dtrain-*/*.g1/{RESTORE_FOLDER}/rank-*.safetensors"))
+        return [image.read_bytes() for image in images] == [staged_bytes(rank, 5) for rank in range(2)]
+
+    wait_for("all bytes are there", there, deadline_s=DEADLINE_S)
+    assert not list(folder.rglob(NEEDS_FILE)), "a trainer had asked"
+    node.wait("the trainers start", lambda s: [r.phase for a in s.assignments for r in a.ranks] == ["starting"] * 2)
+    go.touch()
+    node.wait_training()
+    assert "restored b'rank 1 at step 5" in node.log(1)

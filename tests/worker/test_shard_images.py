@@ -10,6 +10,7 @@ from dtrain.common.names import AttemptNumber, CheckpointNumber, JobName, Step
 from dtrain.storage.indexes import IndexedShard, index_shard, open_index
 from dtrain.storage.keys import shard_key
 from dtrain.storage.ranges import NeededRange, pieces_of, runs_of
+from dtrain.worker import shard_images
 from dtrain.worker.arenas import Kept
 from dtrain.worker.shard_images import ShardImage
 from tests.support.memory_store import MemoryStore
@@ -57,6 +58,23 @@ def test_a_sound_slot_is_the_image_itself_and_nothing_is_copied(
     store.delete(KEY)
     assert bring(image, store, shard) == 1
     assert (tmp_path / "image").samefile(slot)
+
+
+@pytest.mark.parametrize("same_file_system", [True, False])
+def test_where_memory_holds_none_the_slot_in_the_data_folder_serves(
+    tmp_path: Path,
+    stored: tuple[MemoryStore, IndexedShard, bytes],
+    monkeypatch: pytest.MonkeyPatch,
+    same_file_system: bool,
+) -> None:
+    store, shard, data = stored
+    slot = staged(tmp_path / "rank0", data)
+    if not same_file_system:  # as a disk is not the shared memory that the image lies in
+        monkeypatch.setattr(shard_images, "_link", lambda slot, image: False)
+    image = ShardImage(tmp_path / "image", shard, slots=[tmp_path / "memory" / "rank0", slot.parent], attempt=1)
+    store.delete(KEY)
+    assert bring(image, store, shard) == 1
+    assert (tmp_path / "image").read_bytes()[: len(data)] == data
 
 
 def test_a_damaged_slot_is_left_alone_and_storage_is_read(
