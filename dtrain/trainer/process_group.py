@@ -18,10 +18,11 @@ import torch
 import torch.distributed as dist
 
 # Public, but torch does not re-export them in the way that mypy asks for.
-from torch.distributed import FileStore, HashStore, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import FileStore, HashStore, PrefixStore, Store  # type: ignore[attr-defined]
 
 from dtrain.common.errors import PermanentError, UserError
 from dtrain.trainer.surroundings import Launcher, Surroundings
+from dtrain.trainer.tcp_stores import tcp_store
 
 # Groups that were left, held until the interpreter ends. DDP's reducer holds the group too; if it held it last, the
 # group's destructor would run while the model is freed, with the GIL, and join gloo's threads, of which one may need
@@ -131,15 +132,9 @@ def _store(surroundings: Surroundings, timeout: timedelta) -> Store:
         file_store.set_timeout(timeout)
         return file_store
     if address.scheme == "tcp" and address.hostname and address.port:
-        tcp_store = TCPStore(
-            address.hostname,
-            address.port,
-            surroundings.world_size,
-            is_master=surroundings.rank == 0,
-            timeout=timeout,
-        )
         # A rank of an older generation that still knows this port finds nothing under its own prefix.
-        return PrefixStore(f"dtrain/{surroundings.job}/{surroundings.generation}", tcp_store)
+        prefix = f"dtrain/{surroundings.job}/{surroundings.generation}"
+        return PrefixStore(prefix, tcp_store(address.hostname, address.port, surroundings, timeout))
     raise UserError(
         f"DTRAIN_RENDEZVOUS={surroundings.rendezvous!r} is not valid: give file:///path or tcp://host:port."
     )
