@@ -51,6 +51,10 @@ logger = logging.getLogger(__name__)
 ROUND_S = 60.0  # one round of tries; after it the reason is logged, and the next round begins
 THREADS = 4  # parts of shards that are fetched at once; each is a large read, and S3 splits it once more
 PAUSE_S = 2.0  # between rounds, so that a storage which refuses at once is not asked in a loop
+# A network may damage what it carries, and a quarantine is for ever: so many reads in a row must find the same part
+# damaged. What lies damaged in storage is found so after a second.
+DAMAGED_READS = 3
+DAMAGED_PAUSE_S = 0.5  # between them
 LOOK_S = 0.01  # between two looks for what a trainer needs: it is short against the seconds of its start
 
 
@@ -122,15 +126,24 @@ class _Patience:
         self.give_up = give_up
 
     def try_out(self, part: Callable[[ObjectStore], None]) -> None:
+        damaged = 0
         while True:
             try:
                 with_retries(lambda: part(shared_store(self._store_uri)), deadline_s=ROUND_S, give_up=self.give_up)
                 return
-            except (GaveUp, ShardDamagedError):
+            except GaveUp:
                 raise
+            except ShardDamagedError as error:
+                damaged += 1
+                if damaged == DAMAGED_READS:
+                    raise
+                logger.warning("read again, for it may have been damaged on its way: %s", error)
+                pause_s = DAMAGED_PAUSE_S
             except (DtrainError, OSError) as error:
+                damaged = 0
                 logger.warning("the restore waits for storage: %s", error)
-            if self.give_up.wait(PAUSE_S):
+                pause_s = PAUSE_S
+            if self.give_up.wait(pause_s):
                 raise GaveUp("no longer wanted")
 
 

@@ -231,6 +231,11 @@ def _storage_dawdles(it: World, rng: random.Random) -> Mend:
     return mend
 
 
+def _storage_flips_bits(it: World, rng: random.Random) -> Mend:
+    it.storage_proxy.flip_bits(True)
+    return lambda: it.storage_proxy.flip_bits(False)
+
+
 def _storage_stops(it: World, rng: random.Random) -> Mend:
     pid = it.storage.pid
     if not it.storage.is_alive:
@@ -271,6 +276,7 @@ FAULTS = (
     Fault(kind="etcd outage", strike=_etcd_outage, weight=2),
     Fault(kind="storage 503", strike=_storage_refuses, weight=2),
     Fault(kind="storage slow", strike=_storage_dawdles, weight=2),
+    Fault(kind="storage flips bits", strike=_storage_flips_bits, weight=2),
     Fault(kind="kill storage", strike=_kill_storage, weight=1),
     Fault(kind="stop storage", strike=_storage_stops, weight=1),
     *(

@@ -105,7 +105,7 @@ class Ledger:
             f"{self.storm_steps * STEP_MS / 1000 / max(1.0, self.storm_s):.1%} of the time under faults; "
             f"the job took {self.job_s:.0f} s; {self.objects_checked} objects audited",
             f"requests answered by 503: {self.met['503']}, bytes of answers lost: {self.met['lose answers']}, "
-            f"chunks corrupted: {self.met['corrupt']}",
+            f"chunks corrupted: {self.met['corrupt']}, bodies damaged: {self.met['flips bits']}",
         ]
         lines += [f"FINDING: {finding}" for finding in self.findings]
         return "\n".join(lines)
@@ -217,6 +217,7 @@ def weigh(it: World, ledger: Ledger) -> None:
     """Note what the storm has left to see, as long as it is fresh."""
     links = [it.storage_link, *it.doors.values(), *(link for each in it.etcd_links.values() for link in each)]
     ledger.met["503"] = it.storage_proxy.refused
+    ledger.met["flips bits"] = it.storage_proxy.damaged
     ledger.met["lose answers"] = sum(link.answers_lost for link in links)
     ledger.met["corrupt"] = sum(link.chunks_corrupted for link in links)
     records = (it.folder / f"{JOB}-records").glob("rank*.jsonl")
@@ -235,6 +236,8 @@ def audit(it: World, ledger: Ledger, steps: int) -> None:
     ledger.terms = len({event["term"] for event in events})
     ledger.objects_checked = found.objects_checked
     ledger.findings += found.faults
+    if quarantined := ledger.events["CheckpointQuarantined"]:
+        ledger.findings.append(f"{quarantined} checkpoints were quarantined, and nothing was damaged where it lies")
 
 
 def run(folder: Path, *, seed: int, minutes: float, mtbf_s: float = MTBF_S, remove: Path | None = None) -> Ledger:

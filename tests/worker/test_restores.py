@@ -1,10 +1,15 @@
-"""How restores share the node with what trains on it."""
+"""How restores share the node with what trains on it, and when they believe that a checkpoint is damaged."""
 
 import asyncio
 import os
 import threading
 from pathlib import Path
 
+import pytest
+
+from dtrain.common.errors import ShardDamagedError
+from dtrain.storage.objects import ObjectStore, StorageUnavailable
+from dtrain.worker import restores as module
 from dtrain.worker.rank_dirs import RankDirs
 from dtrain.worker.restores import Restores
 from dtrain.worker.tasks import Tasks
@@ -20,3 +25,34 @@ def test_a_restore_does_not_give_way_for_training_waits_for_it(tmp_path: Path) -
     asyncio.run(restores._in_thread(look))
     restores.close()
     assert nice == [os.getpriority(os.PRIO_PROCESS, 0)]
+
+
+@pytest.mark.parametrize(
+    ("reads", "is_damaged"),
+    [
+        ("damaged damaged sound", False),
+        ("damaged damaged damaged", True),
+        ("damaged damaged away damaged damaged sound", False),
+    ],
+)
+def test_what_the_way_from_storage_damaged_is_read_again_before_anything_is_called_damaged(
+    reads: str, is_damaged: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for pause in ("PAUSE_S", "DAMAGED_PAUSE_S", "ROUND_S"):
+        monkeypatch.setattr(module, pause, 0.0)
+    answers = reads.split()
+
+    def part(store: ObjectStore) -> None:
+        match answers.pop(0):
+            case "damaged":
+                raise ShardDamagedError("a shard", "a flipped bit")
+            case "away":
+                raise StorageUnavailable("storage is away")
+
+    patience = module._Patience(f"file://{tmp_path}", threading.Event())
+    if is_damaged:
+        with pytest.raises(ShardDamagedError):
+            patience.try_out(part)
+    else:
+        patience.try_out(part)
+    assert not answers
