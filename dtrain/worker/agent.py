@@ -60,7 +60,7 @@ from dtrain.worker.stacks import Stacks
 from dtrain.worker.tasks import Tasks
 from dtrain.worker.transfers import Transfers
 from dtrain.worker.uploads import Uploads
-from dtrain.worker.zygotes import Zygotes
+from dtrain.worker.zygotes import Zygotes, needs_here
 
 logger = logging.getLogger(__name__)
 
@@ -268,7 +268,7 @@ class Agent:
         while True:
             self._emit(Tick())
             self._shells.arenas.expire(_now())
-            self._zygotes.tend(quiet=not self._state.is_starting)
+            self._zygotes.tend(quiet=not self._state.is_starting, wanted=needs_here(self._state))
             await asyncio.sleep(TICK_S)
 
     # ---- beginning and end -------------------------------------------------------------------------------

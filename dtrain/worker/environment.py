@@ -38,12 +38,14 @@ def trainer_environment(
     return env
 
 
-def zygote_environment(inherited: Mapping[str, str]) -> dict[str, str]:
+def zygote_environment(inherited: Mapping[str, str], needs: Mapping[str, str]) -> dict[str, str]:
     """Return the environment of the process that trainers are forked from. ``inherited`` is the agent's own.
 
-    It differs from a trainer's in what a trainer reads after its start only, and in the number of threads.
+    It differs from a trainer's in what a trainer reads after its start only, and in the number of threads. ``needs``:
+    what the job that it is to serve wants of the variables that libraries read when they are loaded.
     """
     env = {name: value for name, value in inherited.items() if not name.startswith("DTRAIN_")}
+    env.update(needs)
     env["OMP_NUM_THREADS"] = "1"  # a pool of threads does not survive a fork: no child could use it
     _set_for_every_start(env)
     return env

@@ -26,12 +26,13 @@ from typing import Any
 
 from dtrain.worker.exec_memory import show_arguments, show_environment
 
-# Read once, by the dynamic loader, the C library, the interpreter or a library that the zygote has loaded.
-READ_AT_START = (
-    *("LD_", "GLIBC_", "MALLOC_", "PYTHON", "LC_"),
+# Read once, by a library when it is loaded. A zygote can be given what a job wants of these.
+READ_BY_LIBRARIES = (
     *("OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "GOTO_", "BLIS_", "NPY_", "NUMPY_"),
     *("TORCH", "PYTORCH_", "ATEN_", "C10_"),
 )
+# Read once, by them or by the dynamic loader, the C library or the interpreter: what is wrong there harms the zygote.
+READ_AT_START = ("LD_", "GLIBC_", "MALLOC_", "PYTHON", "LC_", *READ_BY_LIBRARIES)
 READ_AT_START_NAMES = frozenset({"LANG", "LANGUAGE", "HOME"})  # HOME leads to the user's site-packages
 READ_LATER = ("TORCHELASTIC_", "TORCH_NCCL_", "TORCHINDUCTOR_CACHE_DIR")  # or put right by ``become``
 THREADS = "OMP_NUM_THREADS"
@@ -88,6 +89,15 @@ class Origin:
             if not str(getattr(spec, "origin", "")).startswith(folder.rstrip("/") + "/"):
                 return entry.name
         return ""
+
+
+def needs_of(environment: Mapping[str, str]) -> dict[str, str]:
+    """What a zygote must have in its environment to serve a job that sets these variables."""
+    return {
+        name: value
+        for name, value in environment.items()
+        if name.startswith(READ_BY_LIBRARIES) and _is_read_at_start(name)
+    }
 
 
 def become(plan: Plan, settle: Settle) -> tuple[types.CodeType, dict[str, Any]]:

@@ -6,7 +6,8 @@ of its own: if both keepers come, the lock in the rank folder lets one go on.
 Rules:
 - it is started late, when no rank of this node is still coming up: its imports would slow theirs down;
 - one that died is started again in the background, after a pause that doubles;
-- one that says it cannot serve here is believed, and not started again;
+- one that lacks what the jobs here want of their libraries is replaced by one that has it, when all is quiet;
+- one that says it cannot serve here is believed, and not started again for the same needs;
 - it never outlives its agent (the kernel sees to it), and the keepers it forked always do.
 """
 
@@ -20,10 +21,13 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dtrain.worker import zygote
+from dtrain.worker.core.states import GenerationStage, NodeState
 from dtrain.worker.environment import zygote_environment
+from dtrain.worker.warm_trainers import needs_of
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +40,19 @@ BACKOFF_MAX_S = 60.0
 STEADY_S = 60.0  # one that served for so long was no failure
 PADDING_BYTES = 65536  # how much longer a trainer's environment may be; one variable has at most 128 KiB
 TITLE_BYTES = 1024  # room for a trainer's arguments, as the process list shows them
+REFUSED_MAX = 16  # needs remembered: as many as an agent remembers jobs
 LOG_MAX_BYTES = 1_000_000  # its log is begun anew beyond this
+
+Needs = Mapping[str, str]  # variables that libraries read when they are loaded (warm_trainers.needs_of)
+
+
+def needs_here(state: NodeState) -> list[Needs]:
+    """What each job on this node wants of its libraries."""
+    return [
+        needs_of(assignment.spec.env)
+        for assignment in state.assignments.values()
+        if assignment.spec is not None and assignment.stage is not GenerationStage.OVER
+    ]
 
 
 class ForkedKeeper:
@@ -75,6 +91,8 @@ class Zygotes:
     def __init__(self, log: Path, *, enabled: bool) -> None:
         self._log = log
         self._enabled = enabled
+        self._needs: Needs = {}  # of the job that the one at hand serves
+        self._refused: list[Needs] = []  # needs that none can serve; Invariant: not those of the one at hand
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
         self._ready = False
@@ -100,9 +118,16 @@ class Zygotes:
             return "the worker has no warm process here"
         return "" if self._ready else "the worker's warm process is not ready yet"
 
-    def tend(self, *, quiet: bool) -> None:
-        """Look after it. ``quiet``: no rank of this node is coming up."""
+    def tend(self, *, quiet: bool, wanted: Sequence[Needs] = ()) -> None:
+        """Look after it. ``quiet``: no rank of this node is coming up. ``wanted``: the needs of each job here."""
         now = time.monotonic()
+        served = [needs for needs in wanted if needs not in self._refused]
+        if quiet and served and self._needs not in served:
+            self._needs = served[-1]
+            if self._process is not None:
+                logger.info("the warm process is replaced: a job needs %s", ", ".join(self._needs) or "none of its own")
+                self._end()
+            self._start_at, self._backoff_s = now, BACKOFF_FIRST_S
         if any(now - asked.asked_at > ANSWER_MAX_S for asked in self._asked.values()):
             logger.warning("the warm process does not answer: replaced")
             self._end()
@@ -129,7 +154,7 @@ class Zygotes:
         ours.setblocking(False)
         if self._log.exists() and self._log.stat().st_size > LOG_MAX_BYTES:
             self._log.unlink()
-        env = {**zygote_environment(os.environ), zygote.PADDING: "." * PADDING_BYTES}
+        env = {**zygote_environment(os.environ, self._needs), zygote.PADDING: "." * PADDING_BYTES}
         command = [sys.executable, "-u", zygote.__file__, str(os.getpid()), str(its.fileno()), WARM_MODULE]
         try:
             with its, self._log.open("ab") as log:
@@ -169,8 +194,10 @@ class Zygotes:
             self._ready = True
             logger.info("the warm process is ready: imported in %.1f s", answer["ready"])
         elif "cannot" in answer:
-            self._enabled = False
             logger.warning("no warm process here: %s; ranks start cold", answer["cannot"])
+            self._refused = [*self._refused, self._needs][-REFUSED_MAX:]
+            self._enabled = bool(self._needs)  # without any of their own, nothing can be changed
+            self._needs = {}
             self._end()
         else:
             asked = self._asked.pop(answer["number"], None)

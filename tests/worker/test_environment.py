@@ -84,7 +84,7 @@ def test_a_name_server_that_is_away_is_not_waited_for_unless_the_user_said_other
 ) -> None:
     inherited = {} if given is None else {"RES_OPTIONS": given}
     assert _environment(inherited)["RES_OPTIONS"] == expected
-    assert zygote_environment(inherited)["RES_OPTIONS"] == expected
+    assert zygote_environment(inherited, {})["RES_OPTIONS"] == expected
     assert _environment({}, env=inherited)["RES_OPTIONS"] == expected
 
 

@@ -2,8 +2,6 @@
 
 import asyncio
 import contextlib
-import fcntl
-import json
 import os
 import signal
 import subprocess
@@ -15,136 +13,25 @@ from typing import Any
 import pytest
 
 from dtrain.worker import keeper, zygotes
-from dtrain.worker.environment import zygote_environment
 from dtrain.worker.keepers import mark_of
-from dtrain.worker.rank_dirs import Started, read_exited, read_started
-from dtrain.worker.zygotes import Zygotes
-from tests.support.facts import wait_for
+from dtrain.worker.rank_dirs import read_exited, read_started
+from dtrain.worker.warm_trainers import needs_of
 from tests.support.processes import MARK, end_all, new_mark
 from tests.worker.nodes import alive
-
-DEADLINE_S = 60.0
-TRAINER_MARK = "journal/job/1/0"
+from tests.worker.nursery import TRAINER_MARK, Nursery
 
 
-class Nursery:
-    """A zygote that serves, and rank folders to try it on."""
-
-    def __init__(self, folder: Path, loop: asyncio.AbstractEventLoop, mark: str) -> None:
-        self.folder = folder
-        self.loop = loop
-        self.env = {**zygote_environment(os.environ), MARK: mark, "DTRAIN_TRAINER": TRAINER_MARK}
-        self.zygotes = Zygotes(folder / "zygote.log", enabled=True)
-        self._lock = (folder / "agent.lock").open("w")
-        fcntl.flock(self._lock, fcntl.LOCK_EX)
-        self._ranks = 0
-
-    def until(self, what: str, look: Any) -> Any:
-        """Wait for a fact while the agent's loop runs."""
-
-        def turn() -> Any:
-            async def once() -> Any:
-                self.zygotes.tend(quiet=True)
-                await asyncio.sleep(0.005)
-                return look()
-
-            return self.loop.run_until_complete(once())
-
-        return wait_for(what, turn, deadline_s=DEADLINE_S)
-
-    def ready(self) -> int:
-        self.until("a zygote is ready", lambda: self.zygotes.is_ready)
-        return self.zygotes.pid
-
-    def rank(self, source: str, *args: str, env: Mapping[str, str] | None = None, argv: Any = None) -> "Rank":
-        self._ranks += 1
-        place = self.folder / f"r{self._ranks}"
-        (place / "rank0").mkdir(parents=True)
-        script = place / "script.py"
-        script.write_text(source)
-        plan = {
-            "argv": argv or [sys.executable, "-u", str(script), *args],
-            "cwd": str(place),
-            "env": {**self.env, **(env or {})},
-            "log": str(place / "log"),
-            "error_file": str(place / "error.json"),
-            "grace_s": 10.0,
-            "agent_lock": str(self.folder / "agent.lock"),
-            "orphan_after_s": 60.0,
-        }
-        (place / "rank0" / "keeper.json").write_text(json.dumps(plan))
-        return Rank(self, place, plan)
-
-    def close(self) -> None:
-        async def close() -> None:
-            self.zygotes.close()
-
-        self.loop.run_until_complete(close())
-        self._lock.close()
-
-
-class Rank:
-    def __init__(self, nursery: Nursery, place: Path, plan: dict[str, Any]) -> None:
-        self.nursery, self.place, self.plan = nursery, place, plan
-        self.folder = place / "rank0"
-
-    def fork(self) -> "Rank":
-        self.nursery.ready()
-
-        async def ask() -> None:
-            assert self.nursery.zygotes.fork_keeper(self.folder) is not None
-
-        self.nursery.loop.run_until_complete(ask())
-        return self
-
-    def started(self) -> Started:
-        def look() -> Started | None:
-            found = read_started(self.folder)
-            return found if found is not None and found.trainer_pid else None
-
-        found: Started = self.nursery.until("the trainer was started", look)
-        return found
-
-    def said(self, text: str) -> None:
-        self.nursery.until(f"the trainer said {text}", lambda: text in self.log())
-
-    def log(self) -> str:
-        path = self.place / "log"
-        return path.read_text() if path.exists() else ""
-
-    def end(self) -> tuple[int | None, str]:
-        """Run to the end, warm; return the exit code and what was printed."""
-        keeper_pid = self.fork().started().keeper_pid
-        self.nursery.until("the keeper is gone", lambda: not alive(keeper_pid))
-        fact = read_exited(self.folder)
-        assert fact is not None, (self.folder / "keeper.log").read_text()
-        return fact.code, self.log()
-
-    def cold(self) -> tuple[int, str]:
-        """The same by an interpreter of its own."""
-        done = subprocess.run(
-            self.plan["argv"],
-            cwd=self.plan["cwd"],
-            env=self.plan["env"],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=DEADLINE_S,
-            check=False,
-        )
-        return done.returncode, done.stdout
-
-
-@pytest.fixture(scope="module")
-def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
+@contextlib.contextmanager
+def nursery_in(folder: Path, modules: Mapping[str, str]) -> Iterator[Nursery]:
     mark = new_mark()
     with pytest.MonkeyPatch.context() as patch, contextlib.closing(asyncio.new_event_loop()) as loop:
         patch.setattr(zygotes, "QUIET_FIRST_S", 0.0)
         patch.setattr(zygotes, "BACKOFF_FIRST_S", 0.05)
         patch.setenv(MARK, mark)
-        folder = tmp_path_factory.mktemp("nursery")
         (folder / "site-packages").mkdir()
+        for name, source in modules.items():
+            (folder / "site-packages" / f"{name}.py").write_text(source)
+            patch.setattr(zygotes, "WARM_MODULE", name)
         patch.setenv("PYTHONPATH", str(folder / "site-packages"))
         it = Nursery(folder, loop, mark)
         try:
@@ -153,6 +40,19 @@ def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
         finally:
             it.close()
             end_all(mark)
+
+
+@pytest.fixture(scope="module")
+def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
+    with nursery_in(tmp_path_factory.mktemp("nursery"), {}) as it:
+        yield it
+
+
+@pytest.fixture
+def quick_nursery(tmp_path: Path) -> Iterator[Nursery]:
+    """One whose zygote imports nothing."""
+    with nursery_in(tmp_path, {"nothing": "def preload(): pass\ndef settle(environment): pass\n"}) as it:
+        yield it
 
 
 SAME = {
@@ -304,6 +204,53 @@ def test_trainer_and_keeper_outlive_the_zygote_and_another_one_serves_after_it(n
     assert nursery.rank("print('served')").end() == (0, "served\n")
     os.kill(first.keeper_pid, signal.SIGQUIT)
     nursery.until("the exit is recorded", lambda: read_exited(rank.folder))
+
+
+def another_zygote(nursery: Nursery, than: int) -> int:
+    nursery.until("another zygote", lambda: nursery.zygotes.is_ready and nursery.zygotes.pid != than)
+    return nursery.zygotes.pid
+
+
+LIBRARIES = {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64", "OMP_WAIT_POLICY": "passive"}
+
+
+def test_a_job_that_wants_something_of_a_library_gets_a_zygote_that_has_it(quick_nursery: Nursery) -> None:
+    it = quick_nursery
+    script = "import os; print(os.environ['OMP_WAIT_POLICY'])"
+    first = it.ready()
+    assert "a cold start: OMP_WAIT_POLICY differs" in it.rank(script, env=LIBRARIES).end()[1]
+    it.wanted = [LIBRARIES]
+    second = another_zygote(it, first)
+    assert it.rank(script, env=LIBRARIES).end() == (0, "passive\n")
+    it.wanted = [{}, LIBRARIES]
+    assert it.rank(script, env=LIBRARIES).end() == (0, "passive\n")
+    assert it.zygotes.pid == second, "a second job took the first one's zygote away"
+    it.wanted = [{}]
+    another_zygote(it, second)
+    assert it.rank("print('served')").end() == (0, "served\n")
+
+
+def test_needs_that_no_zygote_can_serve_are_tried_once_and_the_others_are_served(
+    quick_nursery: Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = quick_nursery.ready()
+    quick_nursery.wanted = [LIBRARIES]
+    with monkeypatch.context() as patch:
+        patch.setattr(zygotes, "WARM_MODULE", "no_such_module")
+        quick_nursery.until("it is refused", lambda: quick_nursery.zygotes._refused == [LIBRARIES])
+    another_zygote(quick_nursery, first)
+    assert quick_nursery.rank("print('served')").end() == (0, "served\n")
+
+
+def test_only_what_libraries_read_is_a_need() -> None:
+    others = {
+        "OMP_NUM_THREADS": "2",
+        "TORCH_NCCL_BLOCKING_WAIT": "1",
+        "LD_PRELOAD": "x",
+        "PYTHONHASHSEED": "1",
+        "A": "b",
+    }
+    assert needs_of({**LIBRARIES, **others}) == LIBRARIES
 
 
 def test_who_asked_a_zygote_that_does_not_answer_is_told(nursery: Nursery) -> None:
