@@ -3,6 +3,7 @@
 import os
 import re
 import secrets
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,19 +36,19 @@ class Asked:
     keep_every_seconds: float
     env: tuple[str, ...]
     python: str
+    no_python: bool = False
     hang_timeout: str = "auto"
 
 
 def build_spec(asked: Asked, *, default_store: str) -> JobSpec:
     """The job's spec. ``default_store`` is empty where none can be assumed; then no policy means no checkpoints."""
-    script = Path(asked.script).expanduser().absolute()
-    if not script.is_file():
-        raise UserError(f"script {asked.script} not found: give the path of a Python file (looked at {script}).")
+    script = _program(asked.script) if asked.no_python else _script(asked.script)
     nnodes_min, nnodes_max = parse_nnodes(asked.nnodes)
     store = absolute_store(asked.store) if asked.store else default_store
     return JobSpec(
         name=job_name(asked.name) if asked.name is not None else default_name(script.stem),
         python=asked.python,
+        no_python=asked.no_python,
         script=str(script),
         args=asked.args,
         cwd=str(Path.cwd()),
@@ -66,6 +67,23 @@ def build_spec(asked: Asked, *, default_store: str) -> JobSpec:
         ),
         hang_timeout_s=parse_hang_timeout(asked.hang_timeout),
     )
+
+
+def _script(named: str) -> Path:
+    script = Path(named).expanduser().absolute()
+    if not script.is_file():
+        raise UserError(f"script {named} not found: give the path of a Python file (looked at {script}).")
+    return script
+
+
+def _program(named: str) -> Path:
+    """A file that can be run, given by its path or found on PATH."""
+    found = shutil.which(Path(named).expanduser()) or shutil.which(Path(named).expanduser().absolute())
+    if found is None:
+        raise UserError(
+            f"program {named} not found: with --no-python, give an executable file (chmod +x), or a command."
+        )
+    return Path(found).absolute()
 
 
 def _policy(asked: Asked, store: str) -> CheckpointPolicy:

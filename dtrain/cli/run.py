@@ -118,6 +118,11 @@ def job_options(command: Command) -> Command:
             click.option(
                 "--python", envvar="DTRAIN_PYTHON", default=sys.executable, help="Interpreter. Default: dtrain's own."
             ),
+            click.option(
+                "--no-python",
+                is_flag=True,
+                help="Run SCRIPT as a program of its own, without an interpreter before it.",
+            ),
         )
     ):
         command = decorate(command)
@@ -156,7 +161,7 @@ def run_command(
     from dtrain.standalone.cluster import LocalPlan
     from dtrain.standalone.data_folder import DataFolder
 
-    if shutil.which(asked.python) is None:
+    if not asked.no_python and shutil.which(asked.python) is None:
         raise UserError(f"interpreter {asked.python} not found: give --python a program that can be run here.")
     folder = DataFolder.at(data_dir)
     spec = build_spec(asked, default_store=folder.store.as_uri())
@@ -225,6 +230,7 @@ def submission(spec: "JobSpec", *, takes_over: bool) -> "wire.SubmitRequest":
             keep_every_steps=spec.retention.keep_every_steps,
             keep_every_seconds=spec.retention.keep_every_seconds,
             hang_timeout_s=spec.hang_timeout_s,
+            no_python=spec.no_python,
         ),
         request=secrets.token_hex(8),
         takes_over=takes_over,

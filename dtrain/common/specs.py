@@ -47,6 +47,7 @@ class JobSpec:
     store: str = ""  # file:///folder or s3://bucket/prefix?endpoint=...
     checkpoints: CheckpointPolicy = field(default_factory=CheckpointPolicy)
     retention: RetentionPolicy = field(default_factory=RetentionPolicy)
+    no_python: bool = False  # the script is a program of its own: no interpreter is put before it
     hang_timeout_s: float | None = None  # no rank completed a step for so long: hung. None: by its steps; 0: never
 
     def __post_init__(self) -> None:

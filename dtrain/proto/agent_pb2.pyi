@@ -279,7 +279,7 @@ class Noop(_message.Message):
     def __init__(self) -> None: ...
 
 class StartTrainers(_message.Message):
-    __slots__ = ("python", "script", "args", "cwd", "env", "world_size", "nnodes", "node_rank", "first_rank", "nproc", "master_address", "master_port", "restarts", "max_restarts", "store", "restore", "save_last")
+    __slots__ = ("python", "script", "args", "cwd", "env", "world_size", "nnodes", "node_rank", "first_rank", "nproc", "master_address", "master_port", "restarts", "max_restarts", "store", "restore", "no_python", "save_last")
     class EnvEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -303,6 +303,7 @@ class StartTrainers(_message.Message):
     MAX_RESTARTS_FIELD_NUMBER: _ClassVar[int]
     STORE_FIELD_NUMBER: _ClassVar[int]
     RESTORE_FIELD_NUMBER: _ClassVar[int]
+    NO_PYTHON_FIELD_NUMBER: _ClassVar[int]
     SAVE_LAST_FIELD_NUMBER: _ClassVar[int]
     python: str
     script: str
@@ -320,8 +321,9 @@ class StartTrainers(_message.Message):
     max_restarts: int
     store: str
     restore: Restore
+    no_python: bool
     save_last: bool
-    def __init__(self, python: _Optional[str] = ..., script: _Optional[str] = ..., args: _Optional[_Iterable[str]] = ..., cwd: _Optional[str] = ..., env: _Optional[_Mapping[str, str]] = ..., world_size: _Optional[int] = ..., nnodes: _Optional[int] = ..., node_rank: _Optional[int] = ..., first_rank: _Optional[int] = ..., nproc: _Optional[int] = ..., master_address: _Optional[str] = ..., master_port: _Optional[int] = ..., restarts: _Optional[int] = ..., max_restarts: _Optional[int] = ..., store: _Optional[str] = ..., restore: _Optional[_Union[Restore, _Mapping]] = ..., save_last: _Optional[bool] = ...) -> None: ...
+    def __init__(self, python: _Optional[str] = ..., script: _Optional[str] = ..., args: _Optional[_Iterable[str]] = ..., cwd: _Optional[str] = ..., env: _Optional[_Mapping[str, str]] = ..., world_size: _Optional[int] = ..., nnodes: _Optional[int] = ..., node_rank: _Optional[int] = ..., first_rank: _Optional[int] = ..., nproc: _Optional[int] = ..., master_address: _Optional[str] = ..., master_port: _Optional[int] = ..., restarts: _Optional[int] = ..., max_restarts: _Optional[int] = ..., store: _Optional[str] = ..., restore: _Optional[_Union[Restore, _Mapping]] = ..., no_python: _Optional[bool] = ..., save_last: _Optional[bool] = ...) -> None: ...
 
 class Restore(_message.Message):
     __slots__ = ("checkpoint", "attempt", "step", "manifest_key", "manifest_digest", "store")
@@ -380,7 +382,7 @@ class TakeStacks(_message.Message):
     def __init__(self, number: _Optional[int] = ...) -> None: ...
 
 class Spec(_message.Message):
-    __slots__ = ("name", "python", "script", "args", "cwd", "env", "nnodes_min", "nnodes_max", "nproc_per_node", "max_restarts", "store", "every_steps", "every_seconds", "keep_last", "keep_every_steps", "keep_every_seconds", "hang_timeout_s", "restart_window_s")
+    __slots__ = ("name", "python", "script", "args", "cwd", "env", "nnodes_min", "nnodes_max", "nproc_per_node", "max_restarts", "store", "every_steps", "every_seconds", "keep_last", "keep_every_steps", "keep_every_seconds", "hang_timeout_s", "no_python", "restart_window_s")
     class EnvEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -405,6 +407,7 @@ class Spec(_message.Message):
     KEEP_EVERY_STEPS_FIELD_NUMBER: _ClassVar[int]
     KEEP_EVERY_SECONDS_FIELD_NUMBER: _ClassVar[int]
     HANG_TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    NO_PYTHON_FIELD_NUMBER: _ClassVar[int]
     RESTART_WINDOW_S_FIELD_NUMBER: _ClassVar[int]
     name: str
     python: str
@@ -423,8 +426,9 @@ class Spec(_message.Message):
     keep_every_steps: int
     keep_every_seconds: float
     hang_timeout_s: float
+    no_python: bool
     restart_window_s: float
-    def __init__(self, name: _Optional[str] = ..., python: _Optional[str] = ..., script: _Optional[str] = ..., args: _Optional[_Iterable[str]] = ..., cwd: _Optional[str] = ..., env: _Optional[_Mapping[str, str]] = ..., nnodes_min: _Optional[int] = ..., nnodes_max: _Optional[int] = ..., nproc_per_node: _Optional[int] = ..., max_restarts: _Optional[int] = ..., store: _Optional[str] = ..., every_steps: _Optional[int] = ..., every_seconds: _Optional[float] = ..., keep_last: _Optional[int] = ..., keep_every_steps: _Optional[int] = ..., keep_every_seconds: _Optional[float] = ..., hang_timeout_s: _Optional[float] = ..., restart_window_s: _Optional[float] = ...) -> None: ...
+    def __init__(self, name: _Optional[str] = ..., python: _Optional[str] = ..., script: _Optional[str] = ..., args: _Optional[_Iterable[str]] = ..., cwd: _Optional[str] = ..., env: _Optional[_Mapping[str, str]] = ..., nnodes_min: _Optional[int] = ..., nnodes_max: _Optional[int] = ..., nproc_per_node: _Optional[int] = ..., max_restarts: _Optional[int] = ..., store: _Optional[str] = ..., every_steps: _Optional[int] = ..., every_seconds: _Optional[float] = ..., keep_last: _Optional[int] = ..., keep_every_steps: _Optional[int] = ..., keep_every_seconds: _Optional[float] = ..., hang_timeout_s: _Optional[float] = ..., no_python: _Optional[bool] = ..., restart_window_s: _Optional[float] = ...) -> None: ...
 
 class SubmitRequest(_message.Message):
     __slots__ = ("spec", "request", "takes_over")

@@ -132,7 +132,7 @@ def _plan(shells: Shells, spec: TrainersSpec, of: RankId) -> KeeperPlan:
     folder = shells.dirs.rank_dir(of)
     kills_file, memory_bound = _memory()
     return KeeperPlan(
-        argv=[spec.python or sys.executable, "-u", spec.script, *spec.args],
+        argv=[*([] if spec.no_python else [spec.python or sys.executable, "-u"]), spec.script, *spec.args],
         cwd=spec.cwd or "/",
         env=trainer_environment(os.environ, spec, of, folder, shells.journal_id),
         log=str(log_path(shells.logs, of.job, of.generation, of.rank)),

@@ -54,7 +54,7 @@ class Origin:
         """Say why this trainer needs an interpreter of its own; empty if it does not."""
         argv, environment = plan["argv"], plan["env"]
         if not _is_this_interpreter(argv[0], environment):
-            return f"{argv[0]} is another interpreter than the worker's"
+            return f"{argv[0]} is another program than the worker's interpreter"
         if len(argv) < 3 or argv[1] != "-u" or argv[2].startswith("-") or not _is_source(argv[2]):
             return "it is not started from a Python file"
         for name in sorted(environment.keys() | self.environment.keys()):

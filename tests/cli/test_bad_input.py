@@ -49,6 +49,7 @@ def assert_refused(answer: Answer, *words: str) -> None:
         (["run", "--every-steps", "5", "--every-seconds", "5", "script.py"], ["not both"]),
         (["run", "--every-steps", "-5", "script.py"], ["--every-steps -5", "above 0"]),
         (["run", "--python", "/no/such/python", "script.py"], ["/no/such/python not found", "--python"]),
+        (["run", "--no-python", "script.py"], ["script.py not found", "chmod +x"]),
         (["run", "--env", "1X=2", "script.py"], ["'1X=2'", "NAME=VALUE"]),
         (["run", "--env", "NOT_SET_ANYWHERE", "script.py"], ["NOT_SET_ANYWHERE is not set", "=VALUE"]),
         (["run", "--store", "ftp://somewhere", "script.py"], ["ftp://somewhere", "s3://"]),

@@ -84,6 +84,14 @@ def test_every_rank_is_heard_and_the_job_succeeds(tmp_path: Path) -> None:
     assert sorted(kept.stdout.splitlines()) == sorted(answer.stdout.splitlines())
 
 
+def test_a_program_of_its_own_is_run_without_an_interpreter(tmp_path: Path) -> None:
+    (tmp_path / "program").write_text('#!/bin/sh\necho rank $RANK of $WORLD_SIZE: "$@"\n')
+    (tmp_path / "program").chmod(0o755)
+    answer = dtrain("run", "--no-python", "--nproc-per-node", "2", "./program", "-x", "one", cwd=tmp_path)
+    assert answer.code == 0, answer
+    assert sorted(answer.stdout.splitlines()) == [f"[rank{rank}]: rank {rank} of 2: -x one" for rank in (0, 1)]
+
+
 def test_two_nodes_run_as_two_workers(tmp_path: Path) -> None:
     program = "import os; print(*(os.environ[n] for n in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'GROUP_RANK')))\n"
     (tmp_path / "hello.py").write_text(program)

@@ -157,7 +157,12 @@ def test_no_two_trainers_draw_the_same_random_numbers(nursery: Nursery) -> None:
 
 
 COLD = {
-    "another interpreter": ({}, ["/usr/bin/env", "-u", "script.py"], "another interpreter"),
+    "another interpreter": (
+        {},
+        ["/no/such/python3", "-u", "script.py"],
+        "another program than the worker's interpreter",
+    ),
+    "no interpreter": ({}, ["/bin/sh", "-c", "echo ran"], "another program than the worker's interpreter"),
     "LD_PRELOAD": ({"LD_PRELOAD": "libm.so.6"}, None, "LD_PRELOAD differs"),
     "PYTHONHASHSEED": ({"PYTHONHASHSEED": "1"}, None, "PYTHONHASHSEED differs"),
     "PYTHONPATH": ({"PYTHONPATH": "/x"}, None, "PYTHONPATH differs"),

@@ -193,6 +193,7 @@ def spec_from_wire(message: wire.Spec) -> JobSpec:
             keep_every_steps=message.keep_every_steps,
             keep_every_seconds=message.keep_every_seconds,
         ),
+        no_python=message.no_python,
         hang_timeout_s=message.hang_timeout_s if message.HasField("hang_timeout_s") else None,
     )
 
@@ -254,6 +255,7 @@ def _start(command: StartTrainers) -> wire.StartTrainers:
     spec, generation, member = command.job.spec, command.generation, command.member
     start = wire.StartTrainers(
         python=spec.python,
+        no_python=spec.no_python,
         script=spec.script,
         args=spec.args,
         cwd=spec.cwd,

@@ -148,6 +148,7 @@ class TrainersSpec:
     max_restarts: int
     store: str  # URI of the job's store
     restore: RestoreSource | None  # None: start from step 0
+    no_python: bool = False  # the script is a program of its own: no interpreter is put before it
     save_last: bool = False  # trainers wait after their last step until that is staged
 
 

@@ -285,5 +285,6 @@ def _spec(command_id: str, start: wire.StartTrainers) -> TrainersSpec:
         max_restarts=start.max_restarts,
         store=start.store,
         save_last=start.save_last,
+        no_python=start.no_python,
         restore=restore,
     )
