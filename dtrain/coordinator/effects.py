@@ -30,7 +30,7 @@ from dtrain.storage import keys, manifests
 from dtrain.storage.catalogs import catalog_of
 from dtrain.storage.objects import AlreadyExists, NotFound, ObjectStore
 from dtrain.storage.uris import open_store
-from dtrain.storage.verify import read_index
+from dtrain.storage.verify import read_index_patiently
 
 logger = logging.getLogger(__name__)
 
@@ -167,7 +167,8 @@ def _write_manifest(store: ObjectStore, effect: WriteManifest, reads: ThreadPool
         data = manifests.encode(manifest)
     except ValueError as error:  # a worker acknowledged what no shard can be: trying again cannot help
         raise PermanentError(f"the acknowledged shards make no manifest: {error}") from error
-    catalog_of(list(reads.map(lambda entry: read_index(store, entry)[0], manifest.shards)))  # refuses what is not whole
+    indexes = list(reads.map(lambda entry: read_index_patiently(store, entry)[0], manifest.shards))
+    catalog_of(indexes)  # refuses what is not whole
     key = keys.manifest_key(effect.job, inflight.number, inflight.attempt)
     failpoints.hit(Point.MANIFEST_BEFORE)
     _put_once(store, key, data)

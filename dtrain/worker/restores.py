@@ -36,7 +36,7 @@ from dtrain.storage.restore_files import (
     decode_needs,
 )
 from dtrain.storage.retrying import GaveUp, with_retries
-from dtrain.storage.verify import read_index, read_manifest
+from dtrain.storage.verify import DAMAGED_READS, read_index, read_manifest
 from dtrain.worker.core.actions import FetchRestore
 from dtrain.worker.core.inputs import RestoreDamaged, RestoreReady
 from dtrain.worker.core.states import RestoreSource
@@ -51,10 +51,7 @@ logger = logging.getLogger(__name__)
 ROUND_S = 60.0  # one round of tries; after it the reason is logged, and the next round begins
 THREADS = 4  # parts of shards that are fetched at once; each is a large read, and S3 splits it once more
 PAUSE_S = 2.0  # between rounds, so that a storage which refuses at once is not asked in a loop
-# A network may damage what it carries, and a quarantine is for ever: so many reads in a row must find the same part
-# damaged. What lies damaged in storage is found so after a second.
-DAMAGED_READS = 3
-DAMAGED_PAUSE_S = 0.5  # between them
+DAMAGED_PAUSE_S = 0.5  # between reads of what was damaged: what lies damaged in storage is found so after a second
 LOOK_S = 0.01  # between two looks for what a trainer needs: it is short against the seconds of its start
 
 

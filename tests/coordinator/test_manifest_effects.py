@@ -2,16 +2,19 @@
 
 import asyncio
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 
+from dtrain.common.errors import ShardDamagedError
 from dtrain.common.names import AttemptNumber
 from dtrain.coordinator import effects as performing
 from dtrain.coordinator.core.effects import WriteManifest
 from dtrain.coordinator.core.events import ShardRecord
-from dtrain.coordinator.core.facts import Fact, ManifestWritten
+from dtrain.coordinator.core.facts import Fact, ManifestRefused, ManifestWritten
 from dtrain.coordinator.effects import EffectRunner
+from dtrain.storage.verify import DAMAGED_READS
 from tests.coordinator.support.clusters import Cluster, spec
 from tests.support.checkpoints import put_shard, shard_of
 from tests.support.memory_store import Fault, MemoryStore
@@ -50,9 +53,36 @@ def test_all_ranks_objects_are_looked_at_together(
     monkeypatch: pytest.MonkeyPatch, operation: str, object_kind: str
 ) -> None:
     store, slow = MemoryStore(), threading.Event()
-    monkeypatch.setattr(performing, "open_store", lambda uri: store)
     owed = owed_manifest(store)
     store.fail_next(*(Fault(operation=operation, key_part=object_kind, hold=slow) for _ in range(RANKS)))
+
+    def go_on_once_all_are_asked() -> None:
+        if not store.faults_left:
+            slow.set()
+
+    fact = performed(monkeypatch, store, owed, go_on_once_all_are_asked)
+    assert isinstance(fact, ManifestWritten) and fact.attempt == AttemptNumber(owed.inflight.attempt)
+    assert store.head(fact.manifest_key) is not None
+
+
+@pytest.mark.parametrize(("reads", "kind"), [(DAMAGED_READS - 1, ManifestWritten), (DAMAGED_READS, ManifestRefused)])
+def test_an_index_that_its_way_damaged_is_read_again_before_the_attempt_is_given_up(
+    monkeypatch: pytest.MonkeyPatch, reads: int, kind: type[Fact]
+) -> None:
+    store = MemoryStore()
+    owed = owed_manifest(store)
+    [*_, last] = owed.shards
+    damaged = ShardDamagedError(last.index_key, "a flipped bit")
+    store.fail_next(*(Fault(operation="get", key_part=last.index_key, error=damaged) for _ in range(reads)))
+    assert isinstance(performed(monkeypatch, store, owed, lambda: None), kind)
+    assert not store.faults_left
+
+
+def performed(
+    monkeypatch: pytest.MonkeyPatch, store: MemoryStore, owed: WriteManifest, meanwhile: Callable[[], None]
+) -> Fact:
+    """What comes of the effect."""
+    monkeypatch.setattr(performing, "open_store", lambda uri: store)
     told: list[Fact] = []
 
     async def tell(fact: Fact) -> None:
@@ -63,16 +93,12 @@ def test_all_ranks_objects_are_looked_at_together(
         try:
             async with asyncio.timeout(DEADLINE_S):
                 runner.perform([owed])
-                while store.faults_left:  # none is answered before all are asked
-                    await asyncio.sleep(POLL_S)
-                slow.set()
                 while not told:
+                    meanwhile()
                     await asyncio.sleep(POLL_S)
         finally:
-            slow.set()
             await runner.close()
 
     asyncio.run(play())
     [fact] = told
-    assert isinstance(fact, ManifestWritten) and fact.attempt == AttemptNumber(owed.inflight.attempt)
-    assert store.head(fact.manifest_key) is not None
+    return fact
