@@ -5,6 +5,9 @@ taken and the key is put again. The key is also compared, now and then, with wha
 answer was lost may be applied late and bind the key to an older lease, an operator may delete it, a restored
 etcd may have forgotten it. So this is a level that is held, not an edge that fires once.
 
+A put whose answer was lost is read back at once, and tried again while its lease lives. To give the lease back
+and begin anew would delete a key that was put after all, and leave its owner unregistered for a pause.
+
 A name has one owner: the newest process that registered it. One that finds its key held by a lease that was
 never its own has been replaced, and is told so by :class:`RegistrationTaken`.
 """
@@ -91,7 +94,7 @@ class _Registration:
         beating = asyncio.create_task(lease.keep_alive())
         registered = False
         try:
-            revision = await self._restore(lease) if self._claimed else await self._claim(lease)
+            revision = await self._begin(lease)
             while not lease.lost.is_set():
                 if revision:
                     registered = True
@@ -110,6 +113,25 @@ class _Registration:
     def _tell(self, change: RegistrationChange) -> None:
         if self._on_change is not None:
             self._on_change(change)
+
+    async def _begin(self, lease: Lease) -> int:
+        """Put the key; return its revision. Raises RetryableError when the lease is over before that is done."""
+        pause_s, in_doubt = _RETRY_FIRST_S, False
+        while True:
+            try:
+                found = await self._client.get(self._key) if in_doubt else None
+                if found is not None and found.lease == lease.id:  # only this process knows this lease
+                    self._claimed = True
+                    return found.mod_revision
+                return await self._restore(lease) if self._claimed else await self._claim(lease)
+            except RetryableError as error:
+                if not lease.alive():
+                    raise
+                logger.info("%s may not be registered yet, looking again: %s", self._key, error)
+            in_doubt = True
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(lease.lost.wait(), pause_s * (0.5 + random.random()))
+            pause_s = min(pause_s * 2, _RETRY_MAX_S)
 
     async def _claim(self, lease: Lease) -> int:
         """Take the name from whoever had it: a restarted process replaces its older self at once."""

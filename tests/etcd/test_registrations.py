@@ -9,6 +9,7 @@ import pytest
 from dtrain.common.errors import RetryableError
 from dtrain.etcd import registrations
 from dtrain.etcd.client import EtcdClient
+from dtrain.etcd.errors import OutcomeUnknown
 from dtrain.etcd.keyvalues import KeyValue
 from dtrain.etcd.leases import Lease
 from dtrain.etcd.registrations import RegistrationChange, RegistrationTaken, keep_registered
@@ -160,5 +161,29 @@ def test_a_first_put_whose_answer_is_lost_does_not_make_a_stranger_of_its_own_ol
                             await asyncio.sleep(0.02)
                     proxy.forward()
                     await until(witness, lambda kv: kv is not None and kv.value == b"me")
+
+    asyncio.run(run())
+
+
+def test_a_first_put_that_was_done_unheard_stands_and_is_not_taken_back(etcd: EtcdServer) -> None:
+    """A key that vanished and came again would be a lost worker for whoever looks in between."""
+
+    async def run() -> None:
+        changes: list[RegistrationChange] = []
+        async with EtcdClient([etcd.endpoint]) as client:
+            real_put, done = client.put, []
+
+            async def put_unheard(key: str, value: bytes, *, lease: int = 0) -> int:
+                done.append(await real_put(key, value, lease=lease))
+                raise OutcomeUnknown("Stream removed")
+
+            client.put = put_unheard  # type: ignore[method-assign]
+            async with registered(client, lambda: b"me", 60, changes):
+                async with asyncio.timeout(DEADLINE_S):
+                    while not changes:
+                        await asyncio.sleep(0.02)
+                found = await client.get(KEY)
+            assert found is not None and found.version == 1 and found.lease == changes[0].lease
+            assert done == [found.mod_revision] == [changes[0].revision]
 
     asyncio.run(run())

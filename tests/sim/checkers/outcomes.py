@@ -19,9 +19,6 @@ def undisturbed(story: Story) -> Iterator[str]:
     """A generation fails only if something happened to one of its members, or to what it starts from."""
     started = {told.data["generation"]: told for told in story.events_of("GenerationStarted")}
     failures = story.events_of("GenerationFailed")
-    if "lost answers" in story.storm.mix.steady:
-        # A worker whose registrations get no answers has no lease; cut off from the leader as well it is lost indeed.
-        failures = [told for told in failures if "its lease and its stream ended" not in told.data["reason"]]
     if story.storm.mix.spares_workers and failures:
         yield f"nothing touched the workers, but {failures[0].data['reason']}"
         return
@@ -35,6 +32,17 @@ def undisturbed(story: Story) -> Iterator[str]:
         ]
         if not reasons:
             yield f"generation {told.data['generation']} failed though nothing happened: {told.data['reason']}"
+
+
+def hangs(story: Story) -> Iterator[str]:
+    """Nothing is called hung in which a step was done within the job's own timeout."""
+    shape = story.world.shape
+    for told in story.events_of("HangFound"):
+        steps = [e.at_s for e in story.diary if e.what == "trained" and e.of.generation == told.data["generation"]]
+        newest_s = max((at_s for at_s in steps if at_s <= told.at_s), default=0.0)
+        idle_s = (shape.hang_timeout_s or float("inf")) * (1 - 2 * shape.drift)
+        if told.at_s - newest_s < idle_s:
+            yield f"generation {told.data['generation']} was called hung {told.at_s - newest_s:.1f} s after a step"
 
 
 def endings(story: Story) -> Iterator[str]:
@@ -57,6 +65,21 @@ def finished(story: Story) -> Iterator[str]:
         yield f"the job has not ended {story.world.loop.now_s:.0f} s after its begin; last event: {last}"
     elif story.world.ended != "JobSucceeded":
         yield f"the job ended with {story.events_of(story.world.ended)[-1]}"
+
+
+def succeeded(story: Story) -> Iterator[str]:
+    """A job is called a success once every rank of its generation has left by itself with 0, and not before."""
+    left = {(e.of.generation, e.of.rank): e.at_s for e in story.diary if e.what == "ended" and e.detail == "0"}
+    for standing, told in story.standings():
+        if told.type != "JobSucceeded":
+            continue
+        if standing.generation is None:
+            yield "the job succeeded without a generation"
+            continue
+        generation = standing.generation.data
+        for rank in range(generation["world_size"]):
+            if left.get((generation["generation"], rank), float("inf")) > told.at_s:
+                yield f"the job succeeded before rank {rank} of generation {generation['generation']} had finished"
 
 
 def saved(story: Story) -> Iterator[str]:
