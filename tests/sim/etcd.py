@@ -52,6 +52,15 @@ class _Watch:
         return self.start <= key and (self.end == "" or key < self.end)
 
 
+@dataclass(frozen=True, slots=True)
+class Waylaid:
+    """A request that somebody stopped on its way: it arrives when told to, or never, and its answer as well."""
+
+    arrive: Callable[[], None]  # have it done, and answered
+    arrive_unheard: Callable[[], None]  # have it done; the answer is lost
+    fail: Callable[[], None]  # tell the sender that nobody knows what became of it
+
+
 class Etcd:
     """The store that all members share."""
 
@@ -64,6 +73,7 @@ class Etcd:
         self.revision = 1
         self.compacted = 0  # revisions below are gone
         self.late_writes = 0.0  # part of writes that take effect long after they were asked for
+        self.waylay: Callable[[Waylaid], None] | None = None  # what becomes of the next append of events
         self.members: list[Member] = []
         self.on_change: list[Callable[[Change], None]] = []
         self._keys: dict[str, Change] = {}
@@ -323,6 +333,17 @@ class Member:
             error = rpc_error(grpc.StatusCode.UNAVAILABLE, "etcdserver: request timed out")
             store.loop.after(store.rng.uniform(0.5, 3.0), answer, None, error)
             return
+        if store.waylay is not None and name == "Txn" and _appends(request):
+            waylay, store.waylay = store.waylay, None
+            lost = rpc_error(grpc.StatusCode.UNAVAILABLE, "Stream removed")
+            waylay(
+                Waylaid(
+                    lambda: self._do(name, request, answer),
+                    lambda: self._do(name, request, lambda result, error: None),
+                    lambda: answer(None, lost),
+                )
+            )
+            return
         if name in ("Txn", "Put") and store.late_writes and store.rng.random() < store.late_writes:
             store.seen("etcd write took effect late")
             store.loop.after(store.rng.uniform(1.0, 15.0), self._do, name, request, answer)
@@ -345,6 +366,12 @@ class Member:
             link.on_message = lambda request: self.store.watch(link, self, request)
         else:
             link.on_message = lambda request: self.store.beat(link, request) if self.store.has_quorum else None
+
+
+def _appends(request: Any) -> bool:
+    """Whether it would write an event of the log."""
+    puts = (op.request_put.key for op in request.success if op.WhichOneof("request") == "request_put")
+    return any(b"/events/" in key for key in puts)
 
 
 def _kv(change: Change) -> wire.KeyValue:

@@ -24,6 +24,9 @@ CONTROL_PLANE = (
     "coordinator pauses",
     "coordinator loses etcd",
     "coordinator loses workers",
+    "append overtaken",
+    "append in doubt",
+    "command overtaken",
     "agent restarts",
     "etcd member down",
     "etcd away",
@@ -120,6 +123,7 @@ class Storm:
         assert not shut, "every cut is mended by its own undo"
         world.blobs.weather = type(world.blobs.weather)()
         world.etcd.late_writes = 0.0
+        world.etcd.waylay = world.net.hold = None
         world.habits.misses = world.habits.stage_fails = 0.0
         for host in world.hosts:
             for process in list(host.processes):
@@ -146,6 +150,7 @@ class Storm:
                     world.etcd.late_writes = rng.choice((0.02, 0.1))
                 case "messy streams":
                     weather.dropped, weather.doubled, weather.shuffled = (rng.uniform(0, 0.1) for _ in range(3))
+                    weather.late_s = rng.choice((1.0, 8.0))
                 case "slow network":
                     weather.slow_part, weather.slow_s = rng.choice((0.01, 0.05)), rng.choice((0.5, 2.0))
                 case "bad store":

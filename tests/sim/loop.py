@@ -27,24 +27,24 @@ _numbers = itertools.count(1)
 
 
 class SimFuture(asyncio.Future):  # type: ignore[type-arg]
-    """A future whose place in a set does not depend on where it lies in memory."""
+    """A future whose place in a set does not depend on where it lies in memory: numbered when it is first asked."""
 
-    def __init__(self, *, loop: asyncio.AbstractEventLoop) -> None:
-        self._number = next(_numbers)
-        super().__init__(loop=loop)
+    _number = 0
 
     def __hash__(self) -> int:
+        if not self._number:
+            self._number = next(_numbers)
         return self._number
 
 
 class SimTask(asyncio.Task):  # type: ignore[type-arg]
     """The same for a task."""
 
-    def __init__(self, coro: Coroutine[Any, Any, Any], **how: Any) -> None:
-        self._number = next(_numbers)
-        super().__init__(coro, **how)
+    _number = 0
 
     def __hash__(self) -> int:
+        if not self._number:
+            self._number = next(_numbers)
         return self._number
 
 
@@ -77,7 +77,6 @@ class SimLoop(asyncio.AbstractEventLoop):
     def __init__(self) -> None:
         self.now_s = 0.0  # virtual seconds since the beginning
         self.over = False  # the schedule has ended: nothing is taken any more
-        self.callbacks = 0  # run so far
         self.errors: list[BaseException] = []  # raised by callbacks: bugs, ours or the product's
         self.thread_delay_s: Callable[[], float] = lambda: 0.0
         self._ready: deque[Handle] = deque()
@@ -204,12 +203,20 @@ class SimLoop(asyncio.AbstractEventLoop):
     def run_while(self, wanted: Callable[[], bool], *, until_s: float) -> None:
         """Run until ``wanted()`` is false, time is ``until_s``, or nothing is left to happen."""
         events._set_running_loop(self)
+        ready = self._ready
         try:
             while wanted() and self.now_s < until_s:
-                if not self._ready and not self._next_timer():
+                if not ready and not self._next_timer():
                     return
-                for _ in range(len(self._ready)):
-                    self._run(self._ready.popleft())
+                for _ in range(len(ready)):
+                    handle = ready.popleft()
+                    process = handle.process
+                    if handle.cancelled_ or (process is not None and process.holds_back(handle)):
+                        continue
+                    try:
+                        handle.context.run(handle.call, *handle.args)
+                    except Exception as error:
+                        self.errors.append(error)
         finally:
             events._set_running_loop(None)
 
@@ -223,18 +230,6 @@ class SimLoop(asyncio.AbstractEventLoop):
         while timers and timers[0][0] <= self.now_s:
             self._ready.append(heapq.heappop(timers)[2])
         return True
-
-    def _run(self, handle: Handle) -> None:
-        process = handle.process
-        if handle.cancelled_:
-            return
-        if process is not None and process.holds_back(handle):
-            return
-        self.callbacks += 1
-        try:
-            handle.context.run(handle.call, *handle.args)
-        except Exception as error:
-            self.errors.append(error)
 
     def end(self) -> None:
         """Forget everything that was to happen."""

@@ -40,6 +40,7 @@ class Weather:
     dropped: float = 0.0  # of messages of streams between workers and coordinators
     doubled: float = 0.0
     shuffled: float = 0.0
+    late_s: float = 1.0  # a message that is overtaken comes within this, a second copy within twice as much
     shut: dict[tuple[str, str], int] = field(default_factory=dict)  # directions that let nothing through, counted
 
 
@@ -64,6 +65,7 @@ class Network:
         self.machines: dict[str, Machine] = {}  # address -> machine
         self.seen = seen  # counts a situation
         self.links: set[Link] = set()
+        self.hold: Callable[[Link, Any], bool] | None = None  # whether a message to a worker is kept on its way
 
     def delay_s(self) -> float:
         low, high = self.weather.latency_s
@@ -227,10 +229,10 @@ class Link:
                 return
             if draw < weather.dropped + weather.doubled:
                 net.seen("stream message doubled")
-                net.loop.after(when_s - net.loop.now_s + net.rng.uniform(0, 2.0), arrive, message)
+                net.loop.after(when_s - net.loop.now_s + net.rng.uniform(0, 2 * weather.late_s), arrive, message)
             elif draw < weather.dropped + weather.doubled + weather.shuffled:
                 net.seen("stream message overtaken")
-                net.loop.after(when_s - net.loop.now_s + net.rng.uniform(0, 1.0), arrive, message)
+                net.loop.after(when_s - net.loop.now_s + net.rng.uniform(0, weather.late_s), arrive, message)
                 return
         self._last_s[way] = when_s
         net.loop.after(when_s - net.loop.now_s, arrive, message)
@@ -269,8 +271,14 @@ class Link:
     # -- the server's end ------------------------------------------------------------------------------
 
     def to_client(self, message: Any) -> None:
-        if not self.server_ended:
+        held = self.messy and self.net.hold is not None and self.net.hold(self, message)
+        if not self.server_ended and not held:
             self._carry(1, message, self.server_machine, self.client.machine, self._reach_client)
+
+    def deliver(self, message: Any) -> None:
+        """Have a message arrive that was kept on its way."""
+        if self.net.open(self.server_machine, self.client.machine):
+            self._reach_client(message)
 
     def _reach_client(self, message: Any) -> None:
         def take() -> None:

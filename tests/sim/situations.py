@@ -17,10 +17,21 @@ EXPECTED = (
     "generation began smaller than the one before",
     "generation began on other workers",
     "generation failed before its first step",
+    "generation failed: script",
+    "generation failed: connection",
+    "generation failed: killed",
+    "generation failed: node",
+    "generation failed: hang",
+    "generation failed: checkpoint",
+    "salvage committed",
+    "salvage given up",
     "three leaders or more",
     "lost answer: Txn",
     "lost answer: Put",
     "etcd write took effect late",
+    "append overtaken by another leader's election",
+    "append in doubt and done",
+    "append in doubt and never done",
     "leader cut off from etcd only",
     "leader cut off from workers only",
     "leader killed",
@@ -33,6 +44,7 @@ EXPECTED = (
     "object cut short",
     "store full",
     "watch met a compacted revision",
+    "command arrived behind one of a newer generation",
     "request repeated though it was answered",
     "trainer hung",
     "checkpoint named an older one's pack",
@@ -58,6 +70,12 @@ def met(story: Story) -> Iterator[str]:
     for kind in ("CheckpointQuarantined", "CheckpointExpired", "CheckpointPinned"):
         if story.events_of(kind):
             yield f"checkpoint {kind.removeprefix('Checkpoint').lower()}"
+    for told in story.events_of("GenerationFailed"):
+        yield f"generation failed: {told.data.get('kind') or 'unknown'}"
+    salvaged = {told.data["attempt"] for told in story.events_of("SalvageStarted")}
+    for told in story.events_of("CheckpointCommitted", "CheckpointAborted"):
+        if told.data["attempt"] in salvaged:
+            yield "salvage committed" if told.type == "CheckpointCommitted" else "salvage given up"
     if len({told.term for told in story.events}) > 2:
         yield "three leaders or more"
     yield from _generations(story)

@@ -4,16 +4,33 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from dtrain.proto import agent_pb2 as wire
-from tests.sim.world import JOB
+from tests.sim.etcd import Change, Waylaid
+from tests.sim.machines import Machine
+from tests.sim.network import Link
+from tests.sim.world import JOB, PREFIX
 
 if TYPE_CHECKING:
     from tests.sim.faults import Storm
+    from tests.sim.nodes import Node
 
 Undo = Callable[[], None]
+KEPT_S = 8.0  # a command that is kept on its way arrives then: long after it was sent again
 
 
-def _coordinator_dies(storm: "Storm") -> Undo | None:
-    host = storm.host()
+class Later:
+    """The undoing of what has not happened yet."""
+
+    def __init__(self) -> None:
+        self.due = False
+        self.then: Undo | None = None
+
+    def __call__(self) -> None:
+        self.due = True
+        if self.then is not None:
+            self.then()
+
+
+def _kill(storm: "Storm", host: Machine) -> Undo:
     storm.say(f"{host.name} is killed")
     storm.world.saw("leader killed" if host is storm.world.leader else "follower killed")
     for process in list(host.processes):
@@ -21,8 +38,7 @@ def _coordinator_dies(storm: "Storm") -> Undo | None:
     return lambda: storm.world.start_coordinator(host)
 
 
-def _coordinator_pauses(storm: "Storm") -> Undo | None:
-    host = storm.host()
+def _pause(storm: "Storm", host: Machine) -> Undo:
     storm.say(f"{host.name} pauses")
     storm.world.saw("coordinator paused")
     paused = list(host.processes)
@@ -37,8 +53,7 @@ def _coordinator_pauses(storm: "Storm") -> Undo | None:
     return go_on
 
 
-def _coordinator_loses_etcd(storm: "Storm") -> Undo | None:
-    host = storm.host()
+def _lose_etcd(storm: "Storm", host: Machine) -> Undo:
     storm.say(f"{host.name} loses etcd")
     if host is storm.world.leader:
         storm.world.saw("leader cut off from etcd only")
@@ -50,6 +65,77 @@ def _coordinator_loses_workers(storm: "Storm") -> Undo | None:
     storm.say(f"{host.name} loses the workers")
     storm.world.saw("leader cut off from workers only")
     return storm.cut(host.name, [node.machine.name for node in storm.world.nodes])
+
+
+def _append_overtaken(storm: "Storm") -> Undo | None:
+    """The leader's next append stays on its way until another leads; its sender dies, sleeps or is cut off by then."""
+    world, undo = storm.world, Later()
+
+    def waylay(append: Waylaid) -> None:
+        host = world.leader
+        if host is None or undo.due:
+            append.arrive()
+            return
+        storm.say(f"an append of {host.name} stays on its way, until another leads")
+        term = world.etcd.value(f"{PREFIX}/leader")
+        undo.then = storm.rng.choice((_kill, _pause, _lose_etcd))(storm, host)
+        arrived = False
+
+        def arrive() -> None:
+            nonlocal arrived
+            if not arrived:
+                arrived = True
+                append.arrive()
+
+        def look(change: Change) -> None:
+            another = change.key == f"{PREFIX}/leader" and change.value is not None and change is not term
+            if another and not arrived:
+                world.saw("append overtaken by another leader's election")
+                world.loop.after(storm.rng.choice((0.0, 0.002, 0.02, 0.5)), arrive)
+
+        world.etcd.on_change.append(look)
+        world.loop.after(15.0, arrive)
+
+    world.etcd.waylay = waylay
+    return undo
+
+
+def _append_in_doubt(storm: "Storm") -> Undo | None:
+    """The leader's next append is done, not done or done late, and no answer tells which."""
+    world = storm.world
+
+    def waylay(append: Waylaid) -> None:
+        late_s = storm.rng.choice((None, 0.0, storm.rng.uniform(0.01, 1.0), storm.rng.uniform(1.0, 8.0)))
+        storm.say("an append is lost" if late_s is None else f"an append gets no answer; done after {late_s:.2f} s")
+        world.saw("append in doubt and never done" if late_s is None else "append in doubt and done")
+        if late_s is not None:
+            world.loop.after(late_s, append.arrive_unheard)
+        world.loop.after(storm.rng.uniform(0.001, 0.3), append.fail)
+
+    world.etcd.waylay = waylay
+    return None
+
+
+def _command_overtaken(storm: "Storm") -> Undo | None:
+    """A command stays on its way until the worker has one of a newer generation, or for some seconds."""
+    world, net = storm.world, storm.world.net
+    kept: list[tuple[Link, wire.CoordinatorMessage]] = []
+
+    def hold(link: Link, message: wire.CoordinatorMessage) -> bool:
+        command = message.command
+        if not kept and command.WhichOneof("command") in ("start_trainers", "stop_trainers"):
+            storm.say(f"{command.id} stays on its way to {link.client.machine.name}")
+            kept.append((link, message))
+            world.loop.after(KEPT_S, link.deliver, message)
+            return True
+        if kept and link is kept[0][0] and command.generation > kept[0][1].command.generation:
+            world.saw("command arrived behind one of a newer generation")
+            world.loop.after(storm.rng.uniform(0.005, 0.5), link.deliver, kept[0][1])
+            net.hold = None
+        return False
+
+    net.hold = hold
+    return None
 
 
 def _agent_restarts(storm: "Storm") -> Undo | None:
@@ -83,8 +169,10 @@ def _agent_pauses(storm: "Storm") -> Undo | None:
 
 def _power(storm: "Storm", *, wipe: bool) -> Undo | None:
     node = storm.node()
-    if node.machine.dark:
-        return None
+    return None if node.machine.dark else _lose_power(storm, node, wipe=wipe)
+
+
+def _lose_power(storm: "Storm", node: "Node", *, wipe: bool) -> Undo:
     storm.say(f"{node.machine.name} loses power{' and its disk' if wipe else ''}")
     storm.world.saw("machine lost its disk" if wipe else "machine lost power")
     storm.world.hurt(node.machine.name, "power lost")
@@ -205,7 +293,7 @@ def _blob_rots(storm: "Storm") -> Undo | None:
     world = storm.world
     shards = [key for key in world.blobs.objects if key.endswith(".safetensors")]
     committed = [change for kind, change in world.log if kind == "CheckpointCommitted"]
-    if not shards or not committed or storm.rng.random() < 0.5:
+    if not shards or not committed or storm.rng.random() < 0.3:
         return None
     newest = [key for key in shards if key.encode() in (committed[-1].value or b"")]
     key = storm.rng.choice(newest or shards)
@@ -213,7 +301,11 @@ def _blob_rots(storm: "Storm") -> Undo | None:
     world.saw("blob rotted")
     world.hurt("store", "blob rotted")
     world.blobs.rot(key)
-    return None
+    rank = int(key.rpartition("rank-")[2][:5])
+    keeping = [node for node in world.nodes if any(trainer.of.rank == rank for trainer in node.living)]
+    if not keeping or storm.rng.random() < 0.4:
+        return None
+    return _lose_power(storm, keeping[0], wipe=False)  # with the memory from which the rank would start
 
 
 def _clock_jumps(storm: "Storm") -> Undo | None:
@@ -242,10 +334,13 @@ def _people_ask(storm: "Storm") -> Undo | None:
 
 
 FAULTS: dict[str, Callable[["Storm"], Undo | None]] = {
-    "coordinator dies": _coordinator_dies,
-    "coordinator pauses": _coordinator_pauses,
-    "coordinator loses etcd": _coordinator_loses_etcd,
+    "coordinator dies": lambda storm: _kill(storm, storm.host()),
+    "coordinator pauses": lambda storm: _pause(storm, storm.host()),
+    "coordinator loses etcd": lambda storm: _lose_etcd(storm, storm.host()),
+    "append overtaken": _append_overtaken,
+    "append in doubt": _append_in_doubt,
     "coordinator loses workers": _coordinator_loses_workers,
+    "command overtaken": _command_overtaken,
     "agent restarts": _agent_restarts,
     "agent dies": _agent_dies,
     "agent pauses": _agent_pauses,

@@ -35,7 +35,8 @@ GRADUAL_STEPS = 40
 NO_STATE = "genesis"
 WAIT_S = 0.05  # between two looks at a file or a word
 HOLD_S = 900.0  # as in production: how long a trainer waits for its last state to be asked for
-STALLED_S = 4.0  # a collective that gets nowhere raises after this
+STALLED_S = 4.0  # a collective that gets nowhere raises after this, in the words of gloo:
+TIMED_OUT = "RuntimeError: Timed out waiting 4000ms for recv operation to complete"
 
 
 @dataclass(frozen=True, slots=True)
@@ -356,7 +357,7 @@ class Gang:
         if any(rank.hangs for rank in ranks) or not self._connected(ranks):
             self._stalled_s += took_s
             if not any(rank.hangs for rank in ranks) and self._stalled_s > STALLED_S:
-                ranks[world.rng.randrange(len(ranks))].end(1, "collective timed out")
+                ranks[world.rng.randrange(len(ranks))].end(1, TIMED_OUT)
                 return
             self._schedule()
             return

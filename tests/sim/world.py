@@ -48,6 +48,7 @@ class Shape:
     keep_last: int
     fence_after_s: float
     drift: float
+    hang_timeout_s: float | None  # None: the product's own, far longer than a schedule
 
 
 @dataclass

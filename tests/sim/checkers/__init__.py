@@ -33,13 +33,22 @@ CHECKERS = {
     "slots hold one trainer": trainers.slots,
     "nothing is done twice": trainers.once,
     "stopped trainers end": trainers.ended,
+    "only what is over is stopped": trainers.stopped,
     "peers are of one generation": outcomes.peers,
     "healthy trainers go on": outcomes.undisturbed,
+    "only what stands still hangs": outcomes.hangs,
     "no process gives up": outcomes.endings,
     "the job finishes": outcomes.finished,
+    "all ranks succeed": outcomes.succeeded,
     "the last step is saved": outcomes.saved,
     "what is owed is done": outcomes.settled,
 }
+
+
+def owes(world: "World", storm: "Storm") -> bool:
+    """Whether something is left to be done at the end of a job."""
+    story = Story(world, storm)
+    return any(True for checker in (outcomes.settled, trainers.ended) for _ in checker(story))
 
 
 def check(world: "World", storm: "Storm") -> list[Finding]:

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dtrain.worker.rank_dirs import RankId
 from tests.sim.checkers.stories import Story
 
+STOPPED = ("told to end", "it was a stray")  # how the models of keepers and of the sweep say who ended a trainer
+
 
 def slots(story: Story) -> Iterator[str]:
     """Never more trainers on a machine than slots, and never of two generations of a job."""
@@ -46,3 +48,13 @@ def ended(story: Story) -> Iterator[str]:
     for node in story.world.nodes:
         for trainer in node.living:
             yield f"{trainer.of} still lives on {node.machine.name} after the job's end"
+
+
+def stopped(story: Story) -> Iterator[str]:
+    """A worker ends a trainer only if the log says by then that its generation is over."""
+    for entry in story.diary:
+        if entry.what != "ended" or not entry.detail.endswith(STOPPED):
+            continue
+        standing = story.standing_at(entry.at_s)
+        if standing.generation is not None and standing.generation.data["generation"] == entry.of.generation:
+            yield f"{entry.of} was ended by its worker at {entry.at_s:.3f} s while its generation went on"
