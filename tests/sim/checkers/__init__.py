@@ -48,7 +48,10 @@ CHECKERS = {
 def owes(world: "World", storm: "Storm") -> bool:
     """Whether something is left to be done at the end of a job."""
     story = Story(world, storm)
-    return any(True for checker in (outcomes.settled, trainers.ended) for _ in checker(story))
+    try:
+        return any(True for checker in (outcomes.settled, trainers.ended) for _ in checker(story))
+    except LookupError:  # a history that makes no sense; check() says so
+        return False
 
 
 def check(world: "World", storm: "Storm") -> list[Finding]:
