@@ -5,8 +5,10 @@ taken and the key is put again. The key is also compared, now and then, with wha
 answer was lost may be applied late and bind the key to an older lease, an operator may delete it, a restored
 etcd may have forgotten it. So this is a level that is held, not an edge that fires once.
 
-A put whose answer was lost is read back at once, and tried again while its lease lives. To give the lease back
-and begin anew would delete a key that was put after all, and leave its owner unregistered for a pause.
+The key is never taken back but at the end. A put whose answer was lost is read back at once, and tried again while
+its lease lives. A lease that must be thought lost is left alone, not revoked: after an outage etcd starts it again,
+and until the key is bound to the next lease it tells the truth. Either would delete a key that is there, and its
+owner would be a lost worker for whoever looks in between.
 
 A name has one owner: the newest process that registered it. One that finds its key held by a lease that was
 never its own has been replaced, and is told so by :class:`RegistrationTaken`.
@@ -65,18 +67,17 @@ async def keep_registered(
     """
     registration = _Registration(client, key, value, on_change)
     pause_s = _RETRY_FIRST_S
-    while True:
-        try:
-            lease = await Lease.grant(client, ttl_s)
+    try:
+        while True:
             try:
-                if await registration.hold(lease):
+                if await registration.hold(await Lease.grant(client, ttl_s)):
                     pause_s = _RETRY_FIRST_S
-            finally:
-                await lease.revoke()
-        except (RetryableError, LeaseLost) as error:
-            logger.info("%s is not registered: %s", key, error)
-        await asyncio.sleep(pause_s * (0.5 + random.random()))
-        pause_s = min(pause_s * 2, _RETRY_MAX_S)
+            except (RetryableError, LeaseLost) as error:
+                logger.info("%s is not registered: %s", key, error)
+            await asyncio.sleep(pause_s * (0.5 + random.random()))
+            pause_s = min(pause_s * 2, _RETRY_MAX_S)
+    finally:
+        await registration.give_back()
 
 
 class _Registration:
@@ -86,11 +87,13 @@ class _Registration:
         self._value = value
         self._on_change = on_change
         self._leases: set[int] = set()  # every lease this process ever put the key with
+        self._bound: list[Lease] = []  # those that the key may be bound to now: the newest, and the one before
         self._claimed = False  # a put of ours was acknowledged, so that a foreign key is a newer owner's
 
     async def hold(self, lease: Lease) -> bool:
         """Put the key and keep it until the lease is lost; return whether the key was ever put."""
         self._leases.add(lease.id)
+        self._bound = [*self._bound[-1:], lease]
         beating = asyncio.create_task(lease.keep_alive())
         registered = False
         try:
@@ -109,6 +112,11 @@ class _Registration:
             if registered:
                 self._tell(RegistrationChange(registered=False, lease=lease.id, revision=0))
         return registered
+
+    async def give_back(self) -> None:
+        """Take the key back."""
+        for lease in self._bound:
+            await lease.revoke()
 
     def _tell(self, change: RegistrationChange) -> None:
         if self._on_change is not None:

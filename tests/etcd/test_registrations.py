@@ -72,6 +72,7 @@ def test_a_registration_lost_in_an_outage_is_made_again_when_etcd_is_back(etcd: 
             await etcd.up()
             again = await until(client, lambda kv: kv is not None and kv.lease != first.lease)
             assert again is not None and again.value == b"me"
+            assert again.create_revision == first.create_revision, "it was taken back in between"
             async with asyncio.timeout(DEADLINE_S):
                 while len(changes) < 3:
                     await asyncio.sleep(0.02)
