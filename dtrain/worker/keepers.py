@@ -8,6 +8,7 @@ it lies in its rank folder, so a restarted agent needs no memory of its own to g
 - started.json, and the keeper lives: the trainer runs; the keeper is watched;
 - started.json, and the keeper is gone: exited.json says how it ended, or nobody saw it; that is reported.
 
+A keeper that is stopped or stuck says nothing: it is killed a while after its trainer's end.
 An exit is reported when the keeper is gone too, since it leaves last: then no descendant of the trainer holds a
 port, a device or a lock any more. A keeper that was itself killed takes its trainer along (the kernel does it);
 what the trainer had started is found by the mark in its environment, and killed before the exit is reported.
@@ -36,6 +37,8 @@ from dtrain.worker.zygotes import ForkedKeeper, Zygotes
 
 logger = logging.getLogger(__name__)
 
+# A keeper whose trainer is gone or was to be killed ends with its descendants, for which it waits 10 s at most.
+KEEPER_ENDS_S = 15.0
 STRAYS_S = 10.0  # how long killed processes may take to vanish before the exit is reported all the same
 STRAYS_PAUSE_S = 0.02
 
@@ -49,6 +52,7 @@ class _Kept:
         self.child: subprocess.Popen[bytes] | ForkedKeeper | None = None  # the keeper that this process asked for
         self.started: Started | None = None
         self.pidfd = -1
+        self.trainer_pidfd = -1
         self.told_started = False
         self.end_grace_s: float | None = None  # asked to end before its keeper was known
         self.kill_timer: asyncio.TimerHandle | None = None
@@ -139,6 +143,7 @@ class Keepers:
             return
         if started.trainer_pid and not kept.told_started:
             kept.told_started = True
+            self._watch_trainer(kept, started)
             of = kept.of
             self._emit(TrainerStarted(job=of.job, generation=of.generation, rank=of.rank, pid=started.trainer_pid))
         if kept.end_grace_s is not None:
@@ -168,6 +173,24 @@ class Keepers:
         kept.pidfd = pidfd
         asyncio.get_running_loop().add_reader(pidfd, self._keeper_gone, kept)
         return True
+
+    def _watch_trainer(self, kept: _Kept, started: Started) -> None:
+        """Have the loop woken when the trainer is gone, in case its keeper does not say so."""
+        with contextlib.suppress(ProcessLookupError):
+            kept.trainer_pidfd = os.pidfd_open(started.trainer_pid)
+            if keeper.start_time(started.trainer_pid) == started.trainer_start:
+                asyncio.get_running_loop().add_reader(kept.trainer_pidfd, self._trainer_gone, kept)
+
+    def _trainer_gone(self, kept: _Kept) -> None:
+        self._forget_trainer(kept)
+        self._later(kept, KEEPER_ENDS_S, self._kill_keeper)
+
+    @staticmethod
+    def _forget_trainer(kept: _Kept) -> None:
+        if kept.trainer_pidfd >= 0:
+            asyncio.get_running_loop().remove_reader(kept.trainer_pidfd)
+            os.close(kept.trainer_pidfd)
+            kept.trainer_pidfd = -1
 
     def _keeper_gone(self, kept: _Kept) -> None:
         asyncio.get_running_loop().remove_reader(kept.pidfd)
@@ -207,6 +230,7 @@ class Keepers:
     def _finish(self, kept: _Kept, fact: ExitFact) -> None:
         if kept.kill_timer is not None:
             kept.kill_timer.cancel()
+        self._forget_trainer(kept)
         if isinstance(kept.child, ForkedKeeper):
             kept.child.close()
         self._kept.pop(kept.of, None)
@@ -223,12 +247,26 @@ class Keepers:
         if kept.pidfd < 0:
             kept.end_grace_s = grace_s  # until it has said who it is, its signals are not blocked
         elif grace_s <= 0:
-            self._signal(kept, signal.SIGQUIT)
+            self._kill_trainer(kept)
         else:
             self._signal(kept, signal.SIGTERM)
-            if kept.kill_timer is not None:
-                kept.kill_timer.cancel()
-            kept.kill_timer = asyncio.get_running_loop().call_later(grace_s, self._signal, kept, signal.SIGQUIT)
+            self._later(kept, grace_s, self._kill_trainer)
+
+    def _kill_trainer(self, kept: _Kept) -> None:
+        self._signal(kept, signal.SIGQUIT)
+        self._later(kept, KEEPER_ENDS_S, self._kill_keeper)
+
+    def _kill_keeper(self, kept: _Kept) -> None:
+        """It is stopped, or stuck: it would hold the next generation up for ever. Its trainer dies with it."""
+        of = kept.of
+        logger.warning("%s generation %d rank %d: its keeper does not end: killed", of.job, of.generation, of.rank)
+        self._signal(kept, signal.SIGKILL)
+
+    @staticmethod
+    def _later(kept: _Kept, seconds: float, what: Callable[[_Kept], None]) -> None:
+        if kept.kill_timer is not None:
+            kept.kill_timer.cancel()
+        kept.kill_timer = asyncio.get_running_loop().call_later(seconds, what, kept)
 
     def _signal(self, kept: _Kept, number: signal.Signals) -> None:
         if kept.pidfd >= 0:
@@ -240,6 +278,7 @@ class Keepers:
         for kept in self._kept.values():
             if kept.kill_timer is not None:
                 kept.kill_timer.cancel()
+            self._forget_trainer(kept)
             if kept.pidfd >= 0:
                 asyncio.get_running_loop().remove_reader(kept.pidfd)
                 os.close(kept.pidfd)

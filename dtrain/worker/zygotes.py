@@ -55,6 +55,14 @@ def needs_here(state: NodeState) -> list[Needs]:
     ]
 
 
+def _is_stopped(pid: int) -> bool:
+    """Whether somebody stopped the process: it would be noticed only when a rank waits for it."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0] in (b"T", b"t")
+    except OSError:
+        return False
+
+
 class ForkedKeeper:
     """A keeper that the zygote was asked for."""
 
@@ -130,6 +138,9 @@ class Zygotes:
             self._start_at, self._backoff_s = now, BACKOFF_FIRST_S
         if any(now - asked.asked_at > ANSWER_MAX_S for asked in self._asked.values()):
             logger.warning("the warm process does not answer: replaced")
+            self._end()
+        elif self._process is not None and _is_stopped(self._process.pid):
+            logger.warning("the warm process is stopped: replaced")
             self._end()
         due = quiet or now >= self._insist_at
         if self._enabled and self._process is None and now >= self._start_at and due:

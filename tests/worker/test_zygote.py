@@ -258,6 +258,14 @@ def test_only_what_libraries_read_is_a_need() -> None:
     assert needs_of({**LIBRARIES, **others}) == LIBRARIES
 
 
+def test_a_zygote_that_is_stopped_is_replaced_before_anybody_waits_for_it(quick_nursery: Nursery) -> None:
+    first = quick_nursery.ready()
+    os.kill(first, signal.SIGSTOP)
+    another_zygote(quick_nursery, first)
+    assert not alive(first)
+    assert quick_nursery.rank("print('served')").end() == (0, "served\n")
+
+
 def test_who_asked_a_zygote_that_does_not_answer_is_told(nursery: Nursery) -> None:
     rank = nursery.rank("print('ran')")
     zygote = nursery.ready()

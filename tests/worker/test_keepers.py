@@ -1,0 +1,91 @@
+"""The agent's side of keepers: whatever becomes of one, the end of its rank is told, and nothing of it lives on."""
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Coroutine, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from dtrain.common.names import Generation, JobName
+from dtrain.worker import keepers
+from dtrain.worker.core.inputs import TrainerExited, TrainerStarted
+from dtrain.worker.environment import trainer_mark
+from dtrain.worker.keepers import Keepers
+from dtrain.worker.rank_dirs import KeeperPlan, RankId, read_started
+from dtrain.worker.zygotes import Zygotes
+from tests.support.processes import MARK, end_all, new_mark
+from tests.worker.nodes import alive
+
+DEADLINE_S = 30.0
+OF = RankId(job=JobName("job"), generation=Generation(1), rank=0)
+JOURNAL = "journal-of-this-test"
+LOOK_S = 0.01
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    mark = new_mark()
+    monkeypatch.setenv(MARK, mark)
+    folder = tmp_path / "rank0"
+    folder.mkdir()
+    plan = KeeperPlan(
+        argv=[sys.executable, "-u", "-c", "import time; time.sleep(600)"],
+        cwd=str(tmp_path),
+        env={**os.environ, "DTRAIN_TRAINER": trainer_mark(OF, JOURNAL)},
+        log=str(tmp_path / "log"),
+        error_file=str(tmp_path / "error.json"),
+        grace_s=10.0,
+        agent_lock=str(tmp_path / "agent.lock"),
+        orphan_after_s=60.0,
+    )
+    (folder / "keeper.json").write_bytes(msgspec.json.encode(plan))
+    try:
+        yield folder
+    finally:
+        end_all(mark)
+
+
+async def told(facts: "asyncio.Queue[TrainerStarted | TrainerExited]", them: Keepers) -> TrainerStarted | TrainerExited:
+    async with asyncio.timeout(DEADLINE_S):
+        while facts.empty():
+            them.poll()
+            await asyncio.sleep(LOOK_S)
+        return facts.get_nowait()
+
+
+@pytest.mark.parametrize("trainer", ["is to be ended", "dies"])
+def test_a_keeper_that_is_stopped_holds_no_rank_for_ever(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, trainer: str
+) -> None:
+    monkeypatch.setattr(keepers, "KEEPER_ENDS_S", 0.3)
+
+    async def play() -> None:
+        facts: asyncio.Queue[TrainerStarted | TrainerExited] = asyncio.Queue()
+        tasks: list[asyncio.Task[None]] = []
+
+        def begin(work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+            tasks.append(asyncio.create_task(work))
+            return tasks[-1]
+
+        zygotes = Zygotes(folder / "zygote.log", enabled=False)
+        them = Keepers(facts.put_nowait, lambda of: None, JOURNAL, begin, zygotes)
+        them.ensure(OF, folder, start=True)
+        assert isinstance(await told(facts, them), TrainerStarted)
+        started = read_started(folder)
+        assert started is not None
+        os.kill(started.keeper_pid, signal.SIGSTOP)
+        if trainer == "dies":
+            os.kill(started.trainer_pid, signal.SIGKILL)
+        else:
+            them.end(OF.job, OF.generation, 0.0)
+        exited = await told(facts, them)
+        assert isinstance(exited, TrainerExited) and exited.exit.code is None
+        assert not alive(started.keeper_pid) and not alive(started.trainer_pid)
+        await asyncio.gather(*tasks)
+
+    asyncio.run(play())
