@@ -195,8 +195,7 @@ class Agent:
             self._sweep()
             async with asyncio.TaskGroup() as group:
                 self._tasks.group = group
-                self._state, actions = recover(self._state, _now())
-                await self._do(actions)
+                await self._take(*recover(self._state, _now()))
                 background = [group.create_task(work) for work in self._background()]
                 await self._turns()
                 await self._client.flush()
@@ -240,14 +239,17 @@ class Agent:
         while not (self._state.stopping and self._is_over()):
             fact = await self._inputs.get()
             _note(fact)
-            self._state, actions = step(self._state, fact, _now())
-            await self._do(actions)
+            await self._take(*step(self._state, fact, _now()))
 
-    async def _do(self, actions: Sequence[Action]) -> None:
-        """Persist, then act: no act begins before the disk holds why."""
+    async def _take(self, state: NodeState, actions: Sequence[Action]) -> None:
+        """Persist, then tell and act: no snapshot shows and no act begins what the disk does not hold.
+
+        A heartbeat may come while the disk is written: it still tells the state before.
+        """
         entries = [action for action in actions if isinstance(action, JournalEntry)]
         if entries:
             await asyncio.to_thread(self._journal.write, entries)
+        self._state = state
         for action in actions:
             if not isinstance(action, JournalEntry):
                 perform(self._shells, action)
