@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -22,7 +23,7 @@ from typing import TypeVar
 from benchmarks.checkpoint import plot
 from benchmarks.checkpoint.bare import client, mapped, multipart_put, whole_put
 from benchmarks.checkpoint.figures import Row, as_markdown, gib_s, ms, warm
-from benchmarks.checkpoint.ours import Checkpoints, Sizes, measure_checkpoints, measure_restores
+from benchmarks.checkpoint.ours import Checkpoints, Said, Sizes, measure_checkpoints, measure_restores
 
 TENSORS = 200
 CORES = 2  # threads of all ranks together in the settings that fill the machine
@@ -41,7 +42,7 @@ def in_folder(where: Path, work: Callable[[Path], Result]) -> Result:
         shutil.rmtree(folder)
 
 
-def rivals(what: str, folder: Path, sizes: Sizes, *, ranks: int, threads: int) -> list[dict[str, list[object]]]:
+def rivals(what: str, folder: Path, sizes: Sizes, *, ranks: int, threads: int) -> list[Said]:
     """Run torch's ways on ``ranks`` processes; return what each said."""
     script = Path(__file__).with_name("rivals.py")
     arguments = [str(folder), *map(str, (sizes.mib, sizes.tensors, threads, sizes.rounds))]
@@ -61,12 +62,12 @@ def rivals(what: str, folder: Path, sizes: Sizes, *, ranks: int, threads: int) -
             process.wait()
 
 
-def slowest(said: list[dict[str, list[object]]]) -> Rounds:
+def slowest(said: list[Said]) -> Rounds:
     """Of each round the slowest rank, for stall and safety apart."""
     found: Rounds = {}
     for way in said[0]:
         by_round = zip(*(rank[way] for rank in said), strict=True)
-        found[way] = [tuple(map(max, zip(*of_ranks, strict=True))) for of_ranks in by_round]  # type: ignore[arg-type,misc]
+        found[way] = [(max(stall for stall, _ in of_ranks), max(safe for _, safe in of_ranks)) for of_ranks in by_round]
     return found
 
 
@@ -80,8 +81,8 @@ def local(where: Path, sizes: Sizes, *, ranks: int, threads: int) -> tuple[list[
     theirs = slowest(in_folder(where, lambda folder: rivals("save", folder, sizes, ranks=ranks, threads=threads)))
     stalls = {"dtrain": own.stalls_s, "dtrain, slots in files": files.stalls_s}
     durable = {"dtrain": own.durable_s, "dtrain, slots in files": files.durable_s}
-    for way, rounds in theirs.items():
-        stalls[way], durable[way] = [list(column) for column in zip(*rounds, strict=True)]
+    for way, times in theirs.items():
+        stalls[way], durable[way] = [stall for stall, _ in times], [safe for _, safe in times]
     rows = _local_rows(own, stalls, durable, setting)
     print(f"\n{setting}: seconds, median without the first round (all rounds)")
     for way in stalls:
@@ -189,17 +190,17 @@ def restore(where: Path, sizes: Sizes) -> list[Row]:
     own = in_folder(where, lambda folder: measure_restores(folder, sizes, from_memory=False))
     memory = in_folder(where, lambda folder: measure_restores(folder, sizes, from_memory=True))
     said = in_folder(where, lambda folder: rivals("load", folder, sizes, ranks=1, threads=CORES))[0]
-    theirs = {way: median(times) for way, times in said.items()}  # type: ignore[type-var]
+    theirs = {way: median(times) for way, times in said.items()}
     floor = theirs.pop("mapped memory + copy")
-    best = min((took, way) for way, took in theirs.items())  # type: ignore[type-var]
-    print(f"restores: folder {own}, memory {memory}, {theirs}, mapped memory + copy {floor:.3f}", flush=True)  # type: ignore[str-bytes-safe]
+    best = min((took, way) for way, took in theirs.items())
+    print(f"restores: folder {own}, memory {memory}, {theirs}, mapped memory + copy {floor:.3f}", flush=True)
     return [
         Row(
             what="restore, folder",
             setting=f"1 × {CORES}",
             ours=ms(median(own)),
-            against=f"{best[1]} {ms(best[0])}",  # type: ignore[arg-type]
-            ratio=best[0] / median(own),  # type: ignore[operator]
+            against=f"{best[1]} {ms(best[0])}",
+            ratio=best[0] / median(own),
             bound=1.0,
             most=False,
         ),
@@ -207,8 +208,8 @@ def restore(where: Path, sizes: Sizes) -> list[Row]:
             what="restore, from memory",
             setting=f"1 × {CORES}",
             ours=ms(median(memory)),
-            against=f"mapped memory + copy {ms(floor)}",  # type: ignore[arg-type]
-            ratio=floor / median(memory),  # type: ignore[operator]
+            against=f"mapped memory + copy {ms(floor)}",
+            ratio=floor / median(memory),
             bound=0.9,
             most=False,
         ),
@@ -224,6 +225,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="where the picture goes (SVG)")
     parser.add_argument("--only", choices=PARTS, help="one part of the table")
     given = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # servers and folders go with the stack
     where = given.folder.resolve()
     sizes = Sizes(mib=given.mib, tensors=TENSORS, rounds=given.rounds)
     rows: list[Row] = []

@@ -11,8 +11,13 @@ from typing import TYPE_CHECKING
 import boto3.session
 from botocore.config import Config
 
+from dtrain.storage.metering import UNMETERED
+from dtrain.storage.parts import Scattered
+from dtrain.storage.s3_bodies import body
+
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
+    from mypy_boto3_s3.type_defs import CompletedPartTypeDef
 
 SEND_BYTES = 16 * 1024 * 1024
 PART_BYTES = 64 * 1024 * 1024
@@ -34,29 +39,6 @@ def bare_send(source: Path, size_bytes: int) -> float:
     return took_s
 
 
-class _Slices:
-    """A body that hands out large slices: what urllib3 needs to be quick."""
-
-    def __init__(self, view: memoryview) -> None:
-        self._view, self._at = view, 0
-
-    def __len__(self) -> int:
-        return len(self._view)
-
-    def read(self, size: int = -1) -> memoryview:
-        length = len(self._view) if size < 0 else max(size, 1024 * 1024)
-        part = self._view[self._at : self._at + length]
-        self._at += len(part)
-        return part
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        self._at = (0, self._at, len(self._view))[whence] + offset
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-
 def client(endpoint: str) -> "S3Client":
     """A boto3 client with the settings that measured best; credentials come from the environment."""
     config = Config(
@@ -70,28 +52,28 @@ def client(endpoint: str) -> "S3Client":
 
 def whole_put(s3: "S3Client", bucket: str, view: memoryview) -> None:
     """One put of everything."""
-    s3.put_object(Bucket=bucket, Key="bare", Body=_Slices(view), ContentLength=len(view))  # type: ignore[arg-type]
+    s3.put_object(Bucket=bucket, Key="bare", Body=body(Scattered([view]), UNMETERED), ContentLength=len(view))
 
 
 def multipart_put(s3: "S3Client", bucket: str, view: memoryview) -> None:
     """Parts of 64 MiB, two at a time."""
     upload = s3.create_multipart_upload(Bucket=bucket, Key="bare")["UploadId"]
 
-    def part(number: int) -> dict[str, object]:
+    def part(number: int) -> "CompletedPartTypeDef":
         piece = view[(number - 1) * PART_BYTES : number * PART_BYTES]
         answer = s3.upload_part(
             Bucket=bucket,
             Key="bare",
             UploadId=upload,
             PartNumber=number,
-            Body=_Slices(piece),  # type: ignore[arg-type]
+            Body=body(Scattered([piece]), UNMETERED),
             ContentLength=len(piece),
         )
         return {"PartNumber": number, "ETag": answer["ETag"]}
 
     with ThreadPoolExecutor(THREADS) as pool:
         parts = list(pool.map(part, range(1, -(-len(view) // PART_BYTES) + 1)))
-    s3.complete_multipart_upload(Bucket=bucket, Key="bare", UploadId=upload, MultipartUpload={"Parts": parts})  # type: ignore[typeddict-item]
+    s3.complete_multipart_upload(Bucket=bucket, Key="bare", UploadId=upload, MultipartUpload={"Parts": parts})
 
 
 def mapped(

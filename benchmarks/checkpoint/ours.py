@@ -16,7 +16,9 @@ import sys
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from benchmarks.checkpoint.bare import bare_send
 from dtrain.common.digests import blob_digest
@@ -39,6 +41,7 @@ from dtrain.worker.tasks import Tasks
 from dtrain.worker.uploads import Uploads
 
 JOB = JobName("bench")
+Said = dict[str, Any]  # what a trainer writes at its end: see trainer.py
 SCRIPT = Path(__file__).with_name("trainer.py")
 WARM_UP_S = 6.0  # between the first step and the first checkpoint: a job's first checkpoint is not asked for sooner
 DEADLINE_S = 300.0
@@ -58,7 +61,7 @@ class Checkpoints:
     uploads: list[tuple[float, float]] = field(default_factory=list)  # when each upload ran
     memcpy_s: list[float] = field(default_factory=list)
     step_ratio: float = 0.0  # a step while uploading / a step while not
-    above_state_bytes: int = 0  # private memory of a trainer at its end, above what it had before its checkpoints
+    above_state_bytes: int = 0  # private memory of a trainer at its peak, above what it had before its checkpoints
     state_bytes: int = 0  # a rank
 
 
@@ -167,7 +170,7 @@ class Node:
         self.answers.clear()
         began = time.monotonic()
         for of in ids:
-            self.mailboxes.ask_stage(of, word, lambda of=of: self.arenas.choose(of, number - 1))  # type: ignore[misc]
+            self.mailboxes.ask_stage(of, word, partial(self.arenas.choose, of, number - 1))
         request = CheckpointRequest(
             checkpoint=CheckpointNumber(number),
             attempt=AttemptNumber(number),
@@ -257,7 +260,7 @@ class Node:
         store.put(marker_key(JOB, request.checkpoint), encode(marker))
         self.manifest = manifest, blob_digest(data)
 
-    async def run(self, during: Awaitable[None], trainers: list["subprocess.Popen[bytes]"]) -> list[dict[str, object]]:
+    async def run(self, during: Awaitable[None], trainers: list["subprocess.Popen[bytes]"]) -> list[Said]:
         """Do ``during`` while the trainers train; then end them and return what they saw."""
         try:
             await during
@@ -312,7 +315,7 @@ def measure_checkpoints(
             await node.checkpoint(number, measured, bare or bare_send)
             shutil.rmtree(folder / "store", ignore_errors=True)
 
-    async def whole() -> list[dict[str, object]]:
+    async def whole() -> list[Said]:
         async with asyncio.TaskGroup() as group:
             node.tasks.group = group
             trainers = node.start(mib=sizes.mib, tensors=sizes.tensors, copies=int(not store))
@@ -326,14 +329,14 @@ def measure_checkpoints(
     return measured
 
 
-def _take_in(measured: Checkpoints, said: list[dict[str, object]]) -> None:
+def _take_in(measured: Checkpoints, said: list[Said]) -> None:
     """Add what the trainers saw."""
-    by_round = zip(*(rank["memcpy_s"] for rank in said), strict=False)  # type: ignore[misc]
+    by_round = zip(*(rank["memcpy_s"] for rank in said), strict=False)
     measured.memcpy_s = [max(copies) for copies in by_round]
-    measured.state_bytes = said[0]["state_bytes"]  # type: ignore[assignment]
-    measured.above_state_bytes = max(rank["after_bytes"] - rank["before_bytes"] for rank in said)  # type: ignore[operator]
+    measured.state_bytes = said[0]["state_bytes"]
+    measured.above_state_bytes = max(rank["peak_bytes"] - rank["before_bytes"] for rank in said)
     during, apart = [], []
-    for ended, took in (step for rank in said for step in rank["steps"]):  # type: ignore[attr-defined]
+    for ended, took in (step for rank in said for step in rank["steps"]):
         inside = any(began <= ended - took and ended <= done for began, done in measured.uploads)
         near = any(began - PAUSE_S / 2 <= ended and ended - took <= done for began, done in measured.uploads)
         if inside:

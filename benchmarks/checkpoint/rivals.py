@@ -153,7 +153,7 @@ def main() -> None:
     what, folder = sys.argv[1], Path(sys.argv[4])
     rank, ranks, mib, tensors, threads, rounds = (int(sys.argv[n]) for n in (2, 3, 5, 6, 7, 8))
     torch.set_num_threads(threads)
-    store = dist.FileStore(str(folder / "rendezvous"), ranks)  # type: ignore[attr-defined]
+    store = dist.FileStore(str(folder / "rendezvous"), ranks)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
     elements = mib * 1024 * 1024 // 4 // tensors
     state = {f"rank{rank}.weight{n}": torch.rand(elements) for n in range(tensors)}

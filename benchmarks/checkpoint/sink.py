@@ -50,7 +50,7 @@ def _serve(connection: socket.socket) -> None:
                 body = read.read(left)
             else:
                 while left:
-                    left -= read.readinto(buffer[: min(left, BUFFER_BYTES)]) or 0  # type: ignore[attr-defined]
+                    left -= read.readinto(buffer[: min(left, BUFFER_BYTES)]) or 0
             status, more, text = _answer(method, target, headers, body)
             head = f"HTTP/1.1 {status}\r\nContent-Length: {len(text)}\r\n{more}\r\n".encode()
             connection.sendall(head + (b"" if method == "HEAD" else text))

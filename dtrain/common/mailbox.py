@@ -83,6 +83,8 @@ class _Word(IntEnum):
     METRICS_LEN = 33
     ERROR_SEQ = 34
     ERROR_LEN = 35
+    READ_BYTES = 36  # of what it starts from, read by the trainer itself
+    TO_READ_BYTES = 37  # 0: nothing
 
 
 _METRICS_AT, _METRICS_MAX = 1024, 3072
@@ -210,6 +212,15 @@ class Mailbox:
         self._words[_Word.STAGED_SLOT] = slot
         self._words[_Word.STAGED_BYTES] = size_bytes
         self._words[_Word.STAGED] = word
+
+    @property
+    def reading(self) -> tuple[int, int]:
+        """(bytes read, bytes in all) of what the trainer reads itself of the checkpoint it starts from."""
+        return self._words[_Word.READ_BYTES], self._words[_Word.TO_READ_BYTES]
+
+    def publish_reading(self, done_bytes: int, total_bytes: int) -> None:
+        self._words[_Word.READ_BYTES] = done_bytes
+        self._words[_Word.TO_READ_BYTES] = total_bytes
 
     @property
     def missed(self) -> int:

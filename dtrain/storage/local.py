@@ -107,6 +107,9 @@ class LocalFolder:
                 rest = rest[count:]
                 offset += count
 
+    def local_path(self, key: str) -> Path | None:
+        return self._root / validate_key(key)
+
     def head(self, key: str) -> ObjectInfo | None:
         with _translated(key, self._root):
             try:

@@ -23,6 +23,7 @@ Every call blocks and may be made from any thread. Errors are the classes below 
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from dtrain.common.errors import PermanentError, RetryableError
@@ -99,6 +100,14 @@ class ObjectStore(Protocol):
 
         Raises :class:`NotFound`, or :class:`~dtrain.common.errors.ShardDamagedError` if the object ends before
         ``target`` is full; what ``target`` then holds is not defined.
+        """
+        ...
+
+    def local_path(self, key: str) -> Path | None:
+        """Return where a process on this node may find the object as a file of the same bytes; None if nowhere.
+
+        A hint, which touches nothing: there may be no such file, or another one. Whoever reads it verifies what it
+        reads, and goes back to :meth:`read_into` for whatever is not as it should be.
         """
         ...
 

@@ -4,18 +4,48 @@ They lie in the generation's folder in shared memory; trainer/restoring.py tells
 """
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 
 import msgspec
 
 from dtrain.common.errors import PermanentError
-from dtrain.storage.indexes import IndexedShard
+from dtrain.storage.indexes import IndexedShard, Piece
 from dtrain.storage.ranges import NeededRange
 
 RESTORE_FOLDER = "restore"  # in the generation's folder
 MANIFEST_FILE = "manifest.json"  # written last: then all indexes are there
 INDEX_FILE = "rank-{:05d}.index.json"
+SOURCES_FILE = "sources.json"  # written before the manifest
 SHARD_FILE = "rank-{:05d}.safetensors"  # as large as the shard, with holes where nothing is needed
 NEEDS_FILE = "needs.json"  # in a rank's folder
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sources:
+    """Where on this node a checkpoint's bytes probably lie. Nothing of it is verified."""
+
+    images: dict[int, str] = field(default_factory=dict)  # shard -> path of a file that begins with its image
+    objects: dict[str, str] = field(default_factory=dict)  # key of an object -> path of a file that is the object
+
+    def place_of(self, shard: int, piece: Piece) -> tuple[str, int] | None:
+        """Return the file that the piece probably lies in, and where it begins there; None if nowhere on this node."""
+        if shard in self.images:
+            return self.images[shard], piece.begin
+        if piece.key in self.objects:
+            return self.objects[piece.key], piece.at
+        return None
+
+
+def encode_sources(sources: Sources) -> bytes:
+    return msgspec.json.encode(sources)
+
+
+def decode_sources(data: bytes) -> Sources:
+    """Return what :func:`encode_sources` was given. Raises :class:`PermanentError` if that is not what this is."""
+    try:
+        return msgspec.json.decode(data, type=Sources)
+    except msgspec.DecodeError as error:
+        raise PermanentError(f"the worker's {SOURCES_FILE} cannot be read: {error}") from error
 
 
 def encode_needs(needed: Iterable[NeededRange]) -> bytes:

@@ -17,6 +17,7 @@ objects are the same bytes whoever writes them, so nothing is lost by it; a fore
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import IO, TYPE_CHECKING, cast
 from urllib.parse import quote
 
@@ -144,6 +145,9 @@ class S3Store:
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)  # leaving the block waits for those that run
                 raise
+
+    def local_path(self, key: str) -> Path | None:
+        return None
 
     def head(self, key: str) -> ObjectInfo | None:
         name = self._name(key)

@@ -7,12 +7,14 @@ Two ways, and no rank asks another in either:
 - by the planner of torch.distributed.checkpoint, in another world or another sharding: it says which range of which
   part goes where. Importing it takes most of a second where no zygote has done so, so that is put off until here.
 
-Both name the bytes that they need first, and get them from whoever can bring them.
+Both name the bytes that they need first, and get them from whoever can bring them. On the straight way what lies on
+this node already may be read without being brought.
 """
 
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 
@@ -24,7 +26,7 @@ from dtrain.trainer.tracking import SavedState
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Move:
+class Move:
     """A saved part that is wanted as it is."""
 
     name: str
@@ -32,9 +34,28 @@ class _Move:
     chunk: TensorChunk
     into: torch.Tensor  # of the chunk's shape
 
+    @property
+    def is_dense(self) -> bool:
+        """The saved bytes, as they lie, are the target's bytes, as they shall lie."""
+        into = self.into
+        alike = into.device.type == "cpu" and CODE_OF_DTYPE.get(into.dtype) == self.dtype
+        return alike and into.is_contiguous() and not (into.is_conj() or into.is_neg())
 
-def fill(targets: Mapping[str, torch.Tensor], wholes: Mapping[str, WholeTensor], bring: Bring, *, moved: bool) -> None:
+
+Take: TypeAlias = Callable[[Sequence[Move]], list[Move]]  # makes the moves that it can; returns the others
+
+
+def fill(
+    targets: Mapping[str, torch.Tensor],
+    wholes: Mapping[str, WholeTensor],
+    bring: Bring,
+    *,
+    moved: bool,
+    take: Take = list,
+) -> None:
     """Fill ``targets``, each of which has the shape of its whole. ``moved``: see :func:`has_moved`.
+
+    ``take`` is tried first where parts go straight to their targets.
 
     Raises :class:`~dtrain.common.errors.UserError` naming a tensor that cannot be laid out as it is wanted.
     """
@@ -44,10 +65,11 @@ def fill(targets: Mapping[str, torch.Tensor], wholes: Mapping[str, WholeTensor],
 
         read_planned(targets, wholes, bring)
         return
-    images = bring({_all_of(move) for move in moves})
+    left = take(sorted(moves, key=lambda move: (move.chunk.shard, move.chunk.begin)))
+    images = bring({_all_of(move) for move in left})
     copier = Copier()
     try:
-        _move_all(sorted(moves, key=lambda move: (move.chunk.shard, move.chunk.begin)), images, copier)
+        _move_all(left, images, copier)
     finally:
         copier.close()
 
@@ -59,9 +81,9 @@ def has_moved(saved: SavedState, targets: Mapping[str, torch.Tensor], world_size
     )
 
 
-def _straight(targets: Mapping[str, torch.Tensor], wholes: Mapping[str, WholeTensor]) -> list[_Move] | None:
+def _straight(targets: Mapping[str, torch.Tensor], wholes: Mapping[str, WholeTensor]) -> list[Move] | None:
     """Return the parts that fill the targets; None if some target is laid out in another way than it was saved."""
-    moves: list[_Move] = []
+    moves: list[Move] = []
     for name, target in targets.items():
         whole = wholes[name]
         local, offsets = _local_box(target, name)
@@ -76,18 +98,17 @@ def _straight(targets: Mapping[str, torch.Tensor], wholes: Mapping[str, WholeTen
             into = local
             for dimension, (at, start, size) in enumerate(zip(chunk.offsets, offsets, chunk.shape, strict=True)):
                 into = into.narrow(dimension, at - start, size)
-            moves.append(_Move(name=name, dtype=whole.dtype, chunk=chunk, into=into))
+            moves.append(Move(name=name, dtype=whole.dtype, chunk=chunk, into=into))
     return moves
 
 
-def _move_all(moves: list[_Move], images: Mapping[int, memoryview], copier: Copier) -> None:
+def _move_all(moves: list[Move], images: Mapping[int, memoryview], copier: Copier) -> None:
     """Copy: at the speed of one large copy where both sides are dense and alike, and by torch elsewhere."""
     held = {shard: ctypes.c_char.from_buffer(image) for shard, image in images.items()}
     spans: list[Span] = []
     for move in moves:
         into, chunk = move.into, move.chunk
-        alike = into.device.type == "cpu" and CODE_OF_DTYPE.get(into.dtype) == move.dtype
-        if alike and into.is_contiguous() and not (into.is_conj() or into.is_neg()):
+        if move.is_dense:
             spans.append((into.data_ptr(), ctypes.addressof(held[chunk.shard]) + chunk.begin, chunk.end - chunk.begin))
         else:
             with torch.no_grad():
@@ -95,7 +116,7 @@ def _move_all(moves: list[_Move], images: Mapping[int, memoryview], copier: Copi
     copier.copy(spans)
 
 
-def _all_of(move: _Move) -> NeededRange:
+def _all_of(move: Move) -> NeededRange:
     chunk = move.chunk
     return NeededRange(shard=chunk.shard, tensor=move.name, begin=0, end=chunk.end - chunk.begin)
 

@@ -4,7 +4,9 @@ What a rank needs depends on how its model is wrapped and sharded now, which onl
 the worker's. They meet in files, so that neither waits in the other's code and a restarted worker reads on:
 
 1. the worker puts the manifest and the indexes, verified, into the generation's folder ``restore``; the manifest last;
-2. each trainer reads them, works out what it needs, and writes ``needs.json`` into its own folder;
+   beside them, in ``sources.json``, where on this node some of the bytes probably lie as they are;
+2. each trainer works out what it needs, reads of it what it can from there (direct_reads.py), and writes what is left
+   into ``needs.json`` in its own folder;
 3. the worker puts those bytes, verified, at their places into ``restore/rank-00000.safetensors`` (files with holes,
    shared by the ranks of the node), and sets the mailbox's restore word to READY;
 4. each trainer copies them to where they belong. Every tensor it holds is its own: the files lie in memory that the
@@ -33,22 +35,27 @@ from dtrain.storage.restore_files import (
     NEEDS_FILE,
     RESTORE_FOLDER,
     SHARD_FILE,
+    SOURCES_FILE,
+    Sources,
+    decode_sources,
     encode_needs,
 )
-from dtrain.trainer.resharding import fill, has_moved
+from dtrain.trainer.direct_reads import DirectReader
+from dtrain.trainer.resharding import Move, fill, has_moved
 from dtrain.trainer.tracking import SavedState
 
 POLL_FIRST_S = 0.0005  # what is already there costs nothing
-POLL_MAX_S = 0.02  # what one look may cost a restart in delay
+POLL_MAX_S = 0.005  # what one look may cost a restart in delay
 
 Plan = Callable[[SavedState], dict[str, torch.Tensor]]  # what of a checkpoint is to be read, and where to
 
 
 def restore_from_worker(
-    rank_dir: Path, mailbox: Mailbox, *, rank: int, world_size: int, plan: Plan
+    rank_dir: Path, mailbox: Mailbox, *, rank: int, world_size: int, cores: int, plan: Plan
 ) -> SavedState | None:
     """Return this rank's state of the checkpoint that the worker names, read; None to start from nothing.
 
+    ``cores``: how many this rank may keep busy while nothing trains.
     There is no bound on the wait: storage may be away for hours and the worker goes on trying. A worker that is gone
     for good is noticed by this trainer's keeper, which ends the trainer. Signals interrupt the wait.
     """
@@ -56,15 +63,28 @@ def restore_from_worker(
     wait_until(lambda: mailbox.restore is RestoreState.NOTHING or (folder / MANIFEST_FILE).exists())
     if mailbox.restore is RestoreState.NOTHING:
         return None
-    saved = saved_state(catalog_of(_read_indexes(folder)), rank)
+    catalog = catalog_of(_read_indexes(folder))
+    saved = saved_state(catalog, rank)
     targets = plan(saved)
+
+    def take(moves: Sequence[Move]) -> list[Move]:
+        total_bytes = sum(move.chunk.end - move.chunk.begin for move in moves)
+        reader = DirectReader(
+            catalog.shards,
+            _read_sources(folder),
+            threads=cores,
+            told=lambda done_bytes: mailbox.publish_reading(done_bytes, total_bytes),
+        )
+        left = reader.take(moves)
+        mailbox.publish_reading(0, 0)  # over; what is left is the worker's
+        return left
 
     def bring(needed: set[NeededRange]) -> Mapping[int, memoryview]:
         _write_whole(rank_dir / NEEDS_FILE, encode_needs(needed))
         wait_until(lambda: mailbox.restore is RestoreState.READY)
         return _map_shards(folder, needed)
 
-    fill(targets, saved.wholes, bring, moved=has_moved(saved, targets, world_size))
+    fill(targets, saved.wholes, bring, moved=has_moved(saved, targets, world_size), take=take)
     return replace(saved, tensors=targets)
 
 
@@ -109,6 +129,14 @@ def _read_indexes(folder: Path) -> Sequence[IndexedShard]:
         open_index((folder / INDEX_FILE.format(entry.rank)).read_bytes(), key=entry.index_key, shard_key=entry.key)
         for entry in manifest.shards
     ]
+
+
+def _read_sources(folder: Path) -> Sources:
+    """Return what the worker says lies on this node."""
+    try:
+        return decode_sources((folder / SOURCES_FILE).read_bytes())
+    except FileNotFoundError:  # a worker that points nothing out
+        return Sources()
 
 
 def _map_shards(folder: Path, needed: Iterable[NeededRange]) -> Mapping[int, memoryview]:

@@ -89,6 +89,7 @@ def join(*, store: str = "", every_steps: int = 0, timeout_s: float = JOIN_TIMEO
             surroundings.rank_dir,
             rank=surroundings.rank,
             world_size=surroundings.world_size,
+            local_world_size=surroundings.local_world_size,
             save_last=surroundings.save_last,
         )
     else:

@@ -33,6 +33,7 @@ import contextlib
 import gc
 import logging
 import mmap
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,8 +73,12 @@ class _Staging:
 class WorkerStation:
     """Progress out, checkpoint requests in, through the mailbox in ``rank_dir``."""
 
-    def __init__(self, rank_dir: Path, *, rank: int, world_size: int, save_last: bool = False) -> None:
+    def __init__(
+        self, rank_dir: Path, *, rank: int, world_size: int, local_world_size: int = 1, save_last: bool = False
+    ) -> None:
+        """``local_world_size``: ranks on this node, which share its cores."""
         self._rank_dir = rank_dir
+        self._local_world_size = local_world_size
         self._save_last = save_last
         self._steps = Step(0), Step(0)  # where this trainer began, and its last step
         self._tried = Step(0)  # the newest step that was staged, or could not be
@@ -100,7 +105,12 @@ class WorkerStation:
         """Read what this rank starts from into what ``plan`` names, and return it; None for nothing."""
         self._mailbox.phase = TrainerPhase.RESTORING
         return restore_from_worker(
-            self._rank_dir, self._mailbox, rank=self._rank, world_size=self._world_size, plan=plan
+            self._rank_dir,
+            self._mailbox,
+            rank=self._rank,
+            world_size=self._world_size,
+            cores=max(1, len(os.sched_getaffinity(0)) // self._local_world_size),
+            plan=plan,
         )
 
     def begin(

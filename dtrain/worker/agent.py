@@ -24,6 +24,7 @@ import signal
 import socket
 import time
 from collections.abc import AsyncIterator, Coroutine, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ from dtrain.worker.rpc.leaders import Leaders
 from dtrain.worker.rpc.logs import LogFiles, log_path
 from dtrain.worker.stacks import Stacks
 from dtrain.worker.tasks import Tasks
-from dtrain.worker.transfers import Transfers
+from dtrain.worker.transfers import Transfers, sums
 from dtrain.worker.uploads import Uploads
 from dtrain.worker.zygotes import Zygotes, needs_here
 
@@ -341,7 +342,10 @@ class Agent:
             self._identity,
             number=self._number,
             rendezvous_port=self._shells.port.number,
-            transfers=Transfers(uploads=self._shells.uploads.progress(), restores=self._shells.restores.progress()),
+            transfers=Transfers(
+                uploads=self._shells.uploads.progress(),
+                restores=sums(chain(self._shells.restores.progress().items(), self._shells.mailboxes.reading())),
+            ),
         )
 
     def _registration(self) -> bytes:

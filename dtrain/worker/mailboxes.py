@@ -8,12 +8,14 @@ changes with every step, is told at the heartbeat's rate.
 import json
 import logging
 import mmap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from dtrain.common.mailbox import MAILBOX_BYTES, Mailbox, RestoreState
+from dtrain.common.names import Generation, JobName
 from dtrain.worker.core.inputs import MailboxSeen
 from dtrain.worker.rank_dirs import RankId
+from dtrain.worker.transfers import Transfer
 
 logger = logging.getLogger(__name__)
 
@@ -143,6 +145,13 @@ class Mailboxes:
     def open_restore(self, of: RankId) -> None:
         if of in self._watched:
             self._watched[of].box.restore = RestoreState.READY
+
+    def reading(self) -> Iterator[tuple[tuple[JobName, Generation], Transfer]]:
+        """How far those trainers are that now read what they start from themselves."""
+        for of, watched in self._watched.items():
+            done, total = watched.box.reading
+            if total:
+                yield (of.job, of.generation), Transfer(bytes_done=done, bytes_total=total)
 
     def slot_holds(self, of: RankId, slot: int) -> int:
         """The packed word of the state that lies whole in the slot; 0 for none, or if the mailbox is gone."""

@@ -2,7 +2,9 @@
 
 The trainers start meanwhile; each reads the manifest and the indexes that are put into the generation's folder,
 writes down what it needs, and waits for the word in its mailbox (trainer/restoring.py tells the order). While they
-start, what they will most probably ask for is fetched already. Unlike an upload, which yields to training, a restore
+start, what they will most probably ask for is fetched already. What lies on this node as it is, in a stage slot or in
+a store that is a folder, is not fetched but pointed out: a trainer verifies it while it reads it, in one pass, and
+asks for whatever it does not find sound. Unlike an upload, which yields to training, a restore
 is what training waits for: its threads have the same claim on the processors as every other.
 
 Two failures must never be confused: a blob that is missing or has other bytes than the manifest says is **damaged**
@@ -11,7 +13,9 @@ about the blob: it is asked again until it answers or the generation is over.
 """
 
 import asyncio
+import contextlib
 import logging
+import os
 import shutil
 import threading
 from collections.abc import Callable, Coroutine, Iterable
@@ -33,7 +37,10 @@ from dtrain.storage.restore_files import (
     NEEDS_FILE,
     RESTORE_FOLDER,
     SHARD_FILE,
+    SOURCES_FILE,
+    Sources,
     decode_needs,
+    encode_sources,
 )
 from dtrain.storage.retrying import GaveUp, with_retries
 from dtrain.storage.verify import DAMAGED_READS, read_index, read_manifest
@@ -41,7 +48,7 @@ from dtrain.worker.core.actions import FetchRestore
 from dtrain.worker.core.inputs import RestoreDamaged, RestoreReady
 from dtrain.worker.core.states import RestoreSource
 from dtrain.worker.rank_dirs import RankDirs, write_whole
-from dtrain.worker.shard_images import ShardImage, probable_needs
+from dtrain.worker.shard_images import ShardImage, probable_needs, staged_slot
 from dtrain.worker.tasks import Begin
 from dtrain.worker.transfers import Transfer
 from dtrain.worker.uploads import shared_store
@@ -52,7 +59,7 @@ ROUND_S = 60.0  # one round of tries; after it the reason is logged, and the nex
 THREADS = 4  # parts of shards that are fetched at once; each is a large read, and S3 splits it once more
 PAUSE_S = 2.0  # between rounds, so that a storage which refuses at once is not asked in a loop
 DAMAGED_PAUSE_S = 0.5  # between reads of what was damaged: what lies damaged in storage is found so after a second
-LOOK_S = 0.01  # between two looks for what a trainer needs: it is short against the seconds of its start
+LOOK_S = 0.004  # between two looks for what a trainer needs: it is in the way of its first step
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,12 +171,17 @@ class _Restore:
         self._ranks = range(fetch.spec.first_rank, fetch.spec.first_rank + fetch.spec.nproc)
         self._world_size = fetch.spec.world_size
         self._images: dict[int, ShardImage] = {}
+        self._sources = Sources()
         self.progress = Transfer(bytes_done=0, bytes_total=0)
 
     async def run(self) -> None:
         """Return when all local ranks have said what they need, and it is there. Raises ShardDamagedError, GaveUp."""
         catalog = await self._read_catalog()
-        await self._fetch(catalog, probable_needs(catalog, self._ranks, self._world_size))
+        probable = probable_needs(catalog, self._ranks, self._world_size)
+        at_hand = {part for part in probable if _is_at_hand(part, catalog, self._sources)}
+        keys = {catalog.shards[part.shard].places[part.tensor][0] for part in at_hand}
+        await self._in_thread(lambda: _read_ahead(keys, self._sources))
+        await self._fetch(catalog, probable - at_hand)
         for rank in self._ranks:
             await self._fetch(catalog, await self._needs_of(catalog, rank))
 
@@ -194,8 +206,27 @@ class _Restore:
             catalog = catalog_of([indexes[rank] for rank in range(found[0].world_size)])
         except IncompleteCheckpoint as error:
             raise ShardDamagedError(self._source.manifest_key, str(error)) from error
+        await self._patiently(lambda store: self._point_out(catalog, store))
         write_whole(self._folder / MANIFEST_FILE, encode(found[0]))  # from now on the trainers read them
         return catalog
+
+    def _point_out(self, catalog: Catalog, store: ObjectStore) -> None:
+        """Say what lies on this node already."""
+        images: dict[int, str] = {}
+        objects: dict[str, str] = {}
+        for number, shard in enumerate(catalog.shards):
+            if slot := staged_slot(self._slots(number), self._source.attempt, shard):
+                images[number] = str(slot)
+                continue
+            for key in {shard.key, *(key for key, _ in shard.places.values())} - objects.keys():
+                if path := store.local_path(key):
+                    objects[key] = str(path)
+        self._sources = Sources(images=images, objects=objects)
+        write_whole(self._folder / SOURCES_FILE, encode_sources(self._sources))
+
+    def _slots(self, number: int) -> list[Path]:
+        """Folders in which the shard of this number may have been staged."""
+        return [arena / f"rank{number}" for arena in self._arenas]
 
     async def _needs_of(self, catalog: Catalog, rank: int) -> list[NeededRange]:
         """Wait until the trainer has said what it needs."""
@@ -220,7 +251,7 @@ class _Restore:
             self._images[number] = ShardImage(
                 self._folder / SHARD_FILE.format(number),
                 catalog.shards[number],
-                slots=[arena / f"rank{number}" for arena in self._arenas],
+                slots=self._slots(number),
                 attempt=self._source.attempt,
             )
         self._expect(sum(_size_bytes(pieces - self._images[number].there) for number, pieces in wanted.items()))
@@ -245,6 +276,22 @@ class _Restore:
 
     async def _patiently(self, part: Callable[[ObjectStore], None]) -> None:
         await self._in_thread(lambda: self._patience.try_out(part))
+
+
+def _read_ahead(keys: set[str], sources: Sources) -> None:
+    """Let the kernel begin to read what trainers will read from this node's disk."""
+    for key in keys & sources.objects.keys():
+        with contextlib.suppress(OSError):  # a hint: whoever reads it finds out what is wrong
+            descriptor = os.open(sources.objects[key], os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)
+            try:
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
+            finally:
+                os.close(descriptor)
+
+
+def _is_at_hand(part: NeededRange, catalog: Catalog, sources: Sources) -> bool:
+    pieces = catalog.shards[part.shard].pieces(part.tensor, part.begin, part.end)
+    return all(sources.place_of(part.shard, piece) is not None for piece in pieces)
 
 
 def _size_bytes(pieces: Iterable[Piece]) -> int:

@@ -49,14 +49,14 @@ class ShardImage:
         """Make the file, with the shard's header."""
         if self._page is not None:
             return
-        slot = _staged(self._slots, self._attempt, self._shard)
-        if slot is None:
+        slot = staged_slot(self._slots, self._attempt, self._shard)
+        if slot is None or (staged := _mapped(slot, self._shard)) is None:
             read_header(store, self._shard)
             self._page = self._new_page()
             return
-        path, self._staged = slot
-        if self._staged[: self._shard.header.data_start] == self._shard.header_bytes and _link(path, self._path):
-            self._page, self._is_slot = self._staged, True
+        self._staged = staged
+        if _link(slot, self._path):
+            self._page, self._is_slot = staged, True
         else:
             self._page = self._new_page()
 
@@ -131,21 +131,31 @@ def _link(slot: Path, image: Path) -> bool:
     return True
 
 
-def _staged(folders: Iterable[Path], attempt: int, shard: IndexedShard) -> tuple[Path, mmap.mmap] | None:
-    """Map the stage slot that holds this shard of this attempt; None if this node has none."""
-    flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)  # all page tables at once, instead of fault by fault
+def staged_slot(folders: Iterable[Path], attempt: int, shard: IndexedShard) -> Path | None:
+    """Return the stage slot that holds this shard of this attempt, going by its record; None if this node has none."""
     for folder in folders:
-        for slot in range(STAGE_SLOTS):
+        for number in range(STAGE_SLOTS):
+            slot = folder / f"slot{number}"
             try:
-                kept = msgspec.json.decode((folder / f"slot{slot}.json").read_bytes(), type=Kept)
+                kept = msgspec.json.decode(slot.with_suffix(".json").read_bytes(), type=Kept)
                 if (kept.attempt, kept.size_bytes) != (attempt, shard.header.total_bytes):
                     continue
-                with (folder / f"slot{slot}").open("rb") as file:
-                    page = mmap.mmap(file.fileno(), kept.size_bytes, flags=flags, prot=mmap.PROT_READ)
-                    return folder / f"slot{slot}", page
+                with slot.open("rb", buffering=0) as file:
+                    if file.read(shard.header.data_start) == shard.header_bytes:
+                        return slot
             except (OSError, ValueError, msgspec.DecodeError):
-                continue  # gone, or too short for what its record says: storage has it
+                continue  # gone, or not what its record says: storage has it
     return None
+
+
+def _mapped(slot: Path, shard: IndexedShard) -> mmap.mmap | None:
+    """Map the slot; None if it is gone, or too short for what its record says."""
+    flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)  # all page tables at once, instead of fault by fault
+    try:
+        with slot.open("rb") as file:
+            return mmap.mmap(file.fileno(), shard.header.total_bytes, flags=flags, prot=mmap.PROT_READ)
+    except (OSError, ValueError):
+        return None
 
 
 def probable_needs(catalog: Catalog, ranks: Iterable[int], world_size: int) -> set[NeededRange]:

@@ -5,13 +5,16 @@ decision hangs on them: so they are no part of the machine's state, and a restar
 """
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from dtrain.common.names import Generation, JobName
 from dtrain.storage.retrying import GaveUp
 from dtrain.worker.bandwidth import BandwidthCap
 from dtrain.worker.rank_dirs import RankId
+
+_Of = TypeVar("_Of", bound=Hashable)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +32,17 @@ class Transfers:
     uploads: Mapping[RankId, Transfer] = field(default_factory=dict)
     # A node fetches what all its ranks need once, so this is no rank's.
     restores: Mapping[tuple[JobName, Generation], Transfer] = field(default_factory=dict)
+
+
+def sums(transfers: Iterable[tuple[_Of, Transfer]]) -> dict[_Of, Transfer]:
+    """Return for each that is named what its transfers come to together."""
+    found: dict[_Of, Transfer] = {}
+    for of, more in transfers:
+        before = found.get(of, Transfer(bytes_done=0, bytes_total=0))
+        found[of] = Transfer(
+            bytes_done=before.bytes_done + more.bytes_done, bytes_total=before.bytes_total + more.bytes_total
+        )
+    return found
 
 
 class UploadMeter:

@@ -8,6 +8,7 @@ import os
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from dtrain.common.errors import ShardDamagedError
@@ -103,6 +104,9 @@ class Blobs:
             view[:] = data
 
         self._call("read", act)
+
+    def local_path(self, key: str) -> Path | None:
+        return None
 
     def head(self, key: str) -> ObjectInfo | None:
         def act(_: bool) -> ObjectInfo | None:

@@ -8,6 +8,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 from dtrain.common.errors import ShardDamagedError
@@ -96,6 +97,9 @@ class MemoryStore:
             view[:] = data[offset : offset + len(view)]
 
         self._call("read_into", validate_key(key), act)
+
+    def local_path(self, key: str) -> Path | None:
+        return None
 
     def head(self, key: str) -> ObjectInfo | None:
         def act() -> ObjectInfo | None:
