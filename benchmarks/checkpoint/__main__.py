@@ -23,7 +23,8 @@ from typing import TypeVar
 from benchmarks.checkpoint import plot
 from benchmarks.checkpoint.bare import client, mapped, multipart_put, whole_put
 from benchmarks.checkpoint.figures import Row, as_markdown, gib_s, ms, warm
-from benchmarks.checkpoint.ours import Checkpoints, Said, Sizes, measure_checkpoints, measure_restores
+from benchmarks.checkpoint.our_restores import measure_restores
+from benchmarks.checkpoint.ours import Checkpoints, Said, Sizes, measure_checkpoints
 
 TENSORS = 200
 CORES = 2  # threads of all ranks together in the settings that fill the machine

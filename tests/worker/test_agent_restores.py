@@ -2,15 +2,25 @@
 
 from pathlib import Path
 
+import pytest
+
 from dtrain.common.digests import blob_digest
 from dtrain.common.names import AttemptNumber, CheckpointNumber, Generation, Step, job_name
 from dtrain.proto import agent_pb2 as wire
 from dtrain.storage.keys import manifest_key
 from dtrain.storage.manifests import Manifest, encode
-from dtrain.storage.restore_files import NEEDS_FILE, RESTORE_FOLDER
+from dtrain.storage.restore_files import (
+    MANIFEST_FILE,
+    NEEDS_FILE,
+    RESTORE_FOLDER,
+    SOURCES_FILE,
+    Sources,
+    decode_sources,
+)
 from dtrain.storage.uris import open_store
 from tests.support.checkpoints import put_shard
 from tests.support.facts import wait_for
+from tests.support.s3_server import moto
 from tests.worker.nodes import DEADLINE_S, JOB, Node
 from tests.worker.scripts.mailbox_trainer import staged_bytes
 
@@ -78,8 +88,8 @@ def test_a_missing_shard_is_damage_and_a_storage_that_cannot_be_used_is_not(node
     assert node.coordinator.snapshots[-1].assignments[0].restore.reason == "is missing"
 
 
-def test_the_bytes_come_while_the_trainers_start_and_before_any_has_asked(node: Node) -> None:
-    restore, _ = _committed(node)
+def _start_slowly(node: Node, restore: wire.Restore) -> Path:
+    """Start trainers that say nothing until the file is there that is returned."""
     go, script = node.folder / "go", node.folder / "slow_to_start.py"
     script.write_text(
         "import pathlib, sys, time\n"
@@ -93,15 +103,43 @@ def test_the_bytes_come_while_the_trainers_start_and_before_any_has_asked(node: 
         args=[str(node.end_file), "0.01", str(go)],
         env={"PYTHONPATH": str(Path(__file__).parents[2])},
     )
-    folder = node.folder / "shm"
+    return go
 
-    def there() -> bool:
-        images = sorted(folder.glob(f"dtrain-*/*.g1/{RESTORE_FOLDER}/rank-*.safetensors"))
-        return [image.read_bytes() for image in images] == [staged_bytes(rank, 5) for rank in range(2)]
 
-    wait_for("all bytes are there", there, deadline_s=DEADLINE_S)
-    assert not list(folder.rglob(NEEDS_FILE)), "a trainer had asked"
-    node.wait("the trainers start", lambda s: [r.phase for a in s.assignments for r in a.ranks] == ["starting"] * 2)
-    go.touch()
+def test_the_bytes_come_while_the_trainers_start_and_before_any_has_asked(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with moto() as server:
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        node.store = server.uri("store")
+        restore, _ = _committed(node)
+        go = _start_slowly(node, restore)
+        folder = node.folder / "shm"
+
+        def there() -> bool:
+            images = sorted(folder.glob(f"dtrain-*/*.g1/{RESTORE_FOLDER}/rank-*.safetensors"))
+            return [image.read_bytes() for image in images] == [staged_bytes(rank, 5) for rank in range(2)]
+
+        wait_for("all bytes are there", there, deadline_s=DEADLINE_S)
+        assert not list(folder.rglob(NEEDS_FILE)), "a trainer had asked"
+        node.wait("the trainers start", lambda s: [r.phase for a in s.assignments for r in a.ranks] == ["starting"] * 2)
+        go.touch()
+        node.wait_training()
+    assert "restored b'rank 1 at step 5" in node.log(1)
+
+
+def test_what_a_folder_holds_is_pointed_out_and_not_copied(node: Node) -> None:
+    restore, keys = _committed(node)
+    go = _start_slowly(node, restore)
+    found = f"dtrain-*/*.g1/{RESTORE_FOLDER}/{MANIFEST_FILE}"
+    manifest = wait_for(
+        "the checkpoint is told", lambda: next((node.folder / "shm").glob(found), None), deadline_s=DEADLINE_S
+    )
+    folder = manifest.parent
+    sources = decode_sources((folder / SOURCES_FILE).read_bytes())
+    assert sources == Sources(objects={key: str(node.folder / "store" / key) for key in keys})
+    assert not list(folder.glob("rank-*.safetensors"))
+    go.touch()  # these trainers read nothing themselves: what they ask for is brought
     node.wait_training()
     assert "restored b'rank 1 at step 5" in node.log(1)
