@@ -53,6 +53,7 @@ POLL_S = 0.05
 RESTART_MAX_S = 2.0  # how long a supervisor takes to notice
 FAULTS_FLOOR_PER_MINUTE = 8.0
 COMMITS_FLOOR_PER_MINUTE = 2.0
+GENERATIONS_FLOOR_PER_MINUTE = 0.3  # or no rank was lost, and nothing was restored
 EVIDENCE_FROM = 3  # so many faults of one kind, and not one of them met any traffic: too little happened
 INTERRUPTIONS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 INTERRUPTED_CODE = 130  # of a process that Ctrl-C ended, as shells have it
@@ -84,6 +85,8 @@ class Ledger:
             found.append(f"too little happened: {struck} faults")
         if committed < COMMITS_FLOOR_PER_MINUTE * self.minutes:
             found.append(f"too little happened: {committed} commits")
+        if self.events["GenerationStarted"] < GENERATIONS_FLOOR_PER_MINUTE * self.minutes:
+            found.append(f"too little happened: {self.events['GenerationStarted']} generations")
         for ending, count in self.met.items():
             drawn = sum(number for kind, number in self.faults.items() if kind.endswith(ending))
             if drawn >= EVIDENCE_FROM and not count:
