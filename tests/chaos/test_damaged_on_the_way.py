@@ -30,6 +30,7 @@ def test_bits_that_flip_on_the_way_damage_nothing(
         for pid in pids:
             os.kill(pid, signal.SIGKILL)
         it.wait_for_event(attack.job, "GenerationStarted", count=2)
+        attack.hurry()
         assert it.wait_for_end(attack.job).type == "JobSucceeded", it.logs()
         proxy.flip_bits(False)
         assert proxy.damaged > before

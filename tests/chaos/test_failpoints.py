@@ -22,6 +22,7 @@ from tests.survival.conftest import begin, check
 
 STEPS = 600
 STEP_MS = 150.0  # a minute and a half for all of them; once all points have fired, the rest is hurried
+EVERY = 5  # steps; the points of a checkpoint come up so often
 PASSINGS_MAX = 3  # a point fires at one of its first passings
 ALL_FIRED_S = 150.0
 MEND_PAUSE_S = 0.1
@@ -102,9 +103,9 @@ def test_a_run_survives_every_failpoint(
         it.add_coordinator()
         it.add_worker()
         with supervised(it, trace) as supervisor:
-            more = ("--env", f"{POINTS_VARIABLE}={ordered}", "--env", f"{TRACE_VARIABLE}={trace}")
+            armed = ("--env", f"{POINTS_VARIABLE}={ordered}", "--env", f"{TRACE_VARIABLE}={trace}")
             script = ("--hurry", str(hurry), "--step-ms", str(STEP_MS))
-            attack = begin(it, rng, steps=STEPS, more=more, script=script)
+            attack = begin(it, rng, steps=STEPS, more=("--every-steps", str(EVERY), *armed), script=script)
             try:
                 wait_for("all points fired", lambda: len(supervisor.fired()) == len(Point), deadline_s=ALL_FIRED_S)
             except AssertionError:

@@ -39,11 +39,20 @@ class Attack:
     def furthest(self) -> int:
         return max((line["step"] for rank in (0, 1) for line in self.steps(rank)), default=0)
 
+    def hurry(self) -> None:
+        """What is to be seen has been seen: let the steps that are left take no longer than they must."""
+        hurry_file(self.cluster, self.job).touch()
+
     def started(self) -> list[RecordedEvent]:
         return [e for e in self.cluster.history(self.job) if isinstance(e.event, GenerationStarted)]
 
     def committed(self) -> list[CheckpointCommitted]:
         return [e.event for e in self.cluster.history(self.job) if isinstance(e.event, CheckpointCommitted)]
+
+
+def hurry_file(it: Cluster, job: str) -> Path:
+    """Given to the script; once it is there, steps are short."""
+    return it.folder / f"{job}-hurry"
 
 
 @pytest.fixture
@@ -71,7 +80,8 @@ def begin(
     store = store or f"file://{it.folder}/store"
     options: tuple[str, ...] = ("--name", job, "--nproc-per-node", "2", "--every-steps", str(EVERY), "--store", store)
     options += ("--max-restarts", "20", *more)
-    args = ("--steps", str(steps), "--records", str(records), "--final", str(final), *script)
+    args = ("--steps", str(steps), "--records", str(records), "--final", str(final))
+    args += ("--hurry", str(hurry_file(it, job)), *script)
     it.submit(SCRIPT, *args, options=options)
     return Attack(it, job, records, final, store, rng)
 

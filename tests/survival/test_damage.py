@@ -12,7 +12,7 @@ from dtrain.etcd.client import EtcdClient
 from dtrain.storage.uris import open_store
 from tests.support.cluster import PREFIX, Cluster, cluster
 from tests.support.facts import wait_for
-from tests.survival.conftest import STEPS, begin, check
+from tests.survival.conftest import EVERY, STEPS, begin, check
 
 
 def flip_one_bit(path: Path, at: int) -> None:
@@ -43,6 +43,7 @@ def test_bytes_in_memory_make_up_for_damage_in_storage(
         newest = attack.committed()[-1]
         for shard in newest.shards:
             (tmp_path / "cluster" / "store" / shard.key).write_bytes(b"gone")
+        attack.hurry()
         os.kill(min(pids), signal.SIGKILL)
         assert it.wait_for_end(attack.job).type == "JobSucceeded", it.logs()
         tried = [e.event.restore for e in it.history(attack.job) if isinstance(e.event, GenerationStarted)]
@@ -65,6 +66,7 @@ def test_a_flipped_bit_is_named_and_the_checkpoint_before_is_used(
         path = tmp_path / "cluster" / "store" / shard.key
         flip_one_bit(path, rng.randrange(path.stat().st_size))
         forget_staged_bytes(it)
+        attack.hurry()
         os.kill(min(pids), signal.SIGKILL)
         assert it.wait_for_end(attack.job).type == "JobSucceeded", it.logs()
         events = it.history(attack.job)
@@ -129,7 +131,7 @@ def test_a_log_that_lost_its_end_is_noticed(tmp_path: Path, rng: random.Random) 
 
 def test_a_used_store_is_not_taken_for_a_new_job(tmp_path: Path, rng: random.Random) -> None:
     with cluster(tmp_path / "cluster") as it:
-        attack = begin(it, rng)
+        attack = begin(it, rng, steps=3 * EVERY)
         assert it.wait_for_end(attack.job).type == "JobSucceeded"
         check(attack, None)
 

@@ -19,7 +19,7 @@ HANG_AT = 2 * EVERY + 5
 def test_a_rank_that_is_stuck_is_named_and_its_generation_replaced(
     tmp_path: Path, rng: random.Random, quiet: Callable[[int], bytes]
 ) -> None:
-    """The same run lingers at its start, in its first step, in a checkpoint, in a pause and in a restore."""
+    """The same run lingers at its start, in its first step, in a checkpoint, in a pause, and then in a restore."""
     expected = quiet(STEPS)
     with cluster(tmp_path / "cluster") as it:
         script_args = ("--hang-at", str(HANG_AT), "--linger-s", str(LINGER_S))
@@ -48,5 +48,6 @@ def test_a_rank_that_was_stopped_is_named(tmp_path: Path, rng: random.Random) ->
         assert event.event.culprit == 1
         assert "stopped" in event.event.stacks[0].stack
         wait_for("the next generation", lambda: len(attack.started()) == 2, deadline_s=20)
+        attack.hurry()
         assert it.wait_for_end(attack.job).type == "JobSucceeded", it.logs()
         check(attack, None)

@@ -10,7 +10,7 @@ from dtrain.coordinator.core.events import GenerationStarted
 from tests.support.cluster import Cluster, cluster
 from tests.support.facts import wait_for
 from tests.support.processes import free_shared_memory
-from tests.survival.conftest import EVERY, SCRIPT, STEPS, Attack, begin, check
+from tests.survival.conftest import EVERY, SCRIPT, STEPS, Attack, begin, check, hurry_file
 
 
 def begin_on_nodes(it: Cluster, rng: random.Random, nnodes: str) -> Attack:
@@ -21,7 +21,8 @@ def begin_on_nodes(it: Cluster, rng: random.Random, nnodes: str) -> Attack:
     options = ("--name", "attacked", "--nnodes", nnodes, "--nproc-per-node", "1")
     options += ("--every-steps", str(EVERY), "--store", store)
     final = it.folder / "final.safetensors"
-    it.submit(SCRIPT, "--steps", str(STEPS), "--records", str(records), "--final", str(final), options=options)
+    args = ("--steps", str(STEPS), "--records", str(records), "--final", str(final))
+    it.submit(SCRIPT, *args, "--hurry", str(hurry_file(it, "attacked")), options=options)
     return Attack(it, "attacked", records, final, store, rng)
 
 
@@ -42,6 +43,7 @@ def test_a_spare_node_takes_over(tmp_path: Path, rng: random.Random, quiet: Call
         attack = begin_on_nodes(it, rng, "2")
         it.wait_for_event(attack.job, "CheckpointCommitted", count=1)
         lost = lose_node(attack, rng.randrange(2))
+        attack.hurry()
         assert it.wait_for_end(attack.job).type == "JobSucceeded", it.logs()
         check(attack, expected)
         last = attack.started()[-1].event
@@ -55,6 +57,7 @@ def test_a_job_shrinks_to_the_nodes_that_are_left(tmp_path: Path, rng: random.Ra
         attack = begin_on_nodes(it, rng, "1:2")
         it.wait_for_event(attack.job, "CheckpointCommitted", count=1)
         lose_node(attack, 1)
+        attack.hurry()
         assert it.wait_for_end(attack.job).type == "JobSucceeded", it.logs()
         sizes = [e.event.world_size for e in attack.started() if isinstance(e.event, GenerationStarted)]
         assert sizes[0] == 2

@@ -32,6 +32,8 @@ def test_a_checkpoint_staged_before_a_kill_is_committed_and_the_next_generation_
             it.wait_for_event(attack.job, "SalvageStarted")
         finally:
             os.kill(server.pid, signal.SIGCONT)
+        it.wait_for_event(attack.job, "GenerationStarted", count=2)
+        attack.hurry()
         assert it.wait_for_end(attack.job).type == "JobSucceeded", it.logs()
         check(attack, expected)
         history = it.history(attack.job)

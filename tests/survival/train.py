@@ -59,9 +59,15 @@ def main() -> None:
     parser.add_argument("--records", type=Path, required=True)
     parser.add_argument("--final", type=Path, required=True)
     parser.add_argument("--hang-at", type=int, default=0, help="rank 1 of the first generation never ends this step")
-    parser.add_argument("--linger-s", type=float, default=0.0, help="of whatever is no step and may take long")
+    parser.add_argument(
+        "--linger-s",
+        type=float,
+        default=0.0,
+        help="of whatever is no step and may take long: a restore, and the rest in the first generation",
+    )
     args = parser.parse_args()
-    time.sleep(args.linger_s)
+    linger_s = args.linger_s if os.environ["DTRAIN_GENERATION"] == "1" else 0.0
+    time.sleep(linger_s)
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     with dtrain.join() as run:
@@ -78,18 +84,18 @@ def main() -> None:
         run.track(model=model, optimizer=optimizer, scheduler=scheduler, data=loader, frozen=frozen)
         if args.linger_s:
             run.track_local(slow=Slow(args.linger_s))
-        time.sleep(args.linger_s)
+        time.sleep(linger_s)
         first = True
         record = os.open(args.records / f"rank{run.rank}.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         for inputs, targets in run.steps(loader, until=args.steps):
             line = {"generation": run.generation, "step": run.step + 1, "pid": os.getpid(), "sum": float(inputs.sum())}
             os.write(record, json.dumps(line).encode() + b"\n")
             if first:
-                time.sleep(args.linger_s)
+                time.sleep(linger_s)
                 first = False
-            if args.linger_s and run.step + 1 == args.hang_at - 2:
+            if linger_s and run.step + 1 == args.hang_at - 2:
                 with run.paused():
-                    time.sleep(args.linger_s)
+                    time.sleep(linger_s)
             if run.generation == 1 and run.rank == 1 and run.step + 1 == args.hang_at:
                 wait_for_ever()
             loss = nn.functional.mse_loss(model(inputs), targets)
