@@ -8,6 +8,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import assert_never
 
 from dtrain.common import failpoints
@@ -29,8 +30,9 @@ from dtrain.coordinator.core.facts import (
 from dtrain.storage import keys, manifests
 from dtrain.storage.catalogs import catalog_of
 from dtrain.storage.objects import AlreadyExists, NotFound, ObjectStore
+from dtrain.storage.retrying import read_again_if_damaged
 from dtrain.storage.uris import open_store
-from dtrain.storage.verify import read_index_patiently
+from dtrain.storage.verify import read_index
 
 logger = logging.getLogger(__name__)
 
@@ -167,8 +169,9 @@ def _write_manifest(store: ObjectStore, effect: WriteManifest, reads: ThreadPool
         data = manifests.encode(manifest)
     except ValueError as error:  # a worker acknowledged what no shard can be: trying again cannot help
         raise PermanentError(f"the acknowledged shards make no manifest: {error}") from error
-    indexes = list(reads.map(lambda entry: read_index_patiently(store, entry)[0], manifest.shards))
-    catalog_of(indexes)  # refuses what is not whole
+    looks = [partial(read_index, store, entry) for entry in manifest.shards]
+    indexes = reads.map(read_again_if_damaged, looks)
+    catalog_of([shard for shard, _ in indexes])  # refuses what is not whole
     key = keys.manifest_key(effect.job, inflight.number, inflight.attempt)
     failpoints.hit(Point.MANIFEST_BEFORE)
     _put_once(store, key, data)

@@ -5,6 +5,7 @@ all come back at the same moment. A deadline bounds the whole, since a checkpoin
 aborted than pursued; an event ends the waiting at once, when the attempt is no longer wanted.
 """
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable
@@ -12,10 +13,13 @@ from typing import TypeVar
 
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, wait_random_exponential
 
-from dtrain.common.errors import DtrainError, RetryableError
+from dtrain.common.errors import DtrainError, RetryableError, ShardDamagedError
 
 WAIT_FIRST_S = 0.1  # upper end of the first wait's range; it doubles with each try
 WAIT_MAX_S = 5.0  # upper end of any wait's range
+# A network may damage what it carries, and what is called damaged is not trusted again: so many reads in a row must
+# have found it so.
+DAMAGED_READS = 3
 
 _T = TypeVar("_T")
 
@@ -63,3 +67,11 @@ def with_retries(call: Callable[[], _T], *, deadline_s: float, give_up: threadin
         if given_up.is_set():
             raise GaveUp("no longer wanted") from error
         raise
+
+
+def read_again_if_damaged(read: Callable[[], _T]) -> _T:
+    """Return ``read()``. What came damaged is read again: its way may have done that."""
+    for _ in range(DAMAGED_READS - 1):
+        with contextlib.suppress(ShardDamagedError):
+            return read()
+    return read()

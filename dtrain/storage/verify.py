@@ -5,8 +5,6 @@ the caller) knows the manifest's digest, the manifest knows the shards'. Memory 
 shard's size: one chunk at a time.
 """
 
-import contextlib
-
 import xxhash
 
 from dtrain.common.digests import BLOB_ALGORITHM, blob_digest
@@ -18,9 +16,6 @@ from dtrain.storage.manifests import CommitMarker, Manifest, ShardEntry, decode_
 from dtrain.storage.objects import NotFound, ObjectStore
 from dtrain.storage.ranges import read_header, read_range
 
-# A network may damage what it carries, and what is called damaged is never trusted again: so many reads in a row must
-# have found it so.
-DAMAGED_READS = 3
 CHUNK_BYTES = 32 * 1024 * 1024  # read at a time, and the memory used; large enough for one request to S3 to pay
 
 
@@ -77,14 +72,6 @@ def read_index(store: ObjectStore, entry: ShardEntry) -> tuple[IndexedShard, byt
     if shard.index.packs != entry.packs:
         raise ShardDamagedError(entry.index_key, "names other packs than are recorded")
     return shard, data
-
-
-def read_index_patiently(store: ObjectStore, entry: ShardEntry) -> tuple[IndexedShard, bytes]:
-    """As :func:`read_index`, read again if it may have been damaged on its way."""
-    for _ in range(DAMAGED_READS - 1):
-        with contextlib.suppress(ShardDamagedError):
-            return read_index(store, entry)
-    return read_index(store, entry)
 
 
 def _read_from(store: ObjectStore, key: str, expected_manifest_digest: str | None) -> Manifest:

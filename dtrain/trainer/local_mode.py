@@ -16,6 +16,7 @@ import logging
 import mmap
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TypeVar
 
 import torch.distributed as dist
@@ -29,7 +30,7 @@ from dtrain.storage.keys import MARKER_NAME, index_key, job_prefix, manifest_key
 from dtrain.storage.manifests import CommitMarker, Manifest, ShardEntry, encode
 from dtrain.storage.objects import ObjectStore
 from dtrain.storage.ranges import read_needed
-from dtrain.storage.retrying import with_retries
+from dtrain.storage.retrying import read_again_if_damaged, with_retries
 from dtrain.storage.uris import open_store, probe
 from dtrain.storage.verify import read_index, read_manifest, read_marker
 from dtrain.trainer.copying import Copier
@@ -188,7 +189,8 @@ class LocalStation:
 
     def _commit(self, store: ObjectStore, step: Step, entries: tuple[ShardEntry, ...]) -> None:
         here = self._surroundings
-        catalog_of([read_index(store, entry)[0] for entry in entries])  # refuses what is not whole
+        indexes = [read_again_if_damaged(partial(read_index, store, entry)) for entry in entries]
+        catalog_of([shard for shard, _ in indexes])  # refuses what is not whole
         checkpoint, attempt = CheckpointNumber(self._checkpoint), AttemptNumber(self._attempt)
         manifest = encode(
             Manifest(
@@ -220,7 +222,8 @@ class LocalStation:
     def _try_load(self, store: ObjectStore, key: str, plan: Plan) -> tuple[SavedState | None, str, str]:
         """Return (state, what is damaged, what else stands in the way); one of the three."""
         try:
-            return with_retries(lambda: self._read(store, key, plan), deadline_s=STORE_DEADLINE_S), "", ""
+            read = partial(read_again_if_damaged, partial(self._read, store, key, plan))
+            return with_retries(read, deadline_s=STORE_DEADLINE_S), "", ""
         except (ShardDamagedError, IncompleteCheckpoint) as error:
             return None, str(error), ""
         except DtrainError as error:

@@ -42,8 +42,8 @@ from dtrain.storage.restore_files import (
     decode_needs,
     encode_sources,
 )
-from dtrain.storage.retrying import GaveUp, with_retries
-from dtrain.storage.verify import DAMAGED_READS, read_index, read_manifest
+from dtrain.storage.retrying import DAMAGED_READS, GaveUp, with_retries
+from dtrain.storage.verify import read_index, read_manifest
 from dtrain.worker.core.actions import FetchRestore
 from dtrain.worker.core.inputs import RestoreDamaged, RestoreReady
 from dtrain.worker.core.states import RestoreSource

@@ -14,7 +14,7 @@ from dtrain.coordinator.core.effects import WriteManifest
 from dtrain.coordinator.core.events import ShardRecord
 from dtrain.coordinator.core.facts import Fact, ManifestRefused, ManifestWritten
 from dtrain.coordinator.effects import EffectRunner
-from dtrain.storage.verify import DAMAGED_READS
+from dtrain.storage.retrying import DAMAGED_READS
 from tests.coordinator.support.clusters import Cluster, spec
 from tests.support.checkpoints import put_shard, shard_of
 from tests.support.memory_store import Fault, MemoryStore

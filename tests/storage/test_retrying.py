@@ -5,9 +5,10 @@ import time
 
 import pytest
 
+from dtrain.common.errors import ShardDamagedError
 from dtrain.storage import retrying
 from dtrain.storage.objects import StorageFull, StorageRefused, StorageUnavailable
-from dtrain.storage.retrying import GaveUp, with_retries
+from dtrain.storage.retrying import DAMAGED_READS, GaveUp, read_again_if_damaged, with_retries
 
 
 class Flaky:
@@ -84,3 +85,16 @@ def test_giving_up_ends_a_long_wait_at_once(monkeypatch: pytest.MonkeyPatch) -> 
         with_retries(fail, deadline_s=1_000_000, give_up=given_up)
     assert time.monotonic() - begun < 30
     assert isinstance(caught.value.__cause__, StorageUnavailable)
+
+
+def test_what_came_damaged_is_read_again_and_called_damaged_only_when_it_stays_so() -> None:
+    damaged = ShardDamagedError("a shard", "a flipped bit")
+    assert read_again_if_damaged(Flaky(*[damaged] * (DAMAGED_READS - 1))) == "answer"
+    stays = Flaky(*[damaged] * DAMAGED_READS)
+    with pytest.raises(ShardDamagedError):
+        read_again_if_damaged(stays)
+    assert stays.calls == DAMAGED_READS
+    away = Flaky(StorageUnavailable("away"))
+    with pytest.raises(StorageUnavailable):
+        read_again_if_damaged(away)
+    assert away.calls == 1
