@@ -306,7 +306,7 @@ def main() -> int:
             remove = None if arguments.keep else folder
             ledger = run(folder, seed=seed, minutes=arguments.minutes, mtbf_s=arguments.mtbf, remove=remove)
         except KeyboardInterrupt:
-            print("interrupted: nothing is left")
+            print("interrupted")
             return INTERRUPTED_CODE
         except Exception:
             traceback.print_exc()

@@ -128,6 +128,7 @@ class TcpProxy:
     async def _close(self) -> None:
         assert self._server is not None
         self._server.close()
+        self._whole.set()
         self._abort(self._writers)
         tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
         for task in tasks:
@@ -151,6 +152,8 @@ class TcpProxy:
             )
         except OSError:
             pass  # one side has ended the connection: so does the other, below
+        except asyncio.CancelledError:
+            pass  # the proxy closes, and asyncio would log each connection that it had
         finally:
             if onward is not None:
                 self._end(onward)
