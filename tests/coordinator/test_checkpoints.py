@@ -320,6 +320,17 @@ def test_a_shard_that_cannot_be_had_aborts_the_attempt_and_training_goes_on(
     assert cluster.generation().number == 1
 
 
+def test_an_attempt_of_the_last_step_is_kept_until_every_rank_was_asked() -> None:
+    """Whoever was asked goes on; a peer that was not would hold on for a request that can never come."""
+    cluster = training(step=100, every_steps=100)
+    cluster.trains(step=101, until=101, phase="holding")
+    assert cluster.decides() == ["CheckpointStarted"]
+    cluster.shard(0, ShardPhase.FAILED, reason="disk full")
+    assert cluster.decides() == []
+    cluster.shard(1, ShardPhase.STAGED)
+    assert cluster.decides()[0] == "CheckpointAborted"
+
+
 def test_a_refused_manifest_aborts_the_attempt_with_the_reason() -> None:
     cluster = training()
     cluster.asks_for_checkpoint()

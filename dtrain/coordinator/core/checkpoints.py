@@ -21,6 +21,7 @@ from dtrain.coordinator.core.events import (
     CheckpointMarked,
     CheckpointStarted,
     Decision,
+    Member,
     ShardRecord,
 )
 from dtrain.coordinator.core.facts import Now, RankReport, RankState, ShardPhase, ShardReport
@@ -178,9 +179,29 @@ def settle(job: JobState, generation: GenerationState, observed: Observed, now: 
     inflight = job.inflight
     if inflight is None:
         return None
-    return _unstorable(job, generation, inflight, observed) or (
-        _commit(job, generation, inflight, observed) or _overdue(job, generation, inflight, observed, now)
-    )
+    unstorable = _unstorable(job, generation, inflight, observed)
+    if unstorable is not None and not _parts_ranks(job, generation, inflight, observed):
+        return unstorable
+    return _commit(job, generation, inflight, observed) or _overdue(job, generation, inflight, observed, now)
+
+
+def _parts_ranks(job: JobState, generation: GenerationState, inflight: InflightCheckpoint, observed: Observed) -> bool:
+    """Whether to abort now would leave ranks behind that wait to be asked for their last state.
+
+    A rank goes on once it was asked for the state of its last step, whatever came of it. Nothing can be saved without
+    it, so a peer that was not asked by then would hold on for nothing. The attempt is kept until that one has answered.
+    """
+    shards = _shards(job, generation, inflight, observed)
+    answered = {shard.rank for shard, _ in shards if shard.phase is not ShardPhase.REQUESTED}
+    if not answered:
+        return False
+    for member, report in reports(job, generation, observed):
+        if not _refusals(job, inflight, observed, member):
+            for rank in report.ranks:
+                last = rank.state is RankState.RUNNING and rank.until_step == inflight.step
+                if last and rank.rank not in answered:
+                    return True
+    return False
 
 
 def _abort(inflight: InflightCheckpoint, reason: str, cause: Cause, *, missed: bool = False) -> Decision:
@@ -209,15 +230,20 @@ def _unstorable(
             if rank.succeeded and rank.rank not in staged:
                 cause = Cause(fact="trainer_exited", worker=member.worker, rank=rank.rank)
                 return _abort(inflight, f"rank {rank.rank} finished without reaching step {inflight.step}", cause)
-        snapshot = observed.view(member.worker).snapshot
-        for command in snapshot.commands if snapshot is not None else ():
-            if command.id == stage_id(job, inflight) and command.refused_by(observed.term):
-                cause = Cause(fact="command_refused", worker=member.worker, detail=command.reason)
-                return _abort(inflight, f"worker {member.worker} refused it: {command.reason}", cause)
+        for refusal in _refusals(job, inflight, observed, member):
+            cause = Cause(fact="command_refused", worker=member.worker, detail=refusal)
+            return _abort(inflight, f"worker {member.worker} refused it: {refusal}", cause)
     manifest = observed.manifests.get((job.name, inflight.attempt))
     if manifest is not None and manifest.refused:
         return _abort(inflight, manifest.refused, Cause(fact="manifest_refused", detail=manifest.refused))
     return None
+
+
+def _refusals(job: JobState, inflight: InflightCheckpoint, observed: Observed, member: Member) -> list[str]:
+    """Why the member's worker refuses to stage this attempt; empty if it does not."""
+    snapshot = observed.view(member.worker).snapshot
+    told = snapshot.commands if snapshot is not None else ()
+    return [c.reason for c in told if c.id == stage_id(job, inflight) and c.refused_by(observed.term)]
 
 
 def _commit(
