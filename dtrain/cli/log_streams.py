@@ -98,9 +98,8 @@ class LogStream:
         workers = await self._workers()
         if everything and not workers:
             raise UserError("no worker is registered, so no log can be read: start the workers that ran the job.")
-        reads = [self._read(worker, address, follow=False) for worker, address in sorted(workers.items())]
-        bounded = (asyncio.wait_for(read, DRAIN_TIMEOUT_S) for read in reads)
-        results = await asyncio.gather(*bounded, return_exceptions=True)
+        reads = (self._read_to_the_end(worker, address) for worker, address in sorted(workers.items()))
+        results = await asyncio.gather(*reads, return_exceptions=True)
         for rank, line in self._joiner.rests():
             self._show(rank, line)
         for result in results:
@@ -108,6 +107,11 @@ class LogStream:
                 raise UserError(f"a worker's logs cannot be read: {result.details()}") from result
             if isinstance(result, BaseException) and not isinstance(result, grpc.aio.AioRpcError | TimeoutError):
                 raise result
+
+    async def _read_to_the_end(self, worker: str, address: str) -> None:
+        """Read what there is. Raises TimeoutError."""
+        async with asyncio.timeout(DRAIN_TIMEOUT_S):
+            await self._read(worker, address, follow=False)
 
     async def _workers(self) -> dict[str, str]:
         """Registered workers and their addresses; none while etcd does not answer."""

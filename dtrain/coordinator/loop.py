@@ -140,7 +140,8 @@ class LeaderLoop:
 
     async def _take(self) -> list[Fact | Asked]:
         try:
-            batch = [await asyncio.wait_for(self._inbox.get(), TICK_S)]
+            async with asyncio.timeout(TICK_S):
+                batch = [await self._inbox.get()]
         except TimeoutError:
             return [Ticked()]
         while not self._inbox.empty() and len(batch) < FACTS_MAX:

@@ -73,7 +73,8 @@ class Lease:
                 self._lose(f"no answer for {self.ttl_s} s")
                 return
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self.lost.wait(), min(pause_s, left_s))
+                async with asyncio.timeout(min(pause_s, left_s)):
+                    await self.lost.wait()
             pause_s = await self._beat()
 
     async def revoke(self) -> None:

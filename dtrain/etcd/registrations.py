@@ -103,7 +103,8 @@ class _Registration:
                     registered = True
                     self._tell(RegistrationChange(registered=True, lease=lease.id, revision=revision))
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(lease.lost.wait(), max(_CHECK_MIN_S, lease.ttl_s))
+                    async with asyncio.timeout(max(_CHECK_MIN_S, lease.ttl_s)):
+                        await lease.lost.wait()
                 if lease.lost.is_set():
                     break
                 revision = await self._check(lease)
@@ -138,7 +139,8 @@ class _Registration:
                 logger.info("%s may not be registered yet, looking again: %s", self._key, error)
             in_doubt = True
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(lease.lost.wait(), pause_s * (0.5 + random.random()))
+                async with asyncio.timeout(pause_s * (0.5 + random.random())):
+                    await lease.lost.wait()
             pause_s = min(pause_s * 2, _RETRY_MAX_S)
 
     async def _claim(self, lease: Lease) -> int:

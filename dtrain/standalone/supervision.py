@@ -145,7 +145,8 @@ class Supervisor:
         if kept.process is not None:
             _signal(kept.process, signal.SIGTERM)
             try:
-                await asyncio.wait_for(kept.process.wait(), kept.service.stop_grace_s)
+                async with asyncio.timeout(kept.service.stop_grace_s):
+                    await kept.process.wait()
             except TimeoutError:
                 _signal(kept.process, signal.SIGKILL)
                 await kept.process.wait()

@@ -100,7 +100,8 @@ async def _py_spy(pid: int) -> str:
         stderr=subprocess.DEVNULL,
     )
     try:
-        said, _ = await asyncio.wait_for(process.communicate(), PY_SPY_S)
+        async with asyncio.timeout(PY_SPY_S):
+            said, _ = await process.communicate()
     except TimeoutError:
         return ""
     finally:

@@ -22,6 +22,7 @@ from dtrain.coordinator.core.facts import (
     RestoreReport,
     SnapshotReceived,
     SubmitAsked,
+    Ticked,
     WorkerRegistered,
 )
 from dtrain.coordinator.core.states import JobPhase
@@ -225,5 +226,22 @@ def test_a_checkpoint_that_is_not_there_cannot_be_quarantined() -> None:
         await loop.ask(submission())
         with pytest.raises(UserError, match="no checkpoint 1"):
             await loop.ask(dataclasses.replace(asked, job=JobName("mnist")))
+
+    in_a_loop(body)
+
+
+@pytest.mark.parametrize("turns", range(5))
+def test_a_loop_that_is_ended_in_the_moment_in_which_a_fact_comes_ends(turns: int) -> None:
+    """A leader that is deposed waits for its loop: one that forgot that it was cancelled would never stand by again."""
+
+    async def body(loop: LeaderLoop, journal: Journal, running: "asyncio.Task[None]") -> None:
+        for _ in range(5):
+            await asyncio.sleep(0)  # it waits for a fact
+        await loop.tell(Ticked())
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        running.cancel()
+        await asyncio.wait({running}, timeout=DEADLINE_S / 2)
+        assert running.cancelled()
 
     in_a_loop(body)

@@ -6,6 +6,7 @@ got lost costs that long and a chatty worker is not flooded.
 """
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import time
@@ -62,10 +63,9 @@ class WorkerStream:
             self._changed.clear()
             if self._due() or self.closed:
                 continue
-            try:
-                await asyncio.wait_for(self._changed.wait(), RESEND_S)
-            except TimeoutError:
-                continue
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(RESEND_S):
+                    await self._changed.wait()
 
     def _due(self) -> list[Command]:
         before_s = time.monotonic() - RESEND_S

@@ -81,7 +81,8 @@ class CoordinatorClient:
         if self._attending:
             self.send_soon()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._sent_all.wait(), FLUSH_S)
+                async with asyncio.timeout(FLUSH_S):
+                    await self._sent_all.wait()
 
     async def run(self) -> None:
         """Attend the newest leader until cancelled."""
@@ -93,7 +94,8 @@ class CoordinatorClient:
                 welcomed = await self._until_replaced(leader)
                 pause_s = RECONNECT_FIRST_S if welcomed else min(pause_s * 2, RECONNECT_MAX_S)
             with contextlib.suppress(TimeoutError):  # a new leader is tried at once
-                await asyncio.wait_for(self._leaders.changed.wait(), pause_s * (0.5 + random.random()))
+                async with asyncio.timeout(pause_s * (0.5 + random.random())):
+                    await self._leaders.changed.wait()
 
     async def _until_replaced(self, leader: Leader) -> bool:
         """Attend ``leader`` until the stream ends or etcd tells of another; return whether it welcomed us."""
@@ -147,7 +149,8 @@ class CoordinatorClient:
             if welcomed.is_set():
                 self._emit(CoordinatorSeen())  # pings keep telling that it lives, though it may have nothing to say
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), self._heartbeat_s)
+                async with asyncio.timeout(self._heartbeat_s):
+                    await self._changed.wait()
 
     def _take(self, message: wire.CoordinatorMessage, leader: Leader, welcomed: asyncio.Event) -> bool:
         """Hand one message on; return False if its sender is to be left."""
