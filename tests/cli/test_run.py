@@ -119,6 +119,21 @@ def test_a_script_that_raises_at_its_start_ends_the_run_with_its_words(tmp_path:
     assert_nothing_is_left(tmp_path)
 
 
+def test_an_error_that_comes_again_at_its_step_ends_the_run_with_code_1_and_the_traceback(folder: Path) -> None:
+    mistake = "    if run.step == 24:\n            raise ValueError('loss is nan')\n        run.report(loss=0.5)"
+    (folder / "train.py").write_text(TRAINING.replace("    run.report(loss=0.5)", mistake))
+    answer = dtrain("run", "--name", "job", "--every-steps", "20", "train.py", "100", cwd=folder)
+    assert answer.code == 1, answer
+    assert "ValueError: loss is nan (2 times in a row after step 24 from" in answer.stderr.splitlines()[-1]
+    assert answer.stderr.count(" started: 1 rank") <= 3, "it was started again and again"
+    told = [json.loads(line) for line in dtrain("history", "job", "-o", "json", cwd=folder).stdout.splitlines()]
+    [given_up] = [event for event in told if event["type"] == "JobFailed"]
+    assert given_up["data"]["exit_code"] == 1
+    lines = given_up["cause"]["traceback"].strip().splitlines()
+    assert (lines[0], lines[-1]) == ("Traceback (most recent call last):", "ValueError: loss is nan")
+    assert_nothing_is_left(folder)
+
+
 def test_the_other_verbs_see_a_run_and_remember_it(folder: Path) -> None:
     with train(folder, ENDLESS) as run:
         run.wait_for_line("checkpoint 1 of step")
