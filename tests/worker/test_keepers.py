@@ -4,7 +4,7 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from dtrain.worker import keepers
 from dtrain.worker.core.inputs import TrainerExited, TrainerStarted
 from dtrain.worker.environment import trainer_mark
 from dtrain.worker.keepers import Keepers
-from dtrain.worker.rank_dirs import KeeperPlan, RankId, read_started
+from dtrain.worker.rank_dirs import KeeperPlan, RankId, Started, read_started
 from dtrain.worker.zygotes import Zygotes
 from tests.support.processes import MARK, end_all, new_mark
 from tests.worker.nodes import alive
@@ -50,12 +50,43 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         end_all(mark)
 
 
-async def told(facts: "asyncio.Queue[TrainerStarted | TrainerExited]", them: Keepers) -> TrainerStarted | TrainerExited:
-    async with asyncio.timeout(DEADLINE_S):
-        while facts.empty():
-            them.poll()
-            await asyncio.sleep(LOOK_S)
-        return facts.get_nowait()
+Told = asyncio.Queue[TrainerStarted | TrainerExited]
+
+
+def keep(folder: Path, play: Callable[[Keepers, Told, Started], Coroutine[Any, Any, None]]) -> None:
+    """Have a rank kept, and play with it once its trainer runs."""
+
+    async def run() -> None:
+        facts: asyncio.Queue[TrainerStarted | TrainerExited] = asyncio.Queue()
+        tasks: list[asyncio.Task[None]] = []
+
+        def begin(work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+            tasks.append(asyncio.create_task(work))
+            return tasks[-1]
+
+        them = Keepers(facts.put_nowait, lambda of: None, JOURNAL, begin, Zygotes(folder / "zygote.log", enabled=False))
+        them.ensure(OF, folder, start=True)
+        async with asyncio.timeout(DEADLINE_S):
+            while facts.empty():
+                them.poll()
+                await asyncio.sleep(LOOK_S)
+            assert isinstance(facts.get_nowait(), TrainerStarted)
+            started = read_started(folder)
+            assert started is not None
+            await play(them, facts, started)
+            await asyncio.gather(*tasks)
+
+    asyncio.run(run())
+
+
+def test_an_end_is_told_by_the_kernel_and_not_found_by_looking(folder: Path) -> None:
+    async def play(them: Keepers, facts: Told, started: Started) -> None:
+        os.kill(started.trainer_pid, signal.SIGKILL)
+        exited = await facts.get()  # nobody calls poll
+        assert isinstance(exited, TrainerExited) and exited.exit.code == -signal.SIGKILL
+        assert not alive(started.keeper_pid)
+
+    keep(folder, play)
 
 
 @pytest.mark.parametrize("trainer", ["is to be ended", "dies"])
@@ -64,28 +95,14 @@ def test_a_keeper_that_is_stopped_holds_no_rank_for_ever(
 ) -> None:
     monkeypatch.setattr(keepers, "KEEPER_ENDS_S", 0.3)
 
-    async def play() -> None:
-        facts: asyncio.Queue[TrainerStarted | TrainerExited] = asyncio.Queue()
-        tasks: list[asyncio.Task[None]] = []
-
-        def begin(work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-            tasks.append(asyncio.create_task(work))
-            return tasks[-1]
-
-        zygotes = Zygotes(folder / "zygote.log", enabled=False)
-        them = Keepers(facts.put_nowait, lambda of: None, JOURNAL, begin, zygotes)
-        them.ensure(OF, folder, start=True)
-        assert isinstance(await told(facts, them), TrainerStarted)
-        started = read_started(folder)
-        assert started is not None
+    async def play(them: Keepers, facts: Told, started: Started) -> None:
         os.kill(started.keeper_pid, signal.SIGSTOP)
         if trainer == "dies":
             os.kill(started.trainer_pid, signal.SIGKILL)
         else:
             them.end(OF.job, OF.generation, 0.0)
-        exited = await told(facts, them)
+        exited = await facts.get()
         assert isinstance(exited, TrainerExited) and exited.exit.code is None
         assert not alive(started.keeper_pid) and not alive(started.trainer_pid)
-        await asyncio.gather(*tasks)
 
-    asyncio.run(play())
+    keep(folder, play)

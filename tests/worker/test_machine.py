@@ -154,6 +154,15 @@ def test_a_newer_generation_waits_until_every_older_trainer_is_gone() -> None:
     assert state.slots_used == 2
 
 
+def test_the_end_of_the_old_generation_overlaps_with_the_start_of_the_new() -> None:
+    """One command, one step: the old trainers are killed, the new folders made, and the state fetched meanwhile."""
+    state, actions = run(training(), start(id="second", generation=2, restore=True))
+    assert EndTrainers(job=JOB, generation=Generation(1), grace_s=0.0) in actions
+    assert [prepare.generation for prepare in of_kinds(actions, PrepareFolders)] == [2]
+    _, actions = run(state, ready(generation=2))
+    assert [fetch.generation for fetch in of_kinds(actions, FetchRestore)] == [2], "it waits for the old trainers"
+
+
 def test_a_start_that_does_not_fit_waits_for_free_slots() -> None:
     state, actions = run(training(slots=3), start(id="b", job="other"), ready(job="other"))
     assert of_kinds(actions, SpawnTrainer) == []

@@ -73,6 +73,7 @@ SAME = {
     "an exit by number": "import sys; sys.exit(7)",
     "an exit by text": "import sys; sys.exit('enough')",
     "an exit without a word": "raise SystemExit",
+    "a kill, and what was said before it": "import os\nprint('half a line', end='')\nos.kill(os.getpid(), 9)",
     "a hook of the script's own": (
         "import sys\nsys.excepthook = lambda k, e, t: print('hook', k, e, t.tb_lineno, t.tb_next)\n1 / 0"
     ),
