@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import grpc
 import grpc.aio
 
+from dtrain.proto.agent_pb2 import CoordinatorMessage
 from tests.sim.loop import SimLoop
 from tests.sim.machines import Machine, Process
 
@@ -66,6 +67,8 @@ class Network:
         self.seen = seen  # counts a situation
         self.links: set[Link] = set()
         self.hold: Callable[[Link, Any], bool] | None = None  # whether a message to a worker is kept on its way
+        self.spoke: dict[str, list[float]] = {}  # worker -> when it reached who had welcomed it
+        self.looked: dict[str, float] = {}  # process -> when it last asked who leads
 
     def delay_s(self) -> float:
         low, high = self.weather.latency_s
@@ -94,6 +97,8 @@ class Network:
     async def call(self, client: Process, address: str, path: str, request: Any, timeout_s: float | None) -> Any:
         """One unary call."""
         loop, machine = self.loop, self.machines[address]
+        if path.endswith("/Range") and request.key.endswith(b"/leader"):
+            self.looked[client.name] = loop.now_s
         future = loop.create_future()
 
         def settle(result: Any, error: Exception | None) -> None:
@@ -149,6 +154,7 @@ class Link:
         self.on_end: Callable[[], None] = lambda: None  # at the server: the client is gone
         self.ended = False  # for the client
         self.server_ended = False
+        self.welcomed = False  # a coordinator's welcome came this way
         self._starves = False
         self._error: Exception | None = None
         self._inbox: list[Any] = []
@@ -239,6 +245,8 @@ class Link:
 
     def _reach_server(self, message: Any) -> None:
         if not self.server_ended:
+            if self.welcomed:
+                self.net.spoke.setdefault(self.client.machine.name, []).append(self.net.loop.now_s)
             self.on_message(message)
 
     def starve(self) -> None:
@@ -283,6 +291,7 @@ class Link:
     def _reach_client(self, message: Any) -> None:
         def take() -> None:
             if not self.ended:
+                self.welcomed |= isinstance(message, CoordinatorMessage) and message.HasField("welcome")
                 self._inbox.append(message)
                 self._wake()
 

@@ -50,7 +50,7 @@ def draw_shape(rng: random.Random) -> Shape:
         checkpoints=rng.choice((8, 8, 12, 20)),  # a short job meets its faults nearer to its end
         step_s=step_s,
         keep_last=rng.choice((0, 1, 2, 3)),
-        fence_after_s=rng.choice((1800.0, 1800.0, 60.0)),
+        fence_after_s=rng.choice((1800.0, 1800.0, 10.0)),
         drift=rng.choice((0.0, 0.0, 0.03)),
         hang_timeout_s=rng.choice((None, None, 5.0)),
     )

@@ -22,6 +22,7 @@ EXPECTED = (
     "generation failed: killed",
     "generation failed: node",
     "generation failed: hang",
+    "generation failed: preempted",
     "generation failed: checkpoint",
     "salvage committed",
     "salvage given up",

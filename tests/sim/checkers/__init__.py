@@ -38,6 +38,7 @@ CHECKERS = {
     "healthy trainers go on": outcomes.undisturbed,
     "only what stands still hangs": outcomes.hangs,
     "no process gives up": outcomes.endings,
+    "who does not lead stands by": outcomes.standing_by,
     "the job finishes": outcomes.finished,
     "all ranks succeed": outcomes.succeeded,
     "the last step is saved": outcomes.saved,

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from tests.sim.checkers.stories import Story
 
+STANDS_BY_S = 10.0  # several of the turns in which a standby looks at the leader's key
 KIND_S = 20.0  # so long after the storm nothing of it is under way any more
 LATE_S = 60.0  # a collective that hangs, a process group that breaks, a report that is late
 
@@ -19,7 +20,9 @@ def undisturbed(story: Story) -> Iterator[str]:
     """A generation fails only if something happened to one of its members, or to what it starts from."""
     started = {told.data["generation"]: told for told in story.events_of("GenerationStarted")}
     failures = story.events_of("GenerationFailed")
-    if story.storm.mix.spares_workers and failures:
+    fences = [entry for entry in story.diary if entry.detail.endswith("told to end") and story.fenced(entry)]
+    hurts = [*story.world.hurts, *((entry.at_s, entry.node, "fenced") for entry in fences)]
+    if story.storm.mix.spares_workers and failures and not fences:
         yield f"nothing touched the workers, but {failures[0].data['reason']}"
         return
     for told in failures:
@@ -27,7 +30,7 @@ def undisturbed(story: Story) -> Iterator[str]:
         members = {member["worker"] for member in begin.data["members"]}
         reasons = [
             hurt
-            for hurt in story.world.hurts
+            for hurt in hurts
             if hurt[0] <= told.at_s and (hurt[1] == "store" or (hurt[1] in members and begin.at_s - LATE_S <= hurt[0]))
         ]
         if not reasons:
@@ -56,6 +59,18 @@ def endings(story: Story) -> Iterator[str]:
         yield f"{ending.who} ended at {ending.at_s:.3f} s: {type(error).__name__}: {error}{where}"
     for error in story.world.loop.errors:
         yield f"a callback raised {type(error).__name__}: {error}"
+
+
+def standing_by(story: Story) -> Iterator[str]:
+    """Whoever does not lead asks again and again who does, to take over."""
+    world = story.world
+    if not world.healed or world.loop.now_s < story.storm.healed_s + STANDS_BY_S:
+        return
+    for host in world.hosts:
+        for process in host.living if host is not world.leader else ():
+            looked_s = world.net.looked.get(process.name)
+            if looked_s is not None and looked_s < world.loop.now_s - STANDS_BY_S:
+                yield f"{process.name} does not lead and has not asked who does since {looked_s:.1f} s"
 
 
 def finished(story: Story) -> Iterator[str]:

@@ -153,6 +153,13 @@ class Story:
             standing.fold(told)
         return standing
 
+    def fenced(self, entry: Entry) -> bool:
+        """Whether the entry's worker reached no coordinator for so long that it has to end its trainers."""
+        spoke = self.world.net.spoke.get(entry.node, [])
+        before = bisect.bisect_left(spoke, entry.at_s)
+        silent_s = entry.at_s - spoke[before - 1] if before else entry.at_s
+        return silent_s >= self.world.fence_after_s * (1 - self.world.shape.drift) - 1.0
+
     def deeds_of(self, key: str) -> list[Deed]:
         return self._objects.get(key, [])
 

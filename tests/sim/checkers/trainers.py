@@ -51,10 +51,11 @@ def ended(story: Story) -> Iterator[str]:
 
 
 def stopped(story: Story) -> Iterator[str]:
-    """A worker ends a trainer only if the log says by then that its generation is over."""
+    """A worker ends a trainer only if the log says by then that its generation is over, or if it is fenced."""
     for entry in story.diary:
         if entry.what != "ended" or not entry.detail.endswith(STOPPED):
             continue
         standing = story.standing_at(entry.at_s)
-        if standing.generation is not None and standing.generation.data["generation"] == entry.of.generation:
+        active = standing.generation is not None and standing.generation.data["generation"] == entry.of.generation
+        if active and not story.fenced(entry):
             yield f"{entry.of} was ended by its worker at {entry.at_s:.3f} s while its generation went on"
