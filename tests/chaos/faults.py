@@ -276,7 +276,7 @@ FAULTS = (
     Fault(kind="etcd outage", strike=_etcd_outage, weight=2),
     Fault(kind="storage 503", strike=_storage_refuses, weight=2),
     Fault(kind="storage slow", strike=_storage_dawdles, weight=2),
-    Fault(kind="storage flips bits", strike=_storage_flips_bits, weight=2),
+    Fault(kind="storage flips bits", strike=_storage_flips_bits, weight=2, longest_s=8.0),
     Fault(kind="kill storage", strike=_kill_storage, weight=1),
     Fault(kind="stop storage", strike=_storage_stops, weight=1),
     *(

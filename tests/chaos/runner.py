@@ -52,9 +52,10 @@ SETTLE_S = 60.0  # for markers and deletions that are still owed
 POLL_S = 0.05
 RESTART_MAX_S = 2.0  # how long a supervisor takes to notice
 FAULTS_FLOOR_PER_MINUTE = 8.0
-COMMITS_FLOOR_PER_MINUTE = 2.0
+COMMITS_FLOOR_PER_MINUTE = 2.0  # over the whole run
+STORM_COMMITS_FLOOR_PER_MINUTE = 1.0  # under faults, for each whole minute: a short storm may pass over a start
 GENERATIONS_FLOOR_PER_MINUTE = 0.3  # or no rank was lost, and nothing was restored
-EVIDENCE_FROM = 3  # so many faults of one kind, and not one of them met any traffic: too little happened
+EVIDENCE_FROM = 8  # so many faults of one kind, and not one of them met any traffic: too little happened
 INTERRUPTIONS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 INTERRUPTED_CODE = 130  # of a process that Ctrl-C ended, as shells have it
 JOB = "chaos"
@@ -75,6 +76,7 @@ class Ledger:
     met: Counter[str] = field(default_factory=Counter)  # what faults of links and storage did, by their kind's end
     storm_s: float = 0.0
     storm_steps: int = 0  # the furthest that was begun when the storm ended
+    storm_commits: int = 0  # by then
     job_s: float = 0.0  # from its submission to its end
     findings: list[str] = field(default_factory=list)
 
@@ -85,6 +87,8 @@ class Ledger:
             found.append(f"too little happened: {struck} faults")
         if committed < COMMITS_FLOOR_PER_MINUTE * self.minutes:
             found.append(f"too little happened: {committed} commits")
+        if self.storm_commits < STORM_COMMITS_FLOOR_PER_MINUTE * int(self.minutes):
+            found.append(f"too little happened: {self.storm_commits} commits under faults")
         if self.events["GenerationStarted"] < GENERATIONS_FLOOR_PER_MINUTE * self.minutes:
             found.append(f"too little happened: {self.events['GenerationStarted']} generations")
         for ending, count in self.met.items():
@@ -100,7 +104,8 @@ class Ledger:
         lines += [f"  {count:5}  {kind}" for kind, count in sorted(self.faults.items())]
         lines += [
             f"generations {self.events['GenerationStarted']}, terms {self.terms}, "
-            f"commits {self.events['CheckpointCommitted']}, aborted {self.events['CheckpointAborted']}, "
+            f"commits {self.events['CheckpointCommitted']} ({self.storm_commits} under faults), "
+            f"aborted {self.events['CheckpointAborted']}, "
             f"quarantined {self.events['CheckpointQuarantined']}, deleted {self.events['CheckpointDeleted']}, "
             f"salvages {self.events['SalvageStarted']}, packs expired {self.events['PacksExpired']}",
             f"rank steps begun {trained.begun}, recomputed {trained.repeated}, "
@@ -224,6 +229,8 @@ def weigh(it: World, ledger: Ledger) -> None:
     ledger.met["lose answers"] = sum(link.answers_lost for link in links)
     ledger.met["corrupt"] = sum(link.chunks_corrupted for link in links)
     records = (it.folder / f"{JOB}-records").glob("rank*.jsonl")
+    types = [json.loads(value)["type"] for _, _, value in read_log_patiently(it, JOB)]
+    ledger.storm_commits = types.count("CheckpointCommitted")
     ledger.storm_steps = max((json.loads(line)["step"] for path in records for line in path.open()), default=0)
 
 
@@ -262,9 +269,9 @@ def run(folder: Path, *, seed: int, minutes: float, mtbf_s: float = MTBF_S, remo
             submit(it, JOB, steps, hurry)
             Storm(it, ledger, mtbf_s).rage(minutes * 60)
             ledger.storm_s = time.monotonic() - began
-            weigh(it, ledger)
             it.etcd.start()
             it.etcd.wait_ready()
+            weigh(it, ledger)
             hurry.touch()
             wait_for_end(it, JOB, END_S)
             ledger.job_s = time.monotonic() - began
