@@ -12,8 +12,9 @@ from tests.support.facts import wait_for
 from tests.support.s3_server import S3Server
 from tests.survival.conftest import STEPS, begin, check
 
-SAVED = 25
-# A step so long that so many of them are worth a wait that a busy machine can keep: 3.75 s.
+SAVED = 50
+# A step so long that so many of them are worth a wait of 7.5 s. It is given up half way if nothing moves, and a busy
+# machine can keep that.
 STEP_MS = "150"
 
 
