@@ -34,6 +34,7 @@ from dtrain.worker.core.inputs import (
 )
 from dtrain.worker.core.snapshots import Phase, project
 from dtrain.worker.core.states import CommandStage, ExitFact, GenerationStage, RankStage, RestoreStage, ShardStage
+from dtrain.worker.rpc.convert import Identity, to_snapshot
 from tests.worker.facts_of_trainers import (
     JOB,
     acts,
@@ -226,6 +227,9 @@ def test_without_a_coordinator_for_too_long_the_trainers_are_ended_and_it_is_sai
     fact = state.assignments[JOB].ranks[0].exit
     assert fact is not None
     assert "no coordinator was seen for 101 s" in fact.error
+    identity = Identity(worker="w1", journal="j", incarnation="i", version="0", host="h", address="a:1")
+    told = to_snapshot(project(state), identity, number=1, rendezvous_port=1).assignments[0]
+    assert [rank.fenced for rank in told.ranks] == [True] + [False] * (len(told.ranks) - 1), "the others live yet"
 
 
 def test_an_older_leaders_word_does_not_hold_the_fence_open() -> None:

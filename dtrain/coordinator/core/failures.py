@@ -202,6 +202,8 @@ def _furthest(job: JobState, generation: GenerationState, observed: Observed) ->
 
 def how_it_ended(rank: RankReport) -> str:
     """The end of a trainer in words."""
+    if rank.fenced:
+        return f"was {rank.error}"
     if rank.exit_unknown:
         return "ended unseen"
     if rank.exit_code == 0:

@@ -88,7 +88,7 @@ def _precedence(failed: FailedRank) -> tuple[bool, bool, float, int]:
 
 def kind_of(rank: RankReport, *, leaving: bool) -> FailureKind:
     """Who is to answer for the end of this rank; ``leaving``: its worker is ending what it runs."""
-    if leaving:
+    if leaving or rank.fenced:
         return FailureKind.PREEMPTED
     number = -rank.exit_code if rank.exit_code < 0 else rank.exit_code - SIGNAL_EXIT_BASE
     if rank.out_of_memory and number == _SIGKILL:

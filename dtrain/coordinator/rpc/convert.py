@@ -115,6 +115,7 @@ def rank_from_wire(message: wire.RankReport) -> RankReport:
         exited_at=message.exited_at,
         traceback=message.traceback[-TEXT_MAX_CHARS:],
         out_of_memory=message.out_of_memory[:TEXT_MAX_CHARS],
+        fenced=message.fenced,
         stack=message.stack[:STACK_MAX_CHARS],
         stack_number=message.stack_number,
         upload=_transfer(message.upload) if message.HasField("upload") else None,

@@ -124,6 +124,7 @@ def _assignment(assignment: AssignmentSnapshot, transfers: Transfers) -> wire.As
         restore=_restore(assignment.restore, assignment.restore_checkpoint),
     )
     for rank in message.ranks:
+        rank.fenced = bool(assignment.fenced) and rank.error == assignment.fenced  # others had ended before
         of = RankId(job=assignment.job, generation=assignment.generation, rank=rank.rank)
         if (upload := transfers.uploads.get(of)) is not None:
             rank.upload.CopyFrom(_transfer(upload))

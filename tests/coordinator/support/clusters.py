@@ -263,10 +263,19 @@ class Cluster:
                 self.reports(worker)
 
     def exits(
-        self, rank: int, code: int, *, name: str = JOB, error: str = "", at_s: float = 0.0, traceback: str = ""
+        self,
+        rank: int,
+        code: int,
+        *,
+        name: str = JOB,
+        error: str = "",
+        at_s: float = 0.0,
+        traceback: str = "",
+        fenced: bool = False,
     ) -> None:
         """One rank ends and its worker reports it."""
-        self._rank(name, rank, state=RankState.EXITED, exit_code=code, error=error, exited_at=at_s, traceback=traceback)
+        told = {"exit_code": code, "error": error, "exited_at": at_s, "traceback": traceback, "fenced": fenced}
+        self._rank(name, rank, state=RankState.EXITED, **told)
         self.reports(self._worker_of(name, rank))
 
     def finish(self, name: str = JOB) -> None:
