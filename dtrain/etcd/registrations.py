@@ -98,6 +98,7 @@ class _Registration:
         registered = False
         try:
             revision = await self._begin(lease)
+            self._bound = [lease]
             while not lease.lost.is_set():
                 if revision:
                     registered = True
@@ -116,8 +117,7 @@ class _Registration:
 
     async def give_back(self) -> None:
         """Take the key back."""
-        for lease in self._bound:
-            await lease.revoke()
+        await asyncio.gather(*(lease.revoke() for lease in self._bound))
 
     def _tell(self, change: RegistrationChange) -> None:
         if self._on_change is not None:
