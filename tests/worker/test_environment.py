@@ -67,8 +67,8 @@ def test_a_rank_is_told_who_it_is(name: str, value: str) -> None:
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        (None, "glibc.cpu.x86_non_temporal_threshold=0x80000"),
-        ("glibc.malloc.perturb=1", "glibc.malloc.perturb=1:glibc.cpu.x86_non_temporal_threshold=0x80000"),
+        (None, "glibc.cpu.x86_non_temporal_threshold=0x40000"),
+        ("glibc.malloc.perturb=1", "glibc.malloc.perturb=1:glibc.cpu.x86_non_temporal_threshold=0x40000"),
         ("glibc.cpu.x86_non_temporal_threshold=0x100000", "glibc.cpu.x86_non_temporal_threshold=0x100000"),
     ],
 )
