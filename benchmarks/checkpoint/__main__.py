@@ -18,13 +18,14 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from benchmarks.checkpoint import plot
 from benchmarks.checkpoint.bare import client, mapped, multipart_put, whole_put
 from benchmarks.checkpoint.figures import Row, as_markdown, gib_s, ms, warm
 from benchmarks.checkpoint.our_restores import measure_restores
 from benchmarks.checkpoint.ours import Checkpoints, Said, Sizes, measure_checkpoints
+from benchmarks.checkpoint.rivals import LOADS, MAPPED_COPY
 from dtrain.worker.session_priority import is_own_session
 
 TENSORS = 200
@@ -55,8 +56,8 @@ def in_folder(where: Path, work: Callable[[Path], Result]) -> Result:
         shutil.rmtree(folder)
 
 
-def rivals(what: str, folder: Path, sizes: Sizes, *, ranks: int, threads: int) -> list[Said]:
-    """Run torch's ways on ``ranks`` processes; return what each said."""
+def rivals(what: str, folder: Path, sizes: Sizes, *, ranks: int, threads: int) -> list[Any]:
+    """Run ``what`` of rivals.py on ``ranks`` processes; return what each said."""
     script = Path(__file__).with_name("rivals.py")
     arguments = [str(folder), *map(str, (sizes.mib, sizes.tensors, threads, sizes.rounds))]
     processes = [
@@ -73,6 +74,24 @@ def rivals(what: str, folder: Path, sizes: Sizes, *, ranks: int, threads: int) -
         for process in processes:
             process.kill()
             process.wait()
+
+
+def loads(folder: Path, sizes: Sizes) -> dict[str, list[float]]:
+    """Seconds of each way to load, by turns, each in a process that has just begun, as dtrain's restores are."""
+    found: dict[str, list[float]] = {way: [] for way in LOADS}
+    staged = Path("/dev/shm") / f"dtrain-bench-{folder.name}"
+    try:
+        rivals("prepare", folder, sizes, ranks=1, threads=CORES)
+        with staged.open("wb") as file:
+            for _ in range(sizes.mib):
+                file.write(os.urandom(1 << 20))
+        for _ in range(sizes.rounds):
+            for way, times in found.items():
+                (folder / "rendezvous").unlink(missing_ok=True)
+                times += rivals(way, folder, sizes, ranks=1, threads=CORES)
+    finally:
+        staged.unlink(missing_ok=True)
+    return found
 
 
 def slowest(said: list[Said]) -> Rounds:
@@ -202,11 +221,12 @@ def restore(where: Path, sizes: Sizes) -> list[Row]:
     """One rank with two threads: what restores has the machine for itself."""
     own = in_folder(where, lambda folder: measure_restores(folder, sizes, from_memory=False))
     memory = in_folder(where, lambda folder: measure_restores(folder, sizes, from_memory=True))
-    said = in_folder(where, lambda folder: rivals("load", folder, sizes, ranks=1, threads=CORES))[0]
+    said = in_folder(where, lambda folder: loads(folder, sizes))
     theirs = {way: median(times) for way, times in said.items()}
-    floor = theirs.pop("mapped memory + copy")
+    floor = theirs.pop(MAPPED_COPY)
     best = min((took, way) for way, took in theirs.items())
-    print(f"restores: folder {own}, memory {memory}, {theirs}, mapped memory + copy {floor:.3f}", flush=True)
+    for way, times in {"dtrain, folder": own, "dtrain, from memory": memory, **said}.items():
+        print(f"  {way:38} restored {median(times):.3f}   ({' '.join(f'{took:.3f}' for took in times)})", flush=True)
     return [
         Row(
             what="restore, folder",

@@ -1,13 +1,12 @@
 """torch's own ways to save and to load the same state, in processes of their own.
 
-    python rivals.py save|load RANK RANKS FOLDER MIB TENSORS THREADS ROUNDS
+    python rivals.py save|prepare|WAY RANK RANKS FOLDER MIB TENSORS THREADS ROUNDS
 
-Prints one JSON object. ``save``: for each way and round, how long the training loop stands still, and how long it
-takes until the files are complete and flushed to the disk. ``load``: how long it takes until every byte is in the
-tensors of a state that exists already.
+Prints one JSON value. ``save``: for each way and round, how long the training loop stands still, and how long it
+takes until the files are complete and flushed to the disk. ``prepare``: nothing, but saves what a way of loading
+loads. The name of such a way: how long it takes until every byte is in the tensors of a state that exists already.
 """
 
-import ctypes
 import json
 import mmap
 import os
@@ -23,6 +22,8 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
+MAPPED_COPY = "mapped memory + copy"
+PAUSE_S = 0.7  # between what a process did before and its load
 State = dict[str, torch.Tensor]
 Save = Callable[[State, Path], tuple[float, float]]
 
@@ -104,49 +105,54 @@ def measure_saves(state: State, folder: Path, rounds: int) -> dict[str, list[tup
     return found
 
 
-def measure_loads(state: State, folder: Path, rounds: int) -> dict[str, list[float]]:
-    """Into the tensors that there are; the files are in the page cache, as they are for dtrain."""
+def prepare_loads(state: State, folder: Path) -> None:
+    """Save what is loaded later, and have it in the page cache, as it is for dtrain."""
     torch.save(state, folder / "state.pt")
     save_file(state, folder / "state.safetensors")
     dcp.save(state, checkpoint_id=folder / "state")
-    total_bytes = sum(tensor.nbytes for tensor in state.values())
-    memory = mmap.mmap(-1, total_bytes)
-    source = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    ctypes.memset(source, 1, total_bytes)
-    staged = torch.frombuffer(memory, dtype=torch.float32)
 
-    def by_torch() -> None:
-        take(torch.load(folder / "state.pt", mmap=True, weights_only=True))
 
-    def by_safetensors() -> None:
-        take(load_file(folder / "state.safetensors"))
+def load_by_torch(state: State, folder: Path) -> None:
+    take(state, torch.load(folder / "state.pt", mmap=True, weights_only=True))
 
-    def by_dcp() -> None:
-        dcp.load(state, checkpoint_id=folder / "state")
 
-    def from_memory() -> None:
-        start = 0
-        for tensor in state.values():
-            tensor.copy_(staged[start : start + tensor.numel()].view_as(tensor))
-            start += tensor.numel()
+def load_by_safetensors(state: State, folder: Path) -> None:
+    take(state, load_file(folder / "state.safetensors"))
 
-    def take(loaded: State) -> None:
-        for name, tensor in state.items():
-            tensor.copy_(loaded[name])
 
-    ways = {
-        "torch.load(mmap=True)": by_torch,
-        "safetensors": by_safetensors,
-        "dcp.load": by_dcp,
-        "mapped memory + copy": from_memory,
-    }
-    found: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(rounds + 1):
-        for name, load in ways.items():
-            began = time.perf_counter()
-            load()
-            found[name].append(time.perf_counter() - began)
-    return {name: times[1:] for name, times in found.items()}  # the first reads from the disk
+def load_by_dcp(state: State, folder: Path) -> None:
+    dcp.load(state, checkpoint_id=folder / "state")
+
+
+def load_from_memory(state: State, folder: Path) -> None:
+    """Map a file in shared memory that holds the bytes one after another, and copy."""
+    with (Path("/dev/shm") / f"dtrain-bench-{folder.name}").open("rb") as file:
+        memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    start = 0
+    for tensor in state.values():
+        tensor.copy_(torch.frombuffer(memory, dtype=torch.float32, count=tensor.numel(), offset=start))
+        start += tensor.nbytes
+
+
+def take(state: State, loaded: State) -> None:
+    for name, tensor in state.items():
+        tensor.copy_(loaded[name])
+
+
+LOADS: dict[str, Callable[[State, Path], None]] = {
+    "torch.load(mmap=True)": load_by_torch,
+    "safetensors": load_by_safetensors,
+    "dcp.load": load_by_dcp,
+    MAPPED_COPY: load_from_memory,
+}
+
+
+def measure_load(state: State, folder: Path, way: str) -> float:
+    """One load in a process that has just made its model, after the pause that dtrain's trainers have too."""
+    time.sleep(PAUSE_S)
+    began = time.perf_counter()
+    LOADS[way](state, folder)
+    return time.perf_counter() - began
 
 
 def main() -> None:
@@ -157,7 +163,15 @@ def main() -> None:
     dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
     elements = mib * 1024 * 1024 // 4 // tensors
     state = {f"rank{rank}.weight{n}": torch.rand(elements) for n in range(tensors)}
-    print(json.dumps((measure_saves if what == "save" else measure_loads)(state, folder, rounds)), flush=True)
+    match what:
+        case "save":
+            said: object = measure_saves(state, folder, rounds)
+        case "prepare":
+            prepare_loads(state, folder)
+            said = None
+        case way:
+            said = measure_load(state, folder, way)
+    print(json.dumps(said), flush=True)
     dist.barrier()
     dist.destroy_process_group()
 
