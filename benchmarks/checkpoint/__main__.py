@@ -26,7 +26,6 @@ from benchmarks.checkpoint.figures import Row, as_markdown, gib_s, ms, warm
 from benchmarks.checkpoint.our_restores import measure_restores
 from benchmarks.checkpoint.ours import Checkpoints, Said, Sizes, measure_checkpoints
 from benchmarks.checkpoint.rivals import LOADS, MAPPED_COPY
-from dtrain.worker.session_priority import is_own_session
 
 TENSORS = 200
 CORES = 2  # threads of all ranks together in the settings that fill the machine
@@ -34,17 +33,6 @@ Result = TypeVar("Result")
 Rounds = dict[str, list[tuple[float, float]]]  # way -> stall and time until safe, one a round
 
 PARTS = ("local", "s3", "restore")
-
-
-def in_own_session() -> int:
-    """Run this again in a session of its own, as a worker has one: the kernel may weigh sessions. Return its code."""
-    command = [sys.executable, "-m", "benchmarks.checkpoint", *sys.argv[1:]]
-    process = subprocess.Popen(command, start_new_session=True)
-    try:
-        return process.wait()
-    finally:
-        process.terminate()
-        process.wait()
 
 
 def in_folder(where: Path, work: Callable[[Path], Result]) -> Result:
@@ -259,8 +247,6 @@ def main() -> None:
     parser.add_argument("--only", choices=PARTS, help="one part of the table")
     given = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # servers and folders go with the stack
-    if not is_own_session():
-        sys.exit(in_own_session())
     where = given.folder.resolve()
     sizes = Sizes(mib=given.mib, tensors=TENSORS, rounds=given.rounds)
     rows: list[Row] = []

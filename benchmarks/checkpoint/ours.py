@@ -143,8 +143,7 @@ class Node:
             rank_dir = self.dirs.rank_dir(of)
             self.mailboxes.watch(of, rank_dir)
             environment = trainer_environment(os.environ, self.spec, of, rank_dir, "bench")
-            command = [sys.executable, str(SCRIPT), *self.spec.args]
-            trainers.append(subprocess.Popen(command, env=environment, start_new_session=True))  # as a keeper does
+            trainers.append(subprocess.Popen([sys.executable, str(SCRIPT), *self.spec.args], env=environment))
         return trainers
 
     async def until(self, fact: Callable[[], bool], what: str) -> None:
