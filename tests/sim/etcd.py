@@ -73,6 +73,7 @@ class Etcd:
         self.revision = 1
         self.compacted = 0  # revisions below are gone
         self.late_writes = 0.0  # part of writes that take effect long after they were asked for
+        self.late: list[tuple[float, float, str]] = []  # those: asked for when, done when, key
         self.waylay: Callable[[Waylaid], None] | None = None  # what becomes of the next append of events
         self.members: list[Member] = []
         self.on_change: list[Callable[[Change], None]] = []
@@ -346,7 +347,10 @@ class Member:
             return
         if name in ("Txn", "Put") and store.late_writes and store.rng.random() < store.late_writes:
             store.seen("etcd write took effect late")
-            store.loop.after(store.rng.uniform(1.0, 15.0), self._do, name, request, answer)
+            late_s = store.rng.uniform(1.0, 15.0)
+            puts = [request] if name == "Put" else [op.request_put for op in request.success]
+            store.late += [(store.loop.now_s, store.loop.now_s + late_s, put.key.decode()) for put in puts]
+            store.loop.after(late_s, self._do, name, request, answer)
             return
         self._do(name, request, answer)
 
