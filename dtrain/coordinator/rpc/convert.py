@@ -149,6 +149,7 @@ def rank_to_wire(rank: RankReport) -> wire.RankReport:
         exited_at=rank.exited_at,
         traceback=rank.traceback,
         out_of_memory=rank.out_of_memory,
+        fenced=rank.fenced,
         stack=rank.stack,
         stack_number=rank.stack_number,
         upload=transfer_to_wire(rank.upload),
