@@ -124,11 +124,10 @@ class Cluster:
         """Wait until the job has ended; return the event that says so."""
 
         def look() -> RecordedEvent | None:
-            events = self.history(job)
-            return events[-1] if events and any(e.type in ENDED for e in events[-3:]) else None
+            # Deletions follow the end, any number of them.
+            return next((event for event in reversed(self.history(job)) if event.type in ENDED), None)
 
-        wait_for(f"the end of {job}", look, deadline_s=deadline_s)
-        return next(event for event in reversed(self.history(job)) if event.type in ENDED)
+        return wait_for(f"the end of {job}", look, deadline_s=deadline_s)
 
     def _etcd(self, call: Any) -> Any:
         async def once() -> Any:
