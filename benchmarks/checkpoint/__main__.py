@@ -247,6 +247,8 @@ def main() -> None:
     parser.add_argument("--only", choices=PARTS, help="one part of the table")
     given = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # servers and folders go with the stack
+    if given.plot:
+        plot.prepare()
     where = given.folder.resolve()
     sizes = Sizes(mib=given.mib, tensors=TENSORS, rounds=given.rounds)
     rows: list[Row] = []

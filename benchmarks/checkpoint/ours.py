@@ -87,7 +87,12 @@ class Node:
         )
         self.mailboxes = Mailboxes(self._see, progress_every_s=0.0, on_need=self.arenas.provide)
         self.uploads = Uploads(
-            self._answered, self.mailboxes.slot_holds, self.arenas.keep, self.tasks.begin, BandwidthCap(None)
+            self._answered,
+            self.mailboxes.slot_holds,
+            self.arenas.keep,
+            self.arenas.mapped,
+            self.tasks.begin,
+            BandwidthCap(None),
         )
         self.restores = Restores(self.restored.append, self.dirs, self.tasks.begin)
 

@@ -6,11 +6,16 @@ from statistics import median
 Spread = dict[str, list[float]]  # way -> seconds, one a round
 
 
-def draw(target: Path, stalls: Spread, durable: Spread, *, title: str) -> None:
-    """Write an SVG with one bar a way (the median) and its rounds as dots."""
+def prepare() -> None:
+    """Fail now rather than after the measuring, if what draws is not there."""
     import matplotlib
 
     matplotlib.use("svg")
+
+
+def draw(target: Path, stalls: Spread, durable: Spread, *, title: str) -> None:
+    """Write an SVG with one bar a way (the median) and its rounds as dots."""
+    prepare()
     import matplotlib.pyplot as plt
 
     plt.rcParams.update({"svg.hashsalt": "dtrain", "font.size": 9, "svg.fonttype": "none"})

@@ -1,8 +1,8 @@
 """The script that trains while it is checkpointed: a state of many tensors, and steps that compute something else.
 
-Every so many steps all ranks together measure what one large memcpy of the same bytes costs, with as many threads,
-so that whatever else the machine does meets both alike. When the file named first appears it ends, and writes what
-it saw into the folder named second.
+Every so many steps all ranks together measure what one large memcpy of the same bytes costs, with as many threads as
+dtrain copies with (a rank's share of the cores), so that whatever else the machine does meets both alike. When the
+file named first appears it ends, and writes what it saw into the folder named second.
 """
 
 import ctypes
@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 import dtrain
+from dtrain.trainer.cores import cores_of_rank
 
 LOOK_EVERY_STEPS = 40  # ranks agree on what to do next this often: some tenths of a second
 MATRIX = 700  # a step of some milliseconds
@@ -82,7 +83,8 @@ def main() -> None:
         torch.manual_seed(run.rank)
         model = torch.nn.ParameterList([torch.nn.Parameter(torch.rand(elements)) for _ in range(tensors)])
         matrix = torch.rand(MATRIX, MATRIX)
-        copy = LargeCopy(elements * 4 * tensors, threads) if copies else None
+        cores = cores_of_rank(int(os.environ["LOCAL_WORLD_SIZE"]))
+        copy = LargeCopy(elements * 4 * tensors, cores) if copies else None
         memcpy_s: list[float] = [] if copy is None else [copy.take_s()]
         before_bytes = memory_bytes("RssAnon")
         Path("/proc/self/clear_refs").write_text("5")  # from here on, VmHWM is the peak

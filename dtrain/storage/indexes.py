@@ -26,7 +26,7 @@ from dtrain.storage.shards import LENGTH_BYTES, ShardHeader, TensorLayout
 
 INDEX_VERSION = 2  # 1 knew no packs; it is read for ever
 PIECE_BYTES = 64 * 1024 * 1024  # what one digest covers, and so what a restore reads at least of a larger tensor
-HASH_BYTES = 1024 * 1024  # hashed twice (piece and shard) while it lies in the cache
+HASH_BYTES = 256 * 1024  # hashed twice (piece and shard) while it lies in the cache
 _HEX = re.compile("[0-9a-f]{32}")
 
 

@@ -16,6 +16,7 @@ class FileParts:
     file: int  # descriptor, open for reading
     ranges: tuple[tuple[int, int], ...]  # begin <= end, positions in the file
     head: bytes = b""
+    memory: memoryview | None = None  # the file's first bytes, all the ranges at least, if they are mapped already
 
     @property
     def size_bytes(self) -> int:
@@ -23,11 +24,13 @@ class FileParts:
         return len(self.head) + sum(end - begin for begin, end in self.ranges)
 
     def mapped(self) -> "Scattered":
-        """Return the bytes through a map, without a copy. It is unmapped with the last view of it."""
+        """Return the bytes through a map, without a copy. One made here is unmapped with the last view of it."""
         whole_bytes = max((end for _, end in self.ranges), default=0)
         if whole_bytes == 0:
             return Scattered([memoryview(self.head)])
-        view = memoryview(mmap.mmap(self.file, whole_bytes, prot=mmap.PROT_READ))
+        view = self.memory
+        if view is None:
+            view = memoryview(mmap.mmap(self.file, whole_bytes, prot=mmap.PROT_READ))
         return Scattered([memoryview(self.head), *(view[begin:end] for begin, end in self.ranges)])
 
 

@@ -10,8 +10,8 @@ A copy of many tensors should cost what one copy of as many bytes costs. So:
 
 - plain tensors go by ``memmove``, which releases the GIL and knows nothing of tensors; only what is strided,
   conjugated or on a GPU goes through torch;
-- a few threads (as many as torch computes with, which now stand still) take the next piece whenever they are free,
-  so that a thread whose core is busy elsewhere holds nobody up;
+- a few threads (as many as this rank has cores, since all that computes now stands still) take the next piece whenever
+  they are free, so that a thread whose core is busy elsewhere holds nobody up;
 - small tensors are taken many at a time, large ones in parts.
 
 Pieces smaller than the C library's threshold for non-temporal stores would be read into the cache before they are
@@ -19,6 +19,7 @@ written over, which costs half the speed: the worker lowers that threshold in it
 """
 
 import ctypes
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
@@ -41,44 +42,46 @@ class Event(Protocol):
 
 
 class Copier:
-    """Copies, with threads that it keeps. For one thread at a time."""
+    """Copies, with threads that it keeps. For one thread at a time; another may warm it up meanwhile."""
 
-    def __init__(self) -> None:
+    def __init__(self, threads: int) -> None:
+        """``threads``: how many copy at once, the caller's included; no more than THREADS_MAX."""
+        self._threads = max(1, min(threads, THREADS_MAX))
+        self._lock = threading.Lock()  # guards the pool's making
         self._pool: ThreadPoolExecutor | None = None
-        self._pool_threads = 0
 
     def warm_up(self) -> None:
         """Start the threads, so that the first copy need not."""
-        helpers = min(torch.get_num_threads(), THREADS_MAX) - 1
-        if helpers > 0:
-            pool = self._helpers(helpers)
-            for started in [pool.submit(int) for _ in range(helpers)]:
-                started.result()
+        if self._threads > 1:
+            together = threading.Barrier(self._threads)  # a pool starts no thread while another has nothing to do
+            for _ in range(self._threads - 1):
+                self._helpers().submit(together.wait)
+            together.wait()
 
     def copy(self, spans: Sequence[Span]) -> None:
         """Copy every span; return when all of them are there."""
         total_bytes = sum(span[2] for span in spans)
-        threads = min(torch.get_num_threads(), THREADS_MAX, max(1, total_bytes // THREAD_MIN_BYTES))
+        threads = min(self._threads, max(1, total_bytes // THREAD_MIN_BYTES))
         if threads == 1:
             _copy_all(iter([spans]))
             return
         pieces = iter(_pieces(spans))  # shared: taking the next one of a list is one step under the GIL
-        helping = [self._helpers(threads - 1).submit(_copy_all, pieces) for _ in range(threads - 1)]
+        helping = [self._helpers().submit(_copy_all, pieces) for _ in range(threads - 1)]
         _copy_all(pieces)
         for helper in helping:
             helper.result()
 
     def close(self) -> None:
-        if self._pool is not None:
-            self._pool.shutdown()
-            self._pool = None
+        with self._lock:
+            pool, self._pool = self._pool, None
+        if pool is not None:
+            pool.shutdown()
 
-    def _helpers(self, count: int) -> ThreadPoolExecutor:
-        if self._pool is None or self._pool_threads < count:
-            self.close()
-            self._pool = ThreadPoolExecutor(count, thread_name_prefix="dtrain-copy")
-            self._pool_threads = count
-        return self._pool
+    def _helpers(self) -> ThreadPoolExecutor:
+        with self._lock:
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(self._threads - 1, thread_name_prefix="dtrain-copy")
+            return self._pool
 
 
 class Arriving:

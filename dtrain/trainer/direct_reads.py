@@ -26,7 +26,7 @@ from dtrain.storage.restore_files import Sources
 from dtrain.storage.tensor_codes import view_bytes
 from dtrain.trainer.resharding import Move
 
-READ_BYTES = 1024 * 1024  # read, then hashed while it lies in the cache
+READ_BYTES = 256 * 1024  # read, then hashed while it lies in the cache; a MiB at a time measured a sixth slower
 THREADS_MAX = 16  # a few cores fill any memory's bandwidth
 
 

@@ -23,6 +23,7 @@ from dtrain.storage.ranges import read_needed
 from dtrain.storage.shards import ShardPlan, TensorEntry
 from dtrain.storage.tensor_codes import view_bytes
 from dtrain.storage.verify import read_index
+from dtrain.trainer.cores import cores_of_rank
 from dtrain.trainer.resharding import fill
 
 BATCH_BYTES = 1024 * 1024 * 1024  # read before they are copied: a bound on memory, far above what a request costs
@@ -84,7 +85,13 @@ def _fill(
         for name in names:
             start = plan.data_start + plan.data_offsets[name][0]
             targets[name] = view_bytes(image, tensors[name].dtype, tensors[name].shape, start)
-        fill(targets, tensors, lambda needed: read_needed(store, catalog.shards, needed), moved=False)
+        fill(
+            targets,
+            tensors,
+            lambda needed: read_needed(store, catalog.shards, needed),
+            moved=False,
+            threads=cores_of_rank(1),
+        )
     page.flush()
 
 

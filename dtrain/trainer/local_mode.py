@@ -34,6 +34,7 @@ from dtrain.storage.retrying import read_again_if_damaged, with_retries
 from dtrain.storage.uris import open_store, probe
 from dtrain.storage.verify import read_index, read_manifest, read_marker
 from dtrain.trainer.copying import Copier
+from dtrain.trainer.cores import cores_of_rank
 from dtrain.trainer.failures import one_line
 from dtrain.trainer.resharding import fill, has_moved
 from dtrain.trainer.restoring import Plan, saved_state
@@ -72,7 +73,8 @@ class LocalStation:
         self._capture: Callable[[Step], CapturedState] | None = None  # set by begin() if something is tracked
         self._tracking = False
         self._layouts = ShardLayouts(rank=surroundings.rank, world_size=surroundings.world_size)
-        self._copier = Copier()
+        self._cores = cores_of_rank(surroundings.local_world_size)
+        self._copier = Copier(self._cores)
         self._memory: mmap.mmap | None = None  # where shards are laid out, kept between checkpoints
 
     def track(self) -> None:
@@ -240,6 +242,7 @@ class LocalStation:
             saved.wholes,
             lambda needed: read_needed(store, catalog.shards, needed),
             moved=has_moved(saved, targets, self._surroundings.world_size),
+            threads=self._cores,
         )
         return replace(saved, tensors=targets)
 

@@ -51,9 +51,11 @@ def fill(
     bring: Bring,
     *,
     moved: bool,
+    threads: int,
     take: Take = list,
 ) -> None:
-    """Fill ``targets``, each of which has the shape of its whole. ``moved``: see :func:`has_moved`.
+    """Fill ``targets``, each of which has the shape of its whole. ``moved``: see :func:`has_moved`;
+    ``threads``: how many copy at once.
 
     ``take`` is tried first where parts go straight to their targets.
 
@@ -67,7 +69,7 @@ def fill(
         return
     left = take(sorted(moves, key=lambda move: (move.chunk.shard, move.chunk.begin)))
     images = bring({_all_of(move) for move in left})
-    copier = Copier()
+    copier = Copier(threads)
     try:
         _move_all(left, images, copier)
     finally:

@@ -84,7 +84,7 @@ def restore_from_worker(
         wait_until(lambda: mailbox.restore is RestoreState.READY)
         return _map_shards(folder, needed)
 
-    fill(targets, saved.wholes, bring, moved=has_moved(saved, targets, world_size), take=take)
+    fill(targets, saved.wholes, bring, moved=has_moved(saved, targets, world_size), threads=cores, take=take)
     return replace(saved, tensors=targets)
 
 

@@ -33,7 +33,6 @@ import contextlib
 import gc
 import logging
 import mmap
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +45,7 @@ from dtrain.common.mailbox import MAILBOX_BYTES, Mailbox, TrainerPhase, unpack
 from dtrain.common.names import Step
 from dtrain.trainer.arena import ArenaPreparation, SlotMemory, StageSlots
 from dtrain.trainer.copying import Arriving, Copier
+from dtrain.trainer.cores import cores_of_rank
 from dtrain.trainer.failures import one_line
 from dtrain.trainer.restoring import Plan, restore_from_worker
 from dtrain.trainer.stacks import answer_with_stacks
@@ -78,7 +78,7 @@ class WorkerStation:
     ) -> None:
         """``local_world_size``: ranks on this node, which share its cores."""
         self._rank_dir = rank_dir
-        self._local_world_size = local_world_size
+        self._cores = cores_of_rank(local_world_size)
         self._save_last = save_last
         self._steps = Step(0), Step(0)  # where this trainer began, and its last step
         self._tried = Step(0)  # the newest step that was staged, or could not be
@@ -86,7 +86,7 @@ class WorkerStation:
         self._map, self._mailbox = _open_mailbox(rank_dir / "mailbox")
         self._layouts = ShardLayouts(rank=rank, world_size=world_size)
         self._slots = StageSlots(rank_dir)
-        self._copier = Copier()
+        self._copier = Copier(self._cores)
         self._preparation = ArenaPreparation(self._slots, self._mailbox, self._copier)
         self._first_step_is_due = False  # whether the preparation waits for the end of the first step
         self._capture: Callable[[Step], CapturedState] | None = None  # set by begin()
@@ -109,7 +109,7 @@ class WorkerStation:
             self._mailbox,
             rank=self._rank,
             world_size=self._world_size,
-            cores=max(1, len(os.sched_getaffinity(0)) // self._local_world_size),
+            cores=self._cores,
             plan=plan,
         )
 

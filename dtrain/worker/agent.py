@@ -159,6 +159,7 @@ class Agent:
                 self._emit,
                 mailboxes.slot_holds,
                 arenas.keep,
+                arenas.mapped,
                 self._tasks.begin,
                 BandwidthCap(config.upload_mib_per_s),
             ),

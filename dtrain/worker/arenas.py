@@ -13,6 +13,9 @@ Rules:
   data folder of it, and says so: slower, but no process is killed for want of memory;
 - an arena goes when its job leaves the node; one whose job is between two generations waits KEEP_S for the next.
 
+The agent reads a slot through a map that is made with it and kept as long: filling in the page tables of a large file
+takes as long as copying it, and would otherwise come before every upload.
+
 A thread that has lost its agent's interest stops at the next part; the memory is freed by a thread too, because
 giving back a large file in shared memory takes time.
 """
@@ -21,6 +24,7 @@ import asyncio
 import contextlib
 import errno
 import logging
+import mmap
 import os
 import shutil
 import threading
@@ -53,6 +57,14 @@ class Kept(msgspec.Struct, frozen=True, kw_only=True):
     digest: str
 
 
+@dataclass(frozen=True, slots=True)
+class SlotMap:
+    """A slot as memory."""
+
+    page: mmap.mmap
+    inode: int  # of the file that is mapped, whatever its name leads to now
+
+
 @dataclass(slots=True)
 class _Job:
     """What the agent's shell knows of one job's arena."""
@@ -81,6 +93,7 @@ class Arenas:
         self._free = free
         self._jobs: dict[JobName, _Job] = {}
         self._asked: dict[tuple[JobName, int], int] = {}  # the slot that each rank was asked to stage into last
+        self._maps: dict[Path, SlotMap] = {}  # of slots in shared memory, for reading
         self._providing: set[RankId] = set()
         # How many bytes could not be had. Not tried again for as many until the rank's next checkpoint.
         self._refused: dict[RankId, int] = {}
@@ -128,6 +141,11 @@ class Arenas:
         with contextlib.suppress(FileNotFoundError):  # the job left meanwhile
             write_whole(self._record(of, slot), msgspec.json.encode(kept))
 
+    def mapped(self, of: RankId, slot: int, size_bytes: int) -> SlotMap | None:
+        """Return the slot's map, if there is one of so many bytes; an agent that was restarted has none yet."""
+        found = self._maps.get(self._path(of, slot))
+        return found if found is not None and len(found.page) >= size_bytes else None
+
     def rest(self, job: JobName, generation: Generation, now: float) -> None:
         """The generation is over: its arena waits for the next, unless that has come already."""
         known = self._jobs.get(job)
@@ -148,11 +166,7 @@ class Arenas:
             del self._asked[key]
         self._refused = {of: size for of, size in self._refused.items() if of.job != job}
         self._complained = {of for of in self._complained if of.job != job}
-        held: list[int] = []
-        for folder in (self._dirs.arena(job), self._dirs.arena_in_files(job)):
-            _remove(folder, held)
-        if held:  # the names are gone; closing the last descriptor gives the memory back, which takes its time
-            self._threads.submit(_close_all, held)
+        self._remove([self._dirs.arena(job), self._dirs.arena_in_files(job)])
 
     def remove_all(self) -> None:
         for job in list(self._jobs):
@@ -183,6 +197,8 @@ class Arenas:
             done = await loop.run_in_executor(self._threads, _allocate, paths, needed_bytes, self._stop)
             if done and self._jobs.get(of.job) is known:
                 self._provided(of, first, needed_bytes)
+                if not known.in_files:
+                    await self._map(known, paths)
                 if of in self._complained:
                     self._complained.discard(of)
                     self._say(of, f"the stage slots of rank {of.rank} are allocated now")
@@ -218,13 +234,25 @@ class Arenas:
     def _forget_other_ranks(self, known: _Job) -> None:
         """Give back the arenas of ranks that are elsewhere now. What they held was restored from by now."""
         here = {f"rank{of.rank}" for of in known.ranks}
+        bases = (self._dirs.arena(known.ranks[0].job), self._dirs.arena_in_files(known.ranks[0].job))
+        self._remove(
+            [folder for base in bases if base.is_dir() for folder in base.iterdir() if folder.name not in here]
+        )
+
+    async def _map(self, known: _Job, paths: list[Path]) -> None:
+        """Map what is allocated now, unless the job has left meanwhile."""
+        made = await asyncio.get_running_loop().run_in_executor(self._threads, lambda: list(map(_map_slot, paths)))
+        if self._jobs.get(known.ranks[0].job) is known:
+            self._maps.update((path, found) for path, found in zip(paths, made, strict=True) if found is not None)
+
+    def _remove(self, folders: list[Path]) -> None:
+        """Remove the folders. What holds their memory is let go of by the thread: giving it back takes its time."""
         held: list[int] = []
-        for base in (self._dirs.arena(known.ranks[0].job), self._dirs.arena_in_files(known.ranks[0].job)):
-            for folder in base.iterdir() if base.is_dir() else ():
-                if folder.name not in here:
-                    _remove(folder, held)
-        if held:
-            self._threads.submit(_close_all, held)
+        for folder in folders:
+            _remove(folder, held)
+        maps = [self._maps.pop(path) for path in list(self._maps) if any(map(path.is_relative_to, folders))]
+        if held or maps:
+            self._threads.submit(_let_go, held, maps)
 
     # ---- files -------------------------------------------------------------------------------------------
 
@@ -289,9 +317,22 @@ def _remove(folder: Path, held: list[int]) -> None:
             folder.parent.rmdir()
 
 
-def _close_all(held: list[int]) -> None:
+def _map_slot(path: Path) -> SlotMap | None:
+    """Map the whole slot for reading, with all its page tables at once; None if it is gone or empty."""
+    try:
+        with path.open("rb") as file:
+            flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
+            page = mmap.mmap(file.fileno(), 0, flags=flags, prot=mmap.PROT_READ)
+            return SlotMap(page, os.fstat(file.fileno()).st_ino)
+    except (OSError, ValueError):
+        return None
+
+
+def _let_go(held: list[int], maps: list[SlotMap]) -> None:
+    """In a thread: give memory back. An upload that still reads a map keeps it."""
     for file in held:
         os.close(file)
+    maps.clear()
 
 
 def _mib(size_bytes: int) -> str:

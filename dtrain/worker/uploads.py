@@ -15,10 +15,12 @@ All uploads of an agent share one cap on what they send a second, if there is on
 """
 
 import asyncio
+import contextlib
 import logging
 import mmap
+import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -36,7 +38,7 @@ from dtrain.storage.packing import StoredShard, store_image
 from dtrain.storage.parts import FileParts
 from dtrain.storage.retrying import GaveUp, with_retries
 from dtrain.storage.uris import open_store
-from dtrain.worker.arenas import Kept
+from dtrain.worker.arenas import Kept, SlotMap
 from dtrain.worker.bandwidth import BandwidthCap
 from dtrain.worker.bases import Bases
 from dtrain.worker.core.actions import Upload
@@ -67,6 +69,25 @@ class _Running:
     meter: UploadMeter
 
 
+@dataclass(frozen=True, slots=True)
+class _Slot:
+    """Where a shard is staged."""
+
+    path: Path
+    mapped: SlotMap | None  # if it is already
+
+    @contextlib.contextmanager
+    def memory(self, file: int, size_bytes: int) -> Iterator[memoryview]:
+        """The first bytes of the open slot."""
+        if self.mapped is not None and self.mapped.inode == os.fstat(file).st_ino:
+            page = self.mapped.page
+        else:  # all page tables at once, instead of fault by fault
+            flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
+            page = mmap.mmap(file, size_bytes, flags=flags, prot=mmap.PROT_READ)
+        with memoryview(page) as view:
+            yield view[:size_bytes]
+
+
 class Uploads:
     """All uploads of the agent; at most one a rank. Used in the event loop only."""
 
@@ -75,10 +96,12 @@ class Uploads:
         emit: Callable[[UploadDone | UploadFailed], None],
         slot_holds: Callable[[RankId, int], int],
         keep: Callable[[RankId, int, Kept], None],
+        mapped: Callable[[RankId, int, int], SlotMap | None],
         begin: Begin,
         cap: BandwidthCap,
     ) -> None:
-        """``slot_holds``: the word of the state in a rank's slot; ``keep``: takes note of what storage confirmed.
+        """``slot_holds``: the word of the state in a rank's slot; ``keep``: takes note of what storage confirmed;
+        ``mapped``: a rank's slot as memory of so many bytes, if it is mapped already.
 
         ``cap`` is for all uploads together.
         """
@@ -87,6 +110,7 @@ class Uploads:
         self._begin = begin
         self._slot_holds = slot_holds
         self._keep = keep
+        self._mapped = mapped
         self._threads = yielding_threads("upload", THREADS)
         self._bases = Bases()
         self._running: dict[RankId, _Running] = {}
@@ -134,7 +158,13 @@ class Uploads:
             if self._slot_holds(of, upload.slot) != word:
                 raise SlotTaken
             answer = await asyncio.get_running_loop().run_in_executor(
-                self._threads, _send, upload, folder / f"slot{upload.slot}", give_up, meter, self._bases
+                self._threads,
+                _send,
+                upload,
+                _Slot(path=folder / f"slot{upload.slot}", mapped=self._mapped(of, upload.slot, upload.size_bytes)),
+                give_up,
+                meter,
+                self._bases,
             )
             if self._slot_holds(of, upload.slot) != word:
                 raise SlotTaken
@@ -162,7 +192,7 @@ class SlotTaken(PermanentError):
         return "a later attempt was staged before this one was stored"
 
 
-def _send(upload: Upload, slot: Path, give_up: threading.Event, meter: UploadMeter, bases: Bases) -> UploadDone:
+def _send(upload: Upload, slot: _Slot, give_up: threading.Event, meter: UploadMeter, bases: Bases) -> UploadDone:
     """In a thread: digest the slot's bytes and put those that storage lacks. Returns when it has confirmed them."""
     request = upload.request
     store = shared_store(request.store)
@@ -170,10 +200,10 @@ def _send(upload: Upload, slot: Path, give_up: threading.Event, meter: UploadMet
     baseless = base is None and any(named.rank == upload.rank for named in request.bases)
     key = shard_key(upload.job, request.checkpoint, request.attempt, upload.rank, baseless=baseless)
     beside = index_key(upload.job, request.checkpoint, request.attempt, upload.rank, baseless=baseless)
-    with slot.open("rb") as file:
-        made = _packed(file.fileno(), upload, base, key)
-        packed = FileParts(file=file.fileno(), ranges=made.fresh_ranges)
-        shard = FileParts(file=file.fileno(), ranges=made.ranges, head=made.head)
+    with slot.path.open("rb") as file, slot.memory(file.fileno(), upload.size_bytes) as memory:
+        made = _packed(memory, upload, base, key)
+        packed = FileParts(file=file.fileno(), ranges=made.fresh_ranges, memory=memory)
+        shard = FileParts(file=file.fileno(), ranges=made.ranges, head=made.head, memory=memory)
 
         total_bytes = packed.size_bytes + shard.size_bytes
 
@@ -214,16 +244,13 @@ def _send(upload: Upload, slot: Path, give_up: threading.Event, meter: UploadMet
     )
 
 
-def _packed(descriptor: int, upload: Upload, base: IndexedShard | None, key: str) -> StoredShard:
-    flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)  # all page tables at once, instead of fault by fault
-    page = mmap.mmap(descriptor, upload.size_bytes, flags=flags, prot=mmap.PROT_READ)
-    with page, memoryview(page) as view:
-        return store_image(
-            view,
-            pack_key=lambda digest: pack_key(upload.job, upload.request.attempt, upload.rank, digest),
-            base=base,
-            key=key,
-        )
+def _packed(memory: memoryview, upload: Upload, base: IndexedShard | None, key: str) -> StoredShard:
+    return store_image(
+        memory,
+        pack_key=lambda digest: pack_key(upload.job, upload.request.attempt, upload.rank, digest),
+        base=base,
+        key=key,
+    )
 
 
 def _failed(upload: Upload, reason: str) -> UploadFailed:

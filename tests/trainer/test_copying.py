@@ -12,16 +12,15 @@ GUARD = 0xA5
 
 
 @pytest.fixture(params=[1, 2, 5])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
+def threads(request: pytest.FixtureRequest) -> int:
+    found: int = request.param
+    return found
 
 
 @pytest.fixture
-def copier() -> Iterator[Copier]:
-    it = Copier()
+def copier(threads: int) -> Iterator[Copier]:
+    it = Copier(threads)
+    it.warm_up()
     yield it
     it.close()
 

@@ -72,7 +72,7 @@ def read_alone(path: Path, tracked: TrackedState) -> SavedState:
     index, _ = index_shard(data, key=str(path))
     saved = saved_state(catalog_of([open_index(index, key="index", shard_key=str(path))]), 0)
     targets = tracked.targets(saved, torch.device("cpu"))
-    fill(targets, saved.wholes, lambda _: {0: data}, moved=False)
+    fill(targets, saved.wholes, lambda _: {0: data}, moved=False, threads=1)
     return replace(saved, tensors=targets)
 
 

@@ -87,6 +87,19 @@ def test_both_slots_are_allocated_and_found_through_the_rank_folder(node: Node) 
         assert not (node.dirs.rank_dir(one) / f"slot{slot}").exists()
 
 
+def test_slots_in_memory_are_mapped_for_the_agent_until_their_job_leaves(node: Node) -> None:
+    (zero,) = ranks(1, 0)
+    node.claim(zero)
+    node.provide(zero)
+    slot = node.dirs.rank_dir(zero) / "slot1"
+    slot.write_bytes(b"staged".ljust(SIZE))
+    found = node.arenas.mapped(zero, 1, SIZE)
+    assert found is not None and found.page[:6] == b"staged" and found.inode == slot.stat().st_ino
+    assert node.arenas.mapped(zero, 1, SIZE + 1) is None, "it has grown since"
+    node.arenas.remove(JOB)
+    assert node.arenas.mapped(zero, 1, SIZE) is None
+
+
 def test_without_a_committed_state_the_slots_take_turns(node: Node) -> None:
     (zero,) = ranks(1, 0)
     node.claim(zero)

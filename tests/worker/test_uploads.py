@@ -1,6 +1,7 @@
 """What is sent from a stage slot, and that nothing is acknowledged which a trainer may have written over."""
 
 import asyncio
+import mmap
 import os
 import threading
 import time
@@ -18,7 +19,7 @@ from dtrain.storage.local import LocalFolder
 from dtrain.storage.metering import Meter
 from dtrain.storage.objects import ObjectInfo, StorageUnavailable
 from dtrain.storage.parts import FileParts
-from dtrain.worker.arenas import Kept
+from dtrain.worker.arenas import Kept, SlotMap
 from dtrain.worker.bandwidth import MIB_BYTES, BandwidthCap
 from dtrain.worker.core.actions import Upload
 from dtrain.worker.core.inputs import UploadDone, UploadFailed
@@ -45,6 +46,7 @@ class Rank:
         (folder / "slot1").write_bytes(self.data + b"what an earlier, longer state left")
         self.holds = {1: WORD}
         self.kept: list[tuple[int, Kept]] = []
+        self.mapped: SlotMap | None = None
         self.answers: list[UploadDone | UploadFailed] = []
         self.looks = 0
         self.after_look = lambda: None
@@ -69,7 +71,12 @@ class Rank:
         async def turn() -> None:
             tasks = Tasks()
             uploads = Uploads(
-                self.answers.append, self.slot_holds, lambda _, *kept: self.kept.append(kept), tasks.begin, self.cap
+                self.answers.append,
+                self.slot_holds,
+                lambda _, *kept: self.kept.append(kept),
+                lambda *_: self.mapped,
+                tasks.begin,
+                self.cap,
             )
             self.see_progress = lambda: self.progress.update(uploads.progress())
             async with asyncio.TaskGroup() as group:
@@ -97,6 +104,26 @@ def test_the_slots_bytes_are_stored_up_to_their_size_and_recorded(rank: Rank) ->
     assert LocalFolder(rank.folder / "store").get(answer.key) == rank.data
     assert answer.digest == blob_digest(rank.data)
     assert rank.kept == [(1, Kept(attempt=4, step=10, size_bytes=len(rank.data), digest=answer.digest))]
+
+
+def test_a_slot_that_is_mapped_already_is_read_through_its_map(rank: Rank) -> None:
+    slot = rank.folder / "slot1"
+    with slot.open("rb") as file:
+        rank.mapped = SlotMap(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ), slot.stat().st_ino)
+    answer = rank.upload()
+    assert isinstance(answer, UploadDone)
+    assert LocalFolder(rank.folder / "store").get(answer.key) == rank.data
+
+
+def test_a_map_of_a_file_that_is_no_longer_the_slot_is_left_alone(rank: Rank) -> None:
+    older = rank.folder / "older"
+    older.write_bytes(shard_bytes(rank=1, step=9, payload=b"older"))
+    with older.open("rb") as file:
+        rank.mapped = SlotMap(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ), older.stat().st_ino)
+    answer = rank.upload()
+    assert isinstance(answer, UploadDone)
+    assert LocalFolder(rank.folder / "store").get(answer.key) == rank.data
+    assert answer.digest == blob_digest(rank.data)
 
 
 def test_what_did_not_change_is_packed_and_the_slot_counts_as_a_whole(tmp_path: Path) -> None:
