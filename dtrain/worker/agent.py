@@ -225,7 +225,8 @@ class Agent:
 
     async def _stay_registered(self, key: str) -> None:
         try:
-            await keep_registered(self._etcd, key, self._registration, self._config.lease_ttl_s)
+            ttl_s = self._config.lease_ttl_s
+            await keep_registered(self._etcd, key, self._registration, ttl_s, is_own=self._registered_before)
         except RegistrationTaken as error:
             self._taken = UserError(
                 f"another worker registered as {self._config.worker_id} since, so this one left: "
@@ -363,6 +364,14 @@ class Agent:
                 "pid": os.getpid(),
             }
         )
+
+    def _registered_before(self, value: bytes) -> bool:
+        """Whether an agent of this data folder, which is locked, put this registration."""
+        try:
+            found = msgspec.json.decode(value, type=dict[str, object])
+        except msgspec.DecodeError:
+            return False
+        return found.get("journal") == self._journal.id
 
     async def _serve_logs(self) -> tuple[grpc.aio.Server, str]:
         """Serve the Logs service; return the server and the address under which others reach it."""
