@@ -41,12 +41,14 @@ def _kill(storm: "Storm", host: Machine) -> Undo:
 def _pause(storm: "Storm", host: Machine) -> Undo:
     storm.say(f"{host.name} pauses")
     storm.world.saw("coordinator paused")
-    paused = list(host.processes)
+    paused, led = list(host.processes), storm.world.leader is host
     for process in paused:
         process.pause()
 
     def go_on() -> None:
         storm.say(f"{host.name} goes on")
+        if led and storm.world.leader is not host:
+            storm.world.saw("leader slept beyond its lease and woke up deposed")
         for process in paused:
             process.go_on()
 
@@ -63,7 +65,8 @@ def _lose_etcd(storm: "Storm", host: Machine) -> Undo:
 def _coordinator_loses_workers(storm: "Storm") -> Undo | None:
     host = storm.host()
     storm.say(f"{host.name} loses the workers")
-    storm.world.saw("leader cut off from workers only")
+    if host is storm.world.leader:
+        storm.world.saw("leader cut off from workers only")
     return storm.cut(host.name, [node.machine.name for node in storm.world.nodes])
 
 
@@ -143,9 +146,24 @@ def _agent_restarts(storm: "Storm") -> Undo | None:
     node = storm.node()
     storm.say(f"the agent of {node.machine.name} is killed and starts again")
     storm.world.saw("agent restarted at once")
+    if storm.world.log and storm.world.log[-1][0] == "CheckpointStarted":
+        storm.world.saw("agent restarted with an attempt in flight")
     node.kill_agent()
     node.start_agent()
     return None
+
+
+def _registration_late(storm: "Storm") -> Undo | None:
+    """An agent restarts, its new registration takes long, and mostly the leader loses the workers meanwhile."""
+    world, node, host = storm.world, storm.node(), storm.world.leader
+    storm.say(f"the agent of {node.machine.name} is killed and starts again; its registration will be late")
+    world.etcd.late_keys[f"{PREFIX}/workers/{node.machine.name}"] = storm.rng.uniform(3.0, 12.0)
+    node.kill_agent()
+    node.start_agent()
+    if host is None or storm.rng.random() < 0.3:
+        return None
+    world.saw("registration late after a restart, and the leader cut off from the workers")
+    return storm.cut(host.name, [each.machine.name for each in world.nodes])
 
 
 def _agent_dies(storm: "Storm") -> Undo | None:
@@ -342,6 +360,7 @@ FAULTS: dict[str, Callable[["Storm"], Undo | None]] = {
     "coordinator loses workers": _coordinator_loses_workers,
     "command overtaken": _command_overtaken,
     "agent restarts": _agent_restarts,
+    "registration late": _registration_late,
     "agent dies": _agent_dies,
     "agent pauses": _agent_pauses,
     "machine loses power": lambda storm: _power(storm, wipe=False),
