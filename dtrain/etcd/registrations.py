@@ -1,8 +1,8 @@
 """A key that says "I am here" for as long as this process lives, whatever happens to etcd meanwhile.
 
 The key is bound to a lease. When the lease is lost (etcd was away, this process was paused), a new one is
-taken and the key is put again. The key is also compared, now and then, with what it should be: a put whose
-answer was lost may be applied late and bind the key to an older lease, an operator may delete it, a restored
+taken and the key is put again. The key is also compared, when it changes and now and then, with what it should be: a
+put whose answer was lost may be applied late and bind the key to an older lease, an operator may delete it, a restored
 etcd may have forgotten it. So this is a level that is held, not an edge that fires once.
 
 The key is never taken back but at the end. A put whose answer was lost is read back at once, and tried again while
@@ -32,6 +32,7 @@ from dtrain.etcd.errors import LeaseLost
 from dtrain.etcd.keyvalues import KeyValue
 from dtrain.etcd.leases import BEATS_A_TTL, Lease, renew
 from dtrain.etcd.transactions import create_revision_is, put
+from dtrain.etcd.watches import watch
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +115,10 @@ class _Registration:
         self._leases.add(lease.id)
         self._bound = [*self._bound[-1:], lease]
         beating = asyncio.create_task(lease.keep_alive())
-        carrying = asyncio.create_task(self._carry(lease))
+        changed, moved = asyncio.Event(), asyncio.Event()
+        carrying = asyncio.create_task(self._carry(lease, moved))
+        noticing = asyncio.create_task(self._notice(changed, moved))
+        beating.add_done_callback(lambda _: changed.set())  # the lease is lost
         registered = False
         try:
             revision = await self._begin(lease)
@@ -126,13 +130,15 @@ class _Registration:
                     self._tell(RegistrationChange(registered=True, lease=lease.id, revision=revision))
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(max(_CHECK_MIN_S, lease.ttl_s)):
-                        await lease.lost.wait()
+                        await changed.wait()
+                changed.clear()
                 if lease.lost.is_set():
                     break
                 revision = await self._check(lease)
         finally:
             beating.cancel()
             carrying.cancel()
+            noticing.cancel()
             if registered:
                 self._tell(RegistrationChange(registered=False, lease=lease.id, revision=0))
         return registered
@@ -165,8 +171,11 @@ class _Registration:
                     await lease.lost.wait()
             pause_s = min(pause_s * 2, _RETRY_MAX_S)
 
-    async def _carry(self, lease: Lease) -> None:
-        """Until cancelled, renew the lease that the key is bound to, if it is not ``lease`` and was our own."""
+    async def _carry(self, lease: Lease, moved: asyncio.Event) -> None:
+        """Until cancelled, renew the lease that the key is bound to, if it is not ``lease`` and was our own.
+
+        ``moved``: the key was changed, as by a late put of a still earlier life; now another lease may have to be kept.
+        """
         while True:
             pause_s = lease.ttl_s / BEATS_A_TTL
             try:
@@ -178,7 +187,22 @@ class _Registration:
             except (RetryableError, PermanentError) as error:
                 logger.info("%s may end before it is put anew: %s", self._key, error)
                 pause_s = _RETRY_FIRST_S
-            await asyncio.sleep(pause_s)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(pause_s):
+                    await moved.wait()
+            moved.clear()
+
+    async def _notice(self, *changed: asyncio.Event) -> None:
+        """Until cancelled, set ``changed`` when the key was changed: a hint that it is to be looked at, and no more."""
+        while True:
+            try:
+                async for batch in watch(self._client, self._key, from_revision=0):
+                    if any(change.kv.key == self._key for change in batch.events):
+                        for event in changed:
+                            event.set()
+            except (RetryableError, PermanentError) as error:
+                logger.info("%s is not watched for now: %s", self._key, error)
+            await asyncio.sleep(_RETRY_MAX_S)
 
     def _was_ours(self, found: KeyValue) -> bool:
         return found.lease in self._leases or self._is_own(found.value)

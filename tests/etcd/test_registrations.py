@@ -114,6 +114,22 @@ def test_a_deleted_registration_is_put_again_and_a_changed_value_arrives(etcd: E
     asyncio.run(run())
 
 
+def test_a_registration_that_vanished_is_put_again_at_once(etcd: EtcdServer) -> None:
+    """As one does that a late put had bound to a lease which nobody renews."""
+
+    async def run() -> None:
+        changes: list[RegistrationChange] = []
+        async with EtcdClient([etcd.endpoint]) as client, registered(client, lambda: b"me", 600, changes):
+            await until(client, lambda kv: kv is not None)
+            async with asyncio.timeout(DEADLINE_S):
+                while not changes:
+                    await asyncio.sleep(0.02)
+            await client.delete(KEY)
+            await until(client, lambda kv: kv is not None)  # and not only when it is compared anyway
+
+    asyncio.run(run())
+
+
 def test_a_restarted_process_replaces_its_older_self_at_once_and_the_older_learns_it(etcd: EtcdServer) -> None:
     async def run() -> None:
         async with EtcdClient([etcd.endpoint]) as client, registered(client, lambda: b"old", 1) as older:

@@ -51,6 +51,7 @@ DATA_PLANE = (
     "store full",
     "store cut off",
     "blob rots",
+    "newest condemned",
 )
 STEADY = (
     "lost answers",

@@ -4,10 +4,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from dtrain.proto import agent_pb2 as wire
+from tests.sim import people
 from tests.sim.etcd import Change, Waylaid
 from tests.sim.machines import Machine
 from tests.sim.network import Link
-from tests.sim.world import JOB, PREFIX
+from tests.sim.world import PREFIX
 
 if TYPE_CHECKING:
     from tests.sim.faults import Storm
@@ -153,13 +154,23 @@ def _agent_restarts(storm: "Storm") -> Undo | None:
     return None
 
 
+def _start_again(node: "Node") -> None:
+    if node.agent is not None and node.agent.alive and not node.agent.paused:
+        node.kill_agent()
+        node.start_agent()
+
+
 def _registration_late(storm: "Storm") -> Undo | None:
     """An agent restarts, its new registration takes long, and mostly the leader loses the workers meanwhile."""
     world, node, host = storm.world, storm.node(), storm.world.leader
     storm.say(f"the agent of {node.machine.name} is killed and starts again; its registration will be late")
-    world.etcd.late_keys[f"{PREFIX}/workers/{node.machine.name}"] = storm.rng.uniform(3.0, 12.0)
+    world.etcd.late_keys[f"{PREFIX}/workers/{node.machine.name}"] = storm.rng.choice(
+        (storm.rng.uniform(1.0, 5.0), storm.rng.uniform(5.0, 12.0))
+    )
     node.kill_agent()
     node.start_agent()
+    if storm.rng.random() < 0.5:  # and once more: what was late is then the put of an earlier life
+        world.loop.after(storm.rng.uniform(0.3, 3.0), _start_again, node)
     if host is None or storm.rng.random() < 0.3:
         return None
     world.saw("registration late after a restart, and the leader cut off from the workers")
@@ -335,22 +346,6 @@ def _clock_jumps(storm: "Storm") -> Undo | None:
     return None
 
 
-def _people_ask(storm: "Storm") -> Undo | None:
-    world, number = storm.world, storm.rng.randint(1, 8)
-    match storm.rng.randrange(4):
-        case 0 | 1:
-            storm.say("a person asks for a checkpoint")
-            world.ask("Checkpoint", wire.CheckpointRequest(job=JOB, request=f"r{number}"))
-        case 2:
-            storm.say(f"a person pins checkpoint {number}")
-            world.ask("Pin", wire.PinRequest(job=JOB, checkpoint=number, pinned=storm.rng.random() < 0.7))
-        case _:
-            storm.say(f"a person finds checkpoint {number} damaged")
-            request = wire.QuarantineRequest(job=JOB, checkpoint=number, key="some blob", reason="a person said so")
-            world.ask("Quarantine", request)
-    return None
-
-
 FAULTS: dict[str, Callable[["Storm"], Undo | None]] = {
     "coordinator dies": lambda storm: _kill(storm, storm.host()),
     "coordinator pauses": lambda storm: _pause(storm, storm.host()),
@@ -379,5 +374,6 @@ FAULTS: dict[str, Callable[["Storm"], Undo | None]] = {
     "store cut off": _store_cut_off,
     "blob rots": _blob_rots,
     "clock jumps": _clock_jumps,
-    "people ask": _people_ask,
+    "people ask": people.ask,
+    "newest condemned": people.condemn_newest,
 }
