@@ -161,17 +161,19 @@ def _start_again(node: "Node") -> None:
 
 
 def _registration_late(storm: "Storm") -> Undo | None:
-    """An agent restarts, its new registration takes long, and mostly the leader loses the workers meanwhile."""
-    world, node, host = storm.world, storm.node(), storm.world.leader
+    """An agent restarts, its new registration takes long, and mostly the leader loses the workers meanwhile.
+
+    Longer than a lease lives; or the agent restarts once more, and what comes late is the put of an earlier life.
+    """
+    world, node, host, rng = storm.world, storm.node(), storm.world.leader, storm.rng
     storm.say(f"the agent of {node.machine.name} is killed and starts again; its registration will be late")
-    world.etcd.late_keys[f"{PREFIX}/workers/{node.machine.name}"] = storm.rng.choice(
-        (storm.rng.uniform(1.0, 5.0), storm.rng.uniform(5.0, 12.0))
-    )
+    again = rng.random() < 0.4
+    world.etcd.late_keys[f"{PREFIX}/workers/{node.machine.name}"] = rng.uniform(*(1.0, 5.0) if again else (6.0, 12.0))
     node.kill_agent()
     node.start_agent()
-    if storm.rng.random() < 0.5:  # and once more: what was late is then the put of an earlier life
-        world.loop.after(storm.rng.uniform(0.3, 3.0), _start_again, node)
-    if host is None or storm.rng.random() < 0.3:
+    if again:
+        world.loop.after(rng.uniform(0.3, 3.0), _start_again, node)
+    if host is None or rng.random() < 0.2:
         return None
     world.saw("registration late after a restart, and the leader cut off from the workers")
     return storm.cut(host.name, [each.machine.name for each in world.nodes])
