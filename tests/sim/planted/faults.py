@@ -114,9 +114,10 @@ PLANTED = (
     Planted("tell what the journal does not hold", "worker/agent.py",
             "            await asyncio.to_thread(self._journal.write, entries)\n",
             "            self._state = state\n            await asyncio.to_thread(self._journal.write, entries)\n"),
-    Planted("owe a marker for the newest only", "coordinator/core/effects.py",
-            "        if not checkpoint.marked and not checkpoint.expired and (job.name, number)",
-            "        if number == job.last_checkpoint and not checkpoint.marked and (job.name, number)"),
+    Planted("take every marker for put at a change of leader", _LOG,
+            "            jobs[name] = state\n",
+            "            jobs[name] = state\n            for c in state.committed.values():\n"
+            "                object.__setattr__(c, 'marked', True)\n"),
     Planted("give the workers of a new leader no time", "coordinator/core/observed.py",
             "UNSEEN_LOST_AFTER_S = 3.0", "UNSEEN_LOST_AFTER_S = 0.0"),
     Planted("forget quarantines at a change of leader", _LOG,
