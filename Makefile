@@ -6,7 +6,7 @@
 #   make sim SEEDS=10000         whole clusters on virtual time, each with its own faults; prints what it met
 #   make sim-planted             the same over copies of dtrain with a fault in them: all must be caught
 #   make chaos MINUTES=10 SEED=7 a job on a real cluster while everything is killed, stopped and cut off;
-#                                KEEP=/new/folder keeps its data
+#                                KEEP=/new/folder keeps its data; ONLY='etcd member' strikes by such faults alone
 #   make demo PYTHON=python3.12  another interpreter
 #   make demo PIP_ARGS='--extra-index-url https://download.pytorch.org/whl/cpu'   a torch without CUDA: smaller
 
@@ -25,6 +25,7 @@ SEEDS ?= 1000
 MINUTES ?= 10
 SEED ?=
 KEEP ?=
+ONLY ?=
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -65,7 +66,8 @@ sim-planted: $(INSTALLED)
 	$(BIN)/python -m tests.sim.planted
 
 chaos: $(INSTALLED)
-	$(BIN)/python -m tests.chaos.runner --minutes $(MINUTES) $(if $(SEED),--seed $(SEED)) $(if $(KEEP),--keep $(KEEP))
+	$(BIN)/python -m tests.chaos.runner --minutes $(MINUTES) $(if $(SEED),--seed $(SEED)) $(if $(KEEP),--keep $(KEEP)) \
+		$(if $(ONLY),--only '$(ONLY)')
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

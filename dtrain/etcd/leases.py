@@ -27,7 +27,7 @@ from dtrain.etcd.transport import STREAM_ENDED
 
 logger = logging.getLogger(__name__)
 
-_BEATS_A_TTL = 3  # two beats may be lost before the lease is
+BEATS_A_TTL = 3  # two beats may be lost before the lease is
 _BEAT_TIMEOUT_PART = 4  # a beat waits a quarter of the time to live, so that a second member can still be asked
 _BEAT_TIMEOUT_MIN_S = 0.05
 _RETRY_S = 0.1  # after a failed beat: many tries fit into the smallest time to live, and none is a storm
@@ -66,7 +66,7 @@ class Lease:
 
     async def keep_alive(self) -> None:
         """Renew until the lease is lost; then set :attr:`lost` and return. Never raises for the world's failures."""
-        pause_s = self.ttl_s / _BEATS_A_TTL
+        pause_s = self.ttl_s / BEATS_A_TTL
         while not self.lost.is_set():
             left_s = self._deadline_s - time.monotonic()
             if left_s <= 0:
@@ -101,7 +101,7 @@ class Lease:
             return 0.0
         timeout_s = min(left_s, max(_BEAT_TIMEOUT_MIN_S, self.ttl_s / _BEAT_TIMEOUT_PART))
         try:
-            ttl_s = await _renew(self._client, self.id, timeout_s=timeout_s)
+            ttl_s = await renew(self._client, self.id, timeout_s=timeout_s)
         except LeaseLost as error:
             self._lose(str(error))
             return 0.0
@@ -109,11 +109,14 @@ class Lease:
             logger.info("lease %x was not renewed, %.1f s left: %s", self.id, left_s, error)
             return _RETRY_S
         self._deadline_s = sent_s + ttl_s
-        return ttl_s / _BEATS_A_TTL
+        return ttl_s / BEATS_A_TTL
 
 
-async def _renew(client: EtcdClient, lease_id: int, *, timeout_s: float) -> int:
-    """Return the renewed time to live in seconds. A stream a beat: nothing is left to go stale on a dead link."""
+async def renew(client: EtcdClient, lease_id: int, *, timeout_s: float) -> int:
+    """Renew any lease once; return its time to live in seconds. Raises LeaseLost, NoSpace or EtcdUnavailable.
+
+    A stream a beat: nothing is left to go stale on a dead link.
+    """
     transport = client.transport
     member = transport.member
     call = transport.stream(

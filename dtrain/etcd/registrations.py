@@ -1,8 +1,8 @@
 """A key that says "I am here" for as long as this process lives, whatever happens to etcd meanwhile.
 
 The key is bound to a lease. When the lease is lost (etcd was away, this process was paused), a new one is
-taken and the key is put again. The key is also compared, now and then, with what it should be: a put whose
-answer was lost may be applied late and bind the key to an older lease, an operator may delete it, a restored
+taken and the key is put again. The key is also compared, when it changes and now and then, with what it should be: a
+put whose answer was lost may be applied late and bind the key to an older lease, an operator may delete it, a restored
 etcd may have forgotten it. So this is a level that is held, not an edge that fires once.
 
 The key is never taken back but at the end. A put whose answer was lost is read back at once, and tried again while
@@ -10,8 +10,13 @@ its lease lives. A lease that must be thought lost is left alone, not revoked: a
 and until the key is bound to the next lease it tells the truth. Either would delete a key that is there, and its
 owner would be a lost worker for whoever looks in between.
 
+Nor is it let go before it is put anew. Until a put is known to be done, which may take longer than a lease lives, the
+lease that the key is bound to now is renewed: an older one of this process, or that of its earlier life, which
+``is_own`` recognises. So the key of a process that was killed and is back never vanishes in between.
+
 A name has one owner: the newest process that registered it. One that finds its key held by a lease that was
-never its own has been replaced, and is told so by :class:`RegistrationTaken`.
+never its own has been replaced, and is told so by :class:`RegistrationTaken`. A put of its earlier life may still be
+applied late and look like that, so a few of those are put right; an earlier life that goes on putting is not dead.
 """
 
 import asyncio
@@ -25,13 +30,16 @@ from dtrain.common.errors import PermanentError, RetryableError
 from dtrain.etcd.client import EtcdClient
 from dtrain.etcd.errors import LeaseLost
 from dtrain.etcd.keyvalues import KeyValue
-from dtrain.etcd.leases import Lease
+from dtrain.etcd.leases import BEATS_A_TTL, Lease, renew
 from dtrain.etcd.transactions import create_revision_is, put
+from dtrain.etcd.watches import watch
 
 logger = logging.getLogger(__name__)
 
 _RETRY_FIRST_S = 0.1  # an etcd that was merely restarted is back within tenths of a second
 _RETRY_MAX_S = 3.0  # after a long outage all workers come back spread over a few seconds, not as one storm
+_LATE_PUTS_MAX = 3  # of an earlier life: it had one on its way when it was killed, and so had the one before it
+_CARRY_TIMEOUT_S = 1.0  # of one renewal of the older lease
 _CHECK_MIN_S = 1.0  # the key is compared once a time to live, and never more often than this
 
 
@@ -49,6 +57,7 @@ class RegistrationChange:
 
 
 OnChange = Callable[[RegistrationChange], None]
+IsOwn = Callable[[bytes], bool]
 
 
 async def keep_registered(
@@ -57,15 +66,17 @@ async def keep_registered(
     value: Callable[[], bytes],
     ttl_s: float,
     *,
+    is_own: IsOwn = lambda _: False,
     on_change: OnChange | None = None,
 ) -> None:
     """Hold ``key`` = ``value()`` under a lease of ``ttl_s`` seconds until cancelled; then take it back.
 
     ``value`` is asked anew at each put and each comparison, so a changed value reaches etcd within about
-    ``ttl_s``. ``on_change`` is called in the event loop and must not block. Raises :class:`RegistrationTaken`
+    ``ttl_s``. ``is_own`` says of a value found under the key whether an earlier life of this process put it, which
+    must be dead by now. ``on_change`` is called in the event loop and must not block. Raises :class:`RegistrationTaken`
     and :class:`~dtrain.etcd.errors.EtcdRefused`; everything else is waited out.
     """
-    registration = _Registration(client, key, value, on_change)
+    registration = _Registration(client, key, value, on_change, is_own)
     pause_s = _RETRY_FIRST_S
     try:
         while True:
@@ -81,13 +92,22 @@ async def keep_registered(
 
 
 class _Registration:
-    def __init__(self, client: EtcdClient, key: str, value: Callable[[], bytes], on_change: OnChange | None) -> None:
+    def __init__(
+        self,
+        client: EtcdClient,
+        key: str,
+        value: Callable[[], bytes],
+        on_change: OnChange | None,
+        is_own: IsOwn = lambda _: False,
+    ) -> None:
         self._client = client
         self._key = key
         self._value = value
         self._on_change = on_change
+        self._is_own = is_own
         self._leases: set[int] = set()  # every lease this process ever put the key with
         self._bound: list[Lease] = []  # those that the key may be bound to now: the newest, and the one before
+        self._late_puts = 0  # of an earlier life, found under the key since it was claimed
         self._claimed = False  # a put of ours was acknowledged, so that a foreign key is a newer owner's
 
     async def hold(self, lease: Lease) -> bool:
@@ -95,9 +115,14 @@ class _Registration:
         self._leases.add(lease.id)
         self._bound = [*self._bound[-1:], lease]
         beating = asyncio.create_task(lease.keep_alive())
+        changed, moved = asyncio.Event(), asyncio.Event()
+        carrying = asyncio.create_task(self._carry(lease, moved))
+        noticing = asyncio.create_task(self._notice(changed, moved))
+        beating.add_done_callback(lambda _: changed.set())  # the lease is lost
         registered = False
         try:
             revision = await self._begin(lease)
+            carrying.cancel()
             self._bound = [lease]
             while not lease.lost.is_set():
                 if revision:
@@ -105,12 +130,15 @@ class _Registration:
                     self._tell(RegistrationChange(registered=True, lease=lease.id, revision=revision))
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(max(_CHECK_MIN_S, lease.ttl_s)):
-                        await lease.lost.wait()
+                        await changed.wait()
+                changed.clear()
                 if lease.lost.is_set():
                     break
                 revision = await self._check(lease)
         finally:
             beating.cancel()
+            carrying.cancel()
+            noticing.cancel()
             if registered:
                 self._tell(RegistrationChange(registered=False, lease=lease.id, revision=0))
         return registered
@@ -143,6 +171,42 @@ class _Registration:
                     await lease.lost.wait()
             pause_s = min(pause_s * 2, _RETRY_MAX_S)
 
+    async def _carry(self, lease: Lease, moved: asyncio.Event) -> None:
+        """Until cancelled, renew the lease that the key is bound to, if it is not ``lease`` and was our own.
+
+        ``moved``: the key was changed, as by a late put of a still earlier life; now another lease may have to be kept.
+        """
+        while True:
+            pause_s = lease.ttl_s / BEATS_A_TTL
+            try:
+                found = await self._client.get(self._key)
+                if found is not None and found.lease not in (0, lease.id) and self._was_ours(found):
+                    pause_s = await renew(self._client, found.lease, timeout_s=_CARRY_TIMEOUT_S) / BEATS_A_TTL
+            except LeaseLost as error:
+                logger.info("%s ends before it is put anew: %s", self._key, error)
+            except (RetryableError, PermanentError) as error:
+                logger.info("%s may end before it is put anew: %s", self._key, error)
+                pause_s = _RETRY_FIRST_S
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(pause_s):
+                    await moved.wait()
+            moved.clear()
+
+    async def _notice(self, *changed: asyncio.Event) -> None:
+        """Until cancelled, set ``changed`` when the key was changed: a hint that it is to be looked at, and no more."""
+        while True:
+            try:
+                async for batch in watch(self._client, self._key, from_revision=0):
+                    if any(change.kv.key == self._key for change in batch.events):
+                        for event in changed:
+                            event.set()
+            except (RetryableError, PermanentError) as error:
+                logger.info("%s is not watched for now: %s", self._key, error)
+            await asyncio.sleep(_RETRY_MAX_S)
+
+    def _was_ours(self, found: KeyValue) -> bool:
+        return found.lease in self._leases or self._is_own(found.value)
+
     async def _claim(self, lease: Lease) -> int:
         """Take the name from whoever had it: a restarted process replaces its older self at once."""
         revision = await self._client.put(self._key, self._value(), lease=lease.id)
@@ -163,7 +227,9 @@ class _Registration:
         while True:
             found = await self._client.get(self._key)
             if found is not None and found.lease not in self._leases:
-                raise RegistrationTaken(f"{self._key} was registered by another process since.")
+                self._late_puts += 1
+                if not self._is_own(found.value) or self._late_puts > _LATE_PUTS_MAX:
+                    raise RegistrationTaken(f"{self._key} was registered by another process since.")
             if found is not None and found.lease == lease.id and found.value == wanted:
                 return 0
             done = await self._client.txn(

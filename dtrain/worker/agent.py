@@ -24,13 +24,13 @@ import signal
 import socket
 import time
 from collections.abc import AsyncIterator, Coroutine, Sequence
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import grpc
 import grpc.aio
-import msgspec
 
 from dtrain.common.errors import UserError
 from dtrain.common.version import VERSION
@@ -52,6 +52,7 @@ from dtrain.worker.mailboxes import POLL_S, Mailboxes
 from dtrain.worker.performing import Shells, perform
 from dtrain.worker.ports import HeldPort
 from dtrain.worker.rank_dirs import RankDirs, RankId
+from dtrain.worker.registration import is_of, registration
 from dtrain.worker.restores import Restores
 from dtrain.worker.rpc.client import CoordinatorClient
 from dtrain.worker.rpc.convert import Identity, to_snapshot
@@ -226,7 +227,8 @@ class Agent:
 
     async def _stay_registered(self, key: str) -> None:
         try:
-            await keep_registered(self._etcd, key, self._registration, self._config.lease_ttl_s)
+            ttl_s = self._config.lease_ttl_s
+            await keep_registered(self._etcd, key, self._registration, ttl_s, is_own=partial(is_of, self._journal.id))
         except RegistrationTaken as error:
             self._taken = UserError(
                 f"another worker registered as {self._config.worker_id} since, so this one left: "
@@ -351,19 +353,7 @@ class Agent:
 
     def _registration(self) -> bytes:
         assert self._identity is not None
-        identity = self._identity
-        return msgspec.json.encode(
-            {
-                "worker": identity.worker,
-                "host": identity.host,
-                "address": identity.address,
-                "slots": self._config.slots,
-                "journal": identity.journal,
-                "incarnation": identity.incarnation,
-                "version": identity.version,
-                "pid": os.getpid(),
-            }
-        )
+        return registration(self._identity, self._config.slots)
 
     async def _serve_logs(self) -> tuple[grpc.aio.Server, str]:
         """Serve the Logs service; return the server and the address under which others reach it."""

@@ -135,9 +135,8 @@ def _command(pid: int) -> str:
 
 
 def _kill_member(it: World, rng: random.Random) -> Mend:
-    member = _living_member(it, rng)
-    member.kill()
-    return lambda: None if is_alive(member) else member.start()
+    _living_member(it, rng).kill()
+    return it.etcd.start
 
 
 def _stop_member(it: World, rng: random.Random) -> Mend:
@@ -151,6 +150,14 @@ def _living_member(it: World, rng: random.Random) -> Service:
     if not members:
         raise NothingToStrike
     return rng.choice(members)
+
+
+def _lose_member(it: World, rng: random.Random) -> Mend:
+    """Its process and its data are gone for good; a new member takes its place later."""
+    if not it.etcd.is_whole:
+        raise NothingToStrike
+    it.etcd.lose(rng.randrange(len(it.etcd.members)))
+    return it.etcd.replace
 
 
 def _etcd_outage(it: World, rng: random.Random) -> Mend:
@@ -273,6 +280,7 @@ FAULTS = (
     Fault(kind="lose node", strike=_lose_node, weight=1, shortest_s=1.0, longest_s=6.0),
     Fault(kind="kill etcd member", strike=_kill_member, weight=3),
     Fault(kind="stop etcd member", strike=_stop_member, weight=2),
+    Fault(kind="lose etcd member", strike=_lose_member, weight=2, shortest_s=1.0),
     Fault(kind="etcd outage", strike=_etcd_outage, weight=2),
     Fault(kind="storage 503", strike=_storage_refuses, weight=2),
     Fault(kind="storage slow", strike=_storage_dawdles, weight=2),

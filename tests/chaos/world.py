@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.chaos.etcd_members import EtcdMembers, is_alive, send
+from tests.chaos.etcd_members import EtcdMembers, is_alive, replacing, send
 from tests.chaos.storage_proxy import StorageProxy
 from tests.support.cluster import Service
 from tests.support.facts import wait_for
@@ -147,7 +147,7 @@ def world(folder: Path, *, remove: Path | None = None) -> Iterator[World]:
         proxy = stack.enter_context(StorageProxy(storage.endpoint.removeprefix("http://")))
         link = stack.enter_context(TcpProxy(proxy.endpoint))
         env |= storage.environment
-        etcd = EtcdMembers(folder / "etcd", env)
+        etcd = stack.enter_context(replacing(EtcdMembers(folder / "etcd", env)))
         etcd.start()
         etcd.wait_ready()
         it = World(

@@ -18,14 +18,19 @@ from tests.support.tcp_proxy import TcpProxy
 
 DEADLINE_S = 60.0
 KEY = "/dtrain/workers/w1"
+SHORT_TTL_S = 2  # etcd's smallest
 
 
 @asynccontextmanager
 async def registered(
-    client: EtcdClient, value: Callable[[], bytes], ttl_s: float, changes: list[RegistrationChange] | None = None
+    client: EtcdClient,
+    value: Callable[[], bytes],
+    ttl_s: float,
+    changes: list[RegistrationChange] | None = None,
+    is_own: Callable[[bytes], bool] = lambda _: False,
 ) -> AsyncIterator["asyncio.Task[None]"]:
     on_change = None if changes is None else changes.append
-    task = asyncio.create_task(keep_registered(client, KEY, value, ttl_s, on_change=on_change))
+    task = asyncio.create_task(keep_registered(client, KEY, value, ttl_s, is_own=is_own, on_change=on_change))
     try:
         yield task
     finally:
@@ -109,6 +114,22 @@ def test_a_deleted_registration_is_put_again_and_a_changed_value_arrives(etcd: E
     asyncio.run(run())
 
 
+def test_a_registration_that_vanished_is_put_again_at_once(etcd: EtcdServer) -> None:
+    """As one does that a late put had bound to a lease which nobody renews."""
+
+    async def run() -> None:
+        changes: list[RegistrationChange] = []
+        async with EtcdClient([etcd.endpoint]) as client, registered(client, lambda: b"me", 600, changes):
+            await until(client, lambda kv: kv is not None)
+            async with asyncio.timeout(DEADLINE_S):
+                while not changes:
+                    await asyncio.sleep(0.02)
+            await client.delete(KEY)
+            await until(client, lambda kv: kv is not None)  # and not only when it is compared anyway
+
+    asyncio.run(run())
+
+
 def test_a_restarted_process_replaces_its_older_self_at_once_and_the_older_learns_it(etcd: EtcdServer) -> None:
     async def run() -> None:
         async with EtcdClient([etcd.endpoint]) as client, registered(client, lambda: b"old", 1) as older:
@@ -186,5 +207,68 @@ def test_a_first_put_that_was_done_unheard_stands_and_is_not_taken_back(etcd: Et
                 found = await client.get(KEY)
             assert found is not None and found.version == 1 and found.lease == changes[0].lease
             assert done == [found.mod_revision] == [changes[0].revision]
+
+    asyncio.run(run())
+
+
+async def put_is_late(client: EtcdClient, due: asyncio.Event) -> None:
+    """From now on a put of ``client`` is on its way until ``due``."""
+    real_put = client.put
+
+    async def put_later(key: str, value: bytes, *, lease: int = 0) -> int:
+        await due.wait()
+        return await real_put(key, value, lease=lease)
+
+    client.put = put_later  # type: ignore[method-assign]
+
+
+def test_the_key_of_a_process_that_is_back_stays_however_late_its_put_is(etcd: EtcdServer) -> None:
+    """Or a healthy worker would be in no list of a leader that its streams do not reach just then."""
+
+    async def run() -> None:
+        due = asyncio.Event()
+        async with EtcdClient([etcd.endpoint]) as client, EtcdClient([etcd.endpoint]) as witness:
+            older = await Lease.grant(witness, SHORT_TTL_S)
+            put_at = await witness.put(KEY, b"earlier life", lease=older.id)  # killed now: nobody renews it
+            await put_is_late(client, due)
+            async with registered(client, lambda: b"me", 60, is_own=lambda value: value == b"earlier life"):
+                for _ in range(30):
+                    await asyncio.sleep(SHORT_TTL_S / 10)
+                    found = await witness.get(KEY)
+                    assert found is not None and found.mod_revision == put_at, "it vanished in between"
+                due.set()
+                again = await until(witness, lambda kv: kv is not None and kv.value == b"me")
+                assert again is not None and again.create_revision == put_at
+
+    asyncio.run(run())
+
+
+def test_the_key_of_a_stranger_is_left_to_its_lease(etcd: EtcdServer) -> None:
+    async def run() -> None:
+        async with EtcdClient([etcd.endpoint]) as client, EtcdClient([etcd.endpoint]) as witness:
+            older = await Lease.grant(witness, SHORT_TTL_S)
+            await witness.put(KEY, b"stranger", lease=older.id)
+            await put_is_late(client, asyncio.Event())
+            async with registered(client, lambda: b"me", 60, is_own=lambda value: value == b"earlier life"):
+                await until(witness, lambda kv: kv is None)
+
+    asyncio.run(run())
+
+
+def test_a_late_put_of_an_earlier_life_is_put_right_and_one_that_goes_on_putting_is_a_living_owner(
+    etcd: EtcdServer,
+) -> None:
+    async def run() -> None:
+        async with EtcdClient([etcd.endpoint]) as client, EtcdClient([etcd.endpoint]) as witness:
+            older = await Lease.grant(witness, 60)
+            async with registered(client, lambda: b"me", 1, is_own=lambda value: value == b"earlier life") as task:
+                await until(witness, lambda kv: kv is not None and kv.value == b"me")
+                for _ in range(registrations._LATE_PUTS_MAX):
+                    await witness.put(KEY, b"earlier life", lease=older.id)
+                    await until(witness, lambda kv: kv is not None and kv.value == b"me")
+                await witness.put(KEY, b"earlier life", lease=older.id)
+                with pytest.raises(RegistrationTaken, match=KEY):
+                    async with asyncio.timeout(DEADLINE_S):
+                        await task
 
     asyncio.run(run())

@@ -54,6 +54,7 @@ class Blobs:
         self.weather = StoreWeather()
         self.objects: dict[str, bytes] = {}
         self.history: list[Deed] = []
+        self.on_deed: list[Callable[[Deed], None]] = []
 
     @property
     def uri(self) -> str:
@@ -144,7 +145,10 @@ class Blobs:
 
     def _note(self, key: str, data: bytes | None, confirmed: bool) -> None:
         process = CURRENT.get()
-        self.history.append(Deed(self.loop.now_s, repr(process), key, data, confirmed))
+        deed = Deed(self.loop.now_s, repr(process), key, data, confirmed)
+        self.history.append(deed)
+        for listen in self.on_deed:
+            listen(deed)
 
     def _wait(self) -> None:
         weather = self.weather

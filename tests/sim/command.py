@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tests.sim import schedules
+    from tests.sim import replays, schedules
 
-REPLAYED_MAX = 500  # logs that are replayed in another process as well
+REPLAYED_AT_ONCE = 500  # logs that another process replays as well: a bound on what is kept of them
 HASH_SEED = "0"  # sets of strings have one order, so that a seed gives the same schedule in every process
 
 
@@ -80,8 +80,11 @@ def _many(options: argparse.Namespace) -> int:
         totals.update(schedules=1, events=verdict.events, generations=verdict.generations, commits=verdict.committed)
         seen.update(verdict.seen.keys())
         cpu_s += verdict.cpu_s
-        if len(logs) < REPLAYED_MAX and not verdict.findings:
+        if not verdict.findings:
             logs.append(verdict.log)
+        if len(logs) == REPLAYED_AT_ONCE:
+            failed += _replayed_otherwise(logs, first)
+            logs.clear()
         if verdict.findings:
             failed.append(verdict.seed)
             _say_failure(verdict)
@@ -90,9 +93,7 @@ def _many(options: argparse.Namespace) -> int:
         if time.monotonic() - began_s > options.within_s:
             break
     took_s = time.monotonic() - began_s
-    if replays.elsewhere(logs) != [replays.digest(log) for log in logs]:
-        print("  replay is the same everywhere: another process folds a log into other states")
-        failed.append(first)
+    failed += _replayed_otherwise(logs, first)
     if not options.quiet:
         for situation, count in sorted(seen.items(), key=lambda item: -item[1]):
             print(f"{count:7d}  {situation}")
@@ -105,6 +106,16 @@ def _many(options: argparse.Namespace) -> int:
         f"{totals['schedules'] / took_s:.1f} a second, {totals['schedules'] / max(cpu_s, 1e-9):.1f} a core-second"
     )
     return 1 if failed else 0
+
+
+def _replayed_otherwise(logs: "list[replays.Log]", first: int) -> list[int]:
+    """Have another process replay these logs; return ``first`` if it finds other states."""
+    from tests.sim import replays
+
+    if replays.elsewhere(logs) == [replays.digest(log) for log in logs]:
+        return []
+    print("  replay is the same everywhere: another process folds a log into other states")
+    return [first]
 
 
 def _verdicts(seeds: range, jobs: int) -> "Iterator[schedules.Verdict]":

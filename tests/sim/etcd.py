@@ -73,7 +73,7 @@ class Etcd:
         self.revision = 1
         self.compacted = 0  # revisions below are gone
         self.late_writes = 0.0  # part of writes that take effect long after they were asked for
-        self.late: list[tuple[float, float, str]] = []  # those: asked for when, done when, key
+        self.late_keys: dict[str, float] = {}  # whose next put takes effect so many seconds late
         self.waylay: Callable[[Waylaid], None] | None = None  # what becomes of the next append of events
         self.members: list[Member] = []
         self.on_change: list[Callable[[Change], None]] = []
@@ -345,11 +345,11 @@ class Member:
                 )
             )
             return
+        late_s = store.late_keys.pop(request.key.decode(), 0.0) if name == "Put" else 0.0
         if name in ("Txn", "Put") and store.late_writes and store.rng.random() < store.late_writes:
-            store.seen("etcd write took effect late")
             late_s = store.rng.uniform(1.0, 15.0)
-            puts = [request] if name == "Put" else [op.request_put for op in request.success]
-            store.late += [(store.loop.now_s, store.loop.now_s + late_s, put.key.decode()) for put in puts]
+        if late_s:
+            store.seen("etcd write took effect late")
             store.loop.after(late_s, self._do, name, request, answer)
             return
         self._do(name, request, answer)

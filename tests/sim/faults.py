@@ -9,6 +9,7 @@ import random
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from tests.sim.blobs import Deed
 from tests.sim.etcd import Change
 from tests.sim.machines import Machine
 from tests.sim.strikes import FAULTS, Undo
@@ -28,6 +29,7 @@ CONTROL_PLANE = (
     "append in doubt",
     "command overtaken",
     "agent restarts",
+    "registration late",
     "etcd member down",
     "etcd away",
     "etcd compacts",
@@ -49,10 +51,23 @@ DATA_PLANE = (
     "store full",
     "store cut off",
     "blob rots",
+    "newest condemned",
 )
-STEADY = ("lost answers", "late writes", "messy streams", "slow network", "bad store", "short objects", "misses")
-BEHIND = ("CheckpointStarted", "CheckpointCommitted", "CheckpointAborted", "GenerationStarted", "GenerationFailed",
-          "CheckpointExpired", "CheckpointMarked", "JobSubmitted", "CheckpointQuarantined")  # fmt: skip
+STEADY = (
+    "lost answers",
+    "late writes",
+    "messy streams",
+    "slow network",
+    "bad store",
+    "short objects",
+    "misses",
+    "slips",
+)
+BEHIND = (
+    *("CheckpointStarted", "CheckpointCommitted", "CheckpointAborted", "CheckpointExpired", "CheckpointMarked"),
+    *("CheckpointQuarantined", "GenerationStarted", "GenerationFailed", "JobSubmitted", "SalvageStarted"),
+    *("manifest put", "marker put", "marker deleted"),
+)
 
 
 @dataclass
@@ -105,6 +120,7 @@ class Storm:
     def begin(self) -> None:
         self._steady()
         self.world.etcd.on_change.append(self._behind)
+        self.world.blobs.on_deed.append(self._behind_deed)
         self._next()
         self.world.loop.after(self.mix.safety_s, self.heal)
 
@@ -123,8 +139,9 @@ class Storm:
         assert not shut, "every cut is mended by its own undo"
         world.blobs.weather = type(world.blobs.weather)()
         world.etcd.late_writes = 0.0
+        world.etcd.late_keys.clear()
         world.etcd.waylay = world.net.hold = None
-        world.habits.misses = world.habits.stage_fails = 0.0
+        world.habits.misses = world.habits.stage_fails = world.habits.slips = 0.0
         for host in world.hosts:
             for process in list(host.processes):
                 process.go_on()
@@ -158,6 +175,8 @@ class Storm:
                     store.slow = rng.choice((0.0, 0.05))
                 case "short objects":
                     store.short = 0.05
+                case "slips":
+                    world.habits.slips = rng.uniform(0, 0.1)
                 case "misses":
                     world.habits.misses, world.habits.stage_fails = rng.uniform(0, 0.1), rng.uniform(0, 0.05)
 
@@ -171,10 +190,20 @@ class Storm:
 
     def _behind(self, change: Change) -> None:
         kind = self.world.log[-1][0] if self.world.log and self.world.log[-1][1] is change else ""
+        self._maybe_behind(kind, (0.0, 0.01, 0.1, 0.3))
+
+    def _behind_deed(self, deed: Deed) -> None:
+        """Right behind the last object before a commit, or the first that a deletion takes."""
+        kind = (
+            "manifest" if deed.key.endswith("/manifest.json") else "marker" if deed.key.endswith("/COMMITTED") else ""
+        )
+        self._maybe_behind(f"{kind} {'put' if deed.data is not None else 'deleted'}", (0.0, 0.0, 0.005, 0.02))
+
+    def _maybe_behind(self, kind: str, delays_s: tuple[float, ...]) -> None:
         if not self.over and kind in self.mix.behind and self.rng.random() < self.mix.behind[kind]:
             near = [k for k in self.mix.kinds if k.startswith(("coordinator", "agent", "etcd", "machine", "worker"))]
             struck = self.rng.choice(near or list(self.mix.kinds))
-            self.world.loop.after(self.rng.choice((0.0, 0.01, 0.1, 0.3)), self.strike, struck)
+            self.world.loop.after(self.rng.choice(delays_s), self.strike, struck)
 
     def strike(self, kind: str) -> None:
         """Have one fault happen, and its end be due."""

@@ -67,6 +67,7 @@ class Network:
         self.seen = seen  # counts a situation
         self.links: set[Link] = set()
         self.hold: Callable[[Link, Any], bool] | None = None  # whether a message to a worker is kept on its way
+        self.hears: Callable[[Process, Any], None] = lambda process, message: None  # what is sent up a stream
         self.spoke: dict[str, list[float]] = {}  # worker -> when it reached who had welcomed it
         self.looked: dict[str, float] = {}  # process -> when it last asked who leads
 
@@ -171,6 +172,7 @@ class Link:
     async def write(self, message: Any) -> None:
         if self.ended:
             raise self._error or asyncio.InvalidStateError("the stream has ended")
+        self.net.hears(self.client, message)
         self._carry(0, message, self.client.machine, self.server_machine, self._reach_server)
 
     async def read(self) -> Any:

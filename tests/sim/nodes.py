@@ -52,6 +52,11 @@ class Disk:
             self._databases[name].deserialize(image)
         self._synced.clear()
 
+    def rows(self, path: Path, statement: str, parameters: tuple[object, ...]) -> list[tuple[Any, ...]]:
+        """What a database holds now; nothing if there is none."""
+        database = self._databases.get(str(path))
+        return [] if database is None else database.execute(statement, parameters).fetchall()
+
     def wipe(self) -> None:
         for database in self._databases.values():
             database.close()
@@ -208,6 +213,11 @@ class Node:
 
     def wall(self) -> float:
         return self.machine.wall(self.world.loop.now_s)
+
+    def journal_rows(self, statement: str, parameters: tuple[object, ...]) -> list[tuple[Any, ...]]:
+        """What the journal on its disk holds."""
+        disk: Disk = self.machine.disk  # type: ignore[attr-defined]
+        return disk.rows(self.folder / "data" / "journal.sqlite", statement, parameters)
 
     def next_port(self) -> int:
         self._port += 1

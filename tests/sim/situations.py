@@ -4,17 +4,31 @@ from collections.abc import Iterator
 from typing import Any
 
 from tests.sim.checkers.stories import Story
+from tests.support.checkpoints import SPREAD
 
 # What a large number of schedules must have met, or the storms are too kind.
 EXPECTED = (
     "attempt committed by another leader than began it",
     "attempt aborted by another leader than began it",
+    "leader changed between manifest and commit",
+    "leader changed between commit and marker",
+    "leader changed between expiry and deletion",
+    "leader changed during a salvage",
+    "leader changed between a generation's decision and its first step",
+    "leader slept beyond its lease and woke up deposed",
     "checkpoint quarantined",
+    "generation fell back behind a quarantined checkpoint",
+    "attempt aborted for a damaged base",
+    "attempt aborted as its parts make no whole",
+    "rank staged another's part",
+    "agent restarted with an attempt in flight",
+    "registration late after a restart, and the leader cut off from the workers",
     "checkpoint expired",
     "attempt missed",
     "attempt aborted for storage",
     "generation began from a checkpoint",
     "generation began smaller than the one before",
+    "generation began larger than the one before",
     "generation began on other workers",
     "generation failed before its first step",
     "generation failed: script",
@@ -62,8 +76,7 @@ def met(story: Story) -> Iterator[str]:
             yield f"attempt {word} by another leader than began it"
         if told.data.get("missed"):
             yield "attempt missed"
-        if "could not store" in told.data.get("reason", ""):
-            yield "attempt aborted for storage"
+        yield from _aborted_for(told.data.get("reason", ""))
     if any(pack for told in story.events_of("CheckpointCommitted") for pack in _packs_of_others(told.data)):
         yield "checkpoint named an older one's pack"
     if any(deed.data is None and "/packs/" in deed.key for deed in story.deeds):
@@ -80,6 +93,46 @@ def met(story: Story) -> Iterator[str]:
     if len({told.term for told in story.events}) > 2:
         yield "three leaders or more"
     yield from _generations(story)
+    yield from _leaders_changed(story)
+
+
+def _aborted_for(reason: str) -> Iterator[str]:
+    if "could not store" in reason:
+        yield "attempt aborted for storage"
+    if "builds upon, was found damaged" in reason:
+        yield "attempt aborted for a damaged base"
+    if SPREAD in reason:
+        yield "attempt aborted as its parts make no whole"
+
+
+def _leaders_changed(story: Story) -> Iterator[str]:
+    """Between which two acts that belong together another leader was elected."""
+    elected = [c.at_s for c in story.changes if c.key.endswith("/leader") and c.value is not None]
+    put: dict[str, float] = {}
+    for deed in story.deeds:
+        if deed.data is not None:
+            put.setdefault(deed.key, deed.at_s)
+    first_steps: dict[int, float] = {}
+    for entry in story.diary:
+        if entry.what == "trained":
+            first_steps.setdefault(entry.of.generation, entry.at_s)
+    spans: list[tuple[str, float, float]] = []
+    deleted = {told.data["checkpoint"]: told.at_s for told in story.events_of("CheckpointDeleted")}
+    settled = {t.data["attempt"]: t.at_s for t in story.events_of("CheckpointCommitted", "CheckpointAborted")}
+    for told in story.events_of("CheckpointCommitted"):
+        key, marker = told.data["manifest_key"], f"{told.data['manifest_key'].rsplit('/', 2)[0]}/COMMITTED"
+        spans.append(("between manifest and commit", put.get(key, told.at_s), told.at_s))
+        spans.append(("between commit and marker", told.at_s, put.get(marker, told.at_s)))
+    for told in story.events_of("CheckpointExpired"):
+        spans.append(("between expiry and deletion", told.at_s, deleted.get(told.data["checkpoint"], told.at_s)))
+    for told in story.events_of("SalvageStarted"):
+        spans.append(("during a salvage", told.at_s, settled.get(told.data["attempt"], told.at_s)))
+    for told in story.events_of("GenerationStarted"):
+        begun_s = first_steps.get(told.data["generation"], told.at_s)
+        spans.append(("between a generation's decision and its first step", told.at_s, begun_s))
+    for what, begin_s, end_s in spans:
+        if any(begin_s < at_s < end_s for at_s in elected):
+            yield f"leader changed {what}"
 
 
 def _packs_of_others(data: dict[str, Any]) -> list[str]:
@@ -91,12 +144,20 @@ def _packs_of_others(data: dict[str, Any]) -> list[str]:
 def _generations(story: Story) -> Iterator[str]:
     first_steps = {entry.of.generation for entry in story.diary if entry.what == "trained"}
     before: set[str] = set()
-    for told in story.events_of("GenerationStarted"):
+    quarantined: set[int] = set()
+    for told in story.events_of("GenerationStarted", "CheckpointQuarantined"):
+        if told.type == "CheckpointQuarantined":
+            quarantined.add(told.data["checkpoint"])
+            continue
+        if any(number > (told.data.get("restore") or {"checkpoint": 0})["checkpoint"] for number in quarantined):
+            yield "generation fell back behind a quarantined checkpoint"
         workers = {member["worker"] for member in told.data["members"]}
         if told.data.get("restore"):
             yield "generation began from a checkpoint"
         if before and len(workers) < len(before):
             yield "generation began smaller than the one before"
+        if before and len(workers) > len(before):
+            yield "generation began larger than the one before"
         if before and workers - before:
             yield "generation began on other workers"
         if told.data["generation"] not in first_steps:

@@ -4,10 +4,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from dtrain.proto import agent_pb2 as wire
+from tests.sim import people
 from tests.sim.etcd import Change, Waylaid
 from tests.sim.machines import Machine
 from tests.sim.network import Link
-from tests.sim.world import JOB, PREFIX
+from tests.sim.world import PREFIX
 
 if TYPE_CHECKING:
     from tests.sim.faults import Storm
@@ -41,12 +42,14 @@ def _kill(storm: "Storm", host: Machine) -> Undo:
 def _pause(storm: "Storm", host: Machine) -> Undo:
     storm.say(f"{host.name} pauses")
     storm.world.saw("coordinator paused")
-    paused = list(host.processes)
+    paused, led = list(host.processes), storm.world.leader is host
     for process in paused:
         process.pause()
 
     def go_on() -> None:
         storm.say(f"{host.name} goes on")
+        if led and storm.world.leader is not host:
+            storm.world.saw("leader slept beyond its lease and woke up deposed")
         for process in paused:
             process.go_on()
 
@@ -63,7 +66,8 @@ def _lose_etcd(storm: "Storm", host: Machine) -> Undo:
 def _coordinator_loses_workers(storm: "Storm") -> Undo | None:
     host = storm.host()
     storm.say(f"{host.name} loses the workers")
-    storm.world.saw("leader cut off from workers only")
+    if host is storm.world.leader:
+        storm.world.saw("leader cut off from workers only")
     return storm.cut(host.name, [node.machine.name for node in storm.world.nodes])
 
 
@@ -143,9 +147,36 @@ def _agent_restarts(storm: "Storm") -> Undo | None:
     node = storm.node()
     storm.say(f"the agent of {node.machine.name} is killed and starts again")
     storm.world.saw("agent restarted at once")
+    if storm.world.log and storm.world.log[-1][0] == "CheckpointStarted":
+        storm.world.saw("agent restarted with an attempt in flight")
     node.kill_agent()
     node.start_agent()
     return None
+
+
+def _start_again(node: "Node") -> None:
+    if node.agent is not None and node.agent.alive and not node.agent.paused:
+        node.kill_agent()
+        node.start_agent()
+
+
+def _registration_late(storm: "Storm") -> Undo | None:
+    """An agent restarts, its new registration takes long, and mostly the leader loses the workers meanwhile.
+
+    Longer than a lease lives; or the agent restarts once more, and what comes late is the put of an earlier life.
+    """
+    world, node, host, rng = storm.world, storm.node(), storm.world.leader, storm.rng
+    storm.say(f"the agent of {node.machine.name} is killed and starts again; its registration will be late")
+    again = rng.random() < 0.4
+    world.etcd.late_keys[f"{PREFIX}/workers/{node.machine.name}"] = rng.uniform(*(1.0, 5.0) if again else (6.0, 12.0))
+    node.kill_agent()
+    node.start_agent()
+    if again:
+        world.loop.after(rng.uniform(0.3, 3.0), _start_again, node)
+    if host is None or rng.random() < 0.2:
+        return None
+    world.saw("registration late after a restart, and the leader cut off from the workers")
+    return storm.cut(host.name, [each.machine.name for each in world.nodes])
 
 
 def _agent_dies(storm: "Storm") -> Undo | None:
@@ -317,22 +348,6 @@ def _clock_jumps(storm: "Storm") -> Undo | None:
     return None
 
 
-def _people_ask(storm: "Storm") -> Undo | None:
-    world, number = storm.world, storm.rng.randint(1, 8)
-    match storm.rng.randrange(4):
-        case 0 | 1:
-            storm.say("a person asks for a checkpoint")
-            world.ask("Checkpoint", wire.CheckpointRequest(job=JOB, request=f"r{number}"))
-        case 2:
-            storm.say(f"a person pins checkpoint {number}")
-            world.ask("Pin", wire.PinRequest(job=JOB, checkpoint=number, pinned=storm.rng.random() < 0.7))
-        case _:
-            storm.say(f"a person finds checkpoint {number} damaged")
-            request = wire.QuarantineRequest(job=JOB, checkpoint=number, key="some blob", reason="a person said so")
-            world.ask("Quarantine", request)
-    return None
-
-
 FAULTS: dict[str, Callable[["Storm"], Undo | None]] = {
     "coordinator dies": lambda storm: _kill(storm, storm.host()),
     "coordinator pauses": lambda storm: _pause(storm, storm.host()),
@@ -342,6 +357,7 @@ FAULTS: dict[str, Callable[["Storm"], Undo | None]] = {
     "coordinator loses workers": _coordinator_loses_workers,
     "command overtaken": _command_overtaken,
     "agent restarts": _agent_restarts,
+    "registration late": _registration_late,
     "agent dies": _agent_dies,
     "agent pauses": _agent_pauses,
     "machine loses power": lambda storm: _power(storm, wipe=False),
@@ -360,5 +376,6 @@ FAULTS: dict[str, Callable[["Storm"], Undo | None]] = {
     "store cut off": _store_cut_off,
     "blob rots": _blob_rots,
     "clock jumps": _clock_jumps,
-    "people ask": _people_ask,
+    "people ask": people.ask,
+    "newest condemned": people.condemn_newest,
 }

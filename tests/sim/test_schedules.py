@@ -14,8 +14,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PARTS = 4  # so that processes of pytest can share them
 SEEDS = 75  # in each
-WITHIN_S = 60.0  # fewer schedules on a machine that is busy with other things
-SEEDS_MIN = 10  # fewer than these would show nothing
+WITHIN_S = 150.0  # fewer schedules only where a machine is several times busier than one that runs these tests alone
+SEEDS_MIN = 20  # fewer than these would show nothing
 FIRST_SEED_MAX = 10**9
 DEADLINE_S = 280.0
 

@@ -69,6 +69,7 @@ class Habits:
     start_s: tuple[float, float] = (0.05, 0.6)
     misses: float = 0.0  # part of requests that are answered with "missed"
     stage_fails: float = 0.0
+    slips: float = 0.0  # part of stagings in which a rank says that it has another rank's part
     stage_s: tuple[float, float] = (0.0, 0.05)
     spoils_s: float = 0.0  # how long a rank lives on in a collective after a peer died; 0: it raises at once
 
@@ -241,6 +242,7 @@ class Trainer:
             world_size=self.world_size,
             step=self.step,
             beside=unchanging(self.of.rank, self.step),
+            place=self._place(),
         )
         slot = self.box.stage_slot or 0
         self.box.begin_staging(slot)
@@ -248,6 +250,15 @@ class Trainer:
             file.write(bytes(len(data) // 2))  # half-written, until the copy is whole
         self.note("staging", str(attempt))
         self._later(self.rng.uniform(*habits.stage_s), self._staged, word, slot, data)
+
+    def _place(self) -> int:
+        """Which part of the tensor that all share this rank says it has."""
+        world, rank = self.node.world, self.of.rank
+        may_slip = world.habits.slips and self.world_size > 1 and self.step < world.habits.until
+        if may_slip and self.rng.random() < world.habits.slips:
+            world.saw("rank staged another's part")
+            return (rank + 1) % self.world_size
+        return rank
 
     def _staged(self, word: int, slot: int, data: bytes) -> None:
         (self.folder / f"slot{slot}").write_bytes(data)

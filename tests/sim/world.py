@@ -23,6 +23,7 @@ from tests.sim.machines import Machine, Process
 from tests.sim.network import Network
 from tests.sim.nodes import Node
 from tests.sim.trainers import Diary, Gang, Habits
+from tests.sim.witnesses import Witness
 
 JOB = "job"
 PREFIX = "/dtrain"
@@ -76,6 +77,8 @@ class World:
         self.loop = SimLoop()
         self.loop.thread_delay_s = lambda: self.rng.uniform(0.0, 0.003)
         self.net = Network(self.loop, self.rng, self.saw)
+        self.witness = Witness()
+        self.net.hears = self.witness.hears
         self.etcd = Etcd(self.loop, self.net, self.rng, self.saw)
         self.endpoints = tuple(f"etcd{number}:2379" for number in (1, 2, 3))
         self.members = [Member(self.etcd, Machine(name.partition(":")[0]), name) for name in self.endpoints]

@@ -18,15 +18,30 @@ from dtrain.storage.shards import (
     plan,
 )
 
+SPREAD = "all.spread"  # a tensor of which each rank has a part
+SPREAD_BYTES = 16  # in each part
+
 
 def shard_of(
-    payload: bytes, *, rank: int, world_size: int, step: int, beside: Mapping[str, bytes] | None = None
+    payload: bytes,
+    *,
+    rank: int,
+    world_size: int,
+    step: int,
+    beside: Mapping[str, bytes] | None = None,
+    place: int | None = None,
 ) -> bytes:
-    """Return a shard whose last tensor, named after its rank, is the payload; ``beside``: those before it, by name."""
+    """Return a shard whose last tensor, named after its rank, is the payload; ``beside``: those before it, by name.
+
+    With ``place`` there is a tensor that all ranks share, in equal parts; this shard has the part with that number.
+    """
     name = f"payload.{rank}"
-    before = sorted((beside or {}).items())
+    before = sorted({**(beside or {}), **({} if place is None else {SPREAD: bytes([place] * SPREAD_BYTES)})}.items())
     assert all(other < name for other, _ in before), "tensors lie in the order of their names"
-    tensors = [_tensor(other, data) for other, data in (*before, (name, payload))]
+    tensors = [
+        _tensor(other, data) if other != SPREAD else _tensor(other, data, begin=(place or 0) * len(data), of=world_size)
+        for other, data in (*before, (name, payload))
+    ]
     metadata = {
         STEP_ENTRY: str(step),
         RANK_ENTRY: str(rank),
@@ -38,13 +53,13 @@ def shard_of(
     return b"".join((plan(tensors, metadata).header, *(data for _, data in before), payload))
 
 
-def _tensor(name: str, data: bytes) -> TensorEntry:
+def _tensor(name: str, data: bytes, *, begin: int = 0, of: int = 1) -> TensorEntry:
     return TensorEntry(
         name=name,
         dtype="U8",
         shape=(len(data),),
-        offsets_in_whole=(0,),
-        global_shape=(len(data),),
+        offsets_in_whole=(begin,),
+        global_shape=(of * len(data),),
         size_bytes=len(data),
     )
 

@@ -41,6 +41,26 @@ def _one_stored(story: Story, told: Told) -> Iterator[str]:
         yield f"{what} of step {told.data['step']} holds steps {sorted(step for step, _ in states)}"
 
 
+def whole(story: Story) -> Iterator[str]:
+    """The parts that the shards of a committed checkpoint say they hold make up each tensor, once."""
+    for told in story.events_of("CheckpointCommitted"):
+        parts: dict[str, list[tuple[int, int]]] = {}
+        sizes: dict[str, int] = {}
+        for shard in told.data["shards"]:
+            found = story.object_at(shard["key"], told.at_s)
+            if found is None or found.data is None or digest(found.data) != shard["digest"]:
+                continue  # another checker's
+            header = json.loads(found.data[8 : 8 + int.from_bytes(found.data[:8], "little")])
+            for name, place in json.loads(header["__metadata__"]["dtrain.layout"]).items():
+                begin, length = place["offsets"][0], header[name]["shape"][0]
+                parts.setdefault(name, []).append((begin, begin + length))
+                sizes[name] = place["global_shape"][0]
+        for name, spans in parts.items():
+            ends = [0, *(end for _, end in sorted(spans))]
+            if [begin for begin, _ in sorted(spans)] != ends[:-1] or ends[-1] != sizes[name]:
+                yield f"checkpoint {told.data['checkpoint']}: {name} of {sizes[name]} is made of {sorted(spans)}"
+
+
 def acknowledged(story: Story) -> Iterator[str]:
     """Every rank of the generation had staged exactly this attempt before."""
     entries = [entry for entry in story.diary if entry.what == "staged"]
@@ -81,10 +101,14 @@ def markers(story: Story) -> Iterator[str]:
 def untouched(story: Story) -> Iterator[str]:
     """Nothing of a committed checkpoint is written over with other bytes."""
     for told in story.events_of("CheckpointCommitted"):
-        for shard in told.data["shards"]:
-            for deed in story.deeds_of(shard["key"]):
+        shards = told.data["shards"]
+        objects = [(shard["key"], shard["digest"]) for shard in shards]
+        objects += [(shard["index_key"], shard["index_digest"]) for shard in shards]
+        objects += [(pack["key"], pack["digest"]) for shard in shards for pack in shard.get("packs", ())]
+        for key, due in objects:
+            for deed in story.deeds_of(key):
                 later = deed.at_s > told.at_s and deed.data is not None and not deed.rot
-                if later and digest(deed.data or b"") != shard["digest"]:
+                if later and digest(deed.data or b"") != due:
                     yield f"{deed.key} was written over by {deed.by} after its commit"
         for deed in story.deeds_of(told.data["manifest_key"]):
             if deed.data is not None and digest(deed.data) != told.data["manifest_digest"]:

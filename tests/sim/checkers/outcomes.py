@@ -17,27 +17,11 @@ def peers(story: Story) -> Iterator[str]:
 
 
 def undisturbed(story: Story) -> Iterator[str]:
-    """A generation fails only if something happened to one of its members, or to what it starts from.
-
-    A worker whose own registration takes effect seconds late may be in neither list that a coordinator can see, the
-    leases' and the streams', without anything else having happened to it. That one's loss is excused, and no other's.
-    """
+    """A generation fails only if something happened to one of its members, or to what it starts from."""
     started = {told.data["generation"]: told for told in story.events_of("GenerationStarted")}
     failures = story.events_of("GenerationFailed")
     fences = [entry for entry in story.diary if entry.detail.endswith("told to end") and story.fenced(entry)]
     hurts = [*story.world.hurts, *((entry.at_s, entry.node, "fenced") for entry in fences)]
-    late = story.world.etcd.late
-    failures = [
-        told
-        for told in failures
-        if not any(
-            begin_s <= told.at_s <= end_s
-            and told.data["kind"] == "node"
-            and told.data["reason"].startswith(f"worker {key.rpartition('/')[2]} is gone")
-            for begin_s, end_s, key in late
-            if "/workers/" in key
-        )
-    ]
     if story.storm.mix.spares_workers and failures and not fences:
         yield f"nothing touched the workers, but {failures[0].data['reason']}"
         return

@@ -41,6 +41,11 @@ def once(story: Story) -> Iterator[str]:
             yield f"the submission {request!r} was recorded {count} times"
 
 
+def told(story: Story) -> Iterator[str]:
+    """What a worker tells of acknowledgements, exits, commands and terms is in its journal by then."""
+    yield from story.world.witness.found[:5]
+
+
 def ended(story: Story) -> Iterator[str]:
     """When the job is over and the world was kind for a while, no trainer lives."""
     if not story.world.ended or not story.world.healed:

@@ -34,14 +34,14 @@ def plant(fault: Planted, folder: Path) -> None:
     path.write_text(text.replace(fault.old, fault.new))
 
 
-def hunt(fault: Planted, *, seeds: int, first: int, timeout_s: float) -> Caught:
-    """Run schedules over the planted copy until one fails."""
+def hunt(fault: Planted, *, seeds: int, first: int, timeout_s: float, within_s: float = float("inf")) -> Caught:
+    """Run schedules over the planted copy until one fails, or ``within_s`` seconds have passed."""
     with tempfile.TemporaryDirectory(prefix="dtrain-planted-") as name:
         plant(fault, Path(name))
         environment = {**os.environ, "PYTHONPATH": f"{name}:{ROOT}"}
         command = [sys.executable, "-m", "tests.sim", "--seeds", str(seeds), "--first", str(first)]
         done = subprocess.run(
-            [*command, "--jobs", "1", "--until-found", "--quiet"],
+            [*command, "--jobs", "1", "--until-found", "--quiet", "--within-s", str(within_s)],
             cwd=name, env=environment, capture_output=True, text=True, timeout=timeout_s, check=False,
         )  # fmt: skip
     total, finding = _TOTAL.search(done.stdout), _FINDING.search(done.stdout)
