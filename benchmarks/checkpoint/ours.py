@@ -30,6 +30,7 @@ from dtrain.storage.manifests import CommitMarker, Manifest, ShardEntry, encode
 from dtrain.storage.uris import open_store
 from dtrain.worker.arenas import Arenas
 from dtrain.worker.bandwidth import BandwidthCap
+from dtrain.worker.caches import Caches
 from dtrain.worker.core.actions import Upload
 from dtrain.worker.core.inputs import MailboxSeen, RestoreDamaged, RestoreReady, UploadDone, UploadFailed
 from dtrain.worker.core.states import CheckpointRequest, RestoreSource, TrainersSpec
@@ -85,6 +86,7 @@ class Node:
         self.arenas = Arenas(
             self.dirs, self._provided, lambda *_: None, self.tasks.begin, (lambda _: none) if in_files else free_for
         )
+        self.caches = Caches(self.dirs)
         self.mailboxes = Mailboxes(self._see, progress_every_s=0.0, on_need=self.arenas.provide)
         self.uploads = Uploads(
             self._answered,
@@ -94,7 +96,7 @@ class Node:
             self.tasks.begin,
             BandwidthCap(None),
         )
-        self.restores = Restores(self.restored.append, self.dirs, self.tasks.begin)
+        self.restores = Restores(self.restored.append, self.dirs, self.tasks.begin, self.caches)
 
     def _see(self, seen: MailboxSeen) -> None:
         self.seen[seen.rank] = seen
@@ -286,6 +288,7 @@ class Node:
         self.mailboxes.close()
         self.arenas.remove_all()
         self.arenas.close()
+        self.caches.close()
         shutil.rmtree(self.dirs.root, ignore_errors=True)
 
 

@@ -7,6 +7,7 @@ Pieces that lie side by side are read at once, because a request to S3 costs as 
 """
 
 import mmap
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -26,6 +27,26 @@ class NeededRange:
     tensor: str
     begin: int
     end: int
+
+
+Span: TypeAlias = tuple[int, int]  # where a range of an image begins and ends; not empty
+
+
+def joined_spans(spans: Iterable[Span]) -> list[Span]:
+    """Return the same bytes in order, as few spans as possible."""
+    joined: list[Span] = []
+    for begin, end in sorted(spans):
+        if joined and begin <= joined[-1][1]:
+            joined[-1] = joined[-1][0], max(end, joined[-1][1])
+        else:
+            joined.append((begin, end))
+    return joined
+
+
+def covers(joined: Sequence[Span], begin: int, end: int) -> bool:
+    """Return whether what :func:`joined_spans` gave holds all of a range."""
+    before = bisect_right(joined, begin, key=lambda span: span[0])
+    return before > 0 and joined[before - 1][1] >= end
 
 
 # Returns writable memory laid out as the shards are, in which the ranges are there and verified. By shard.

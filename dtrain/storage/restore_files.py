@@ -10,7 +10,7 @@ import msgspec
 
 from dtrain.common.errors import PermanentError
 from dtrain.storage.indexes import IndexedShard, Piece
-from dtrain.storage.ranges import NeededRange
+from dtrain.storage.ranges import NeededRange, Span, covers
 
 RESTORE_FOLDER = "restore"  # in the generation's folder
 MANIFEST_FILE = "manifest.json"  # written last: then all indexes are there
@@ -21,16 +21,30 @@ NEEDS_FILE = "needs.json"  # in a rank's folder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PartOfImage:
+    """A file laid out as a shard's image, of which only some is there."""
+
+    path: str
+    spans: list[Span]  # in order, none touching another
+
+    def holds(self, piece: Piece) -> bool:
+        return covers(self.spans, piece.begin, piece.end)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Sources:
     """Where on this node a checkpoint's bytes probably lie. Nothing of it is verified."""
 
     images: dict[int, str] = field(default_factory=dict)  # shard -> path of a file that begins with its image
+    parts: dict[int, PartOfImage] = field(default_factory=dict)  # shard -> what the node fetched of it before
     objects: dict[str, str] = field(default_factory=dict)  # key of an object -> path of a file that is the object
 
     def place_of(self, shard: int, piece: Piece) -> tuple[str, int] | None:
         """Return the file that the piece probably lies in, and where it begins there; None if nowhere on this node."""
         if shard in self.images:
             return self.images[shard], piece.begin
+        if shard in self.parts and self.parts[shard].holds(piece):
+            return self.parts[shard].path, piece.begin
         if piece.key in self.objects:
             return self.objects[piece.key], piece.at
         return None

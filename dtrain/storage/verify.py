@@ -64,6 +64,11 @@ def read_manifest(store: ObjectStore, key: str, expected_digest: str | None = No
 def read_index(store: ObjectStore, entry: ShardEntry) -> tuple[IndexedShard, bytes]:
     """Return a shard's index and its bytes; raise ShardDamagedError if missing, unreadable or not of this digest."""
     data = _get(store, entry.index_key)
+    return open_entry(data, entry), data
+
+
+def open_entry(data: bytes, entry: ShardEntry) -> IndexedShard:
+    """Return what ``data``, a shard's index, says; raise ShardDamagedError if it is not what the manifest records."""
     if (digest := blob_digest(data)) != entry.index_digest:
         raise ShardDamagedError(entry.index_key, f"has digest {digest}, but {entry.index_digest} is recorded")
     shard = open_index(data, key=entry.index_key, shard_key=entry.key)
@@ -71,7 +76,7 @@ def read_index(store: ObjectStore, entry: ShardEntry) -> tuple[IndexedShard, byt
         raise ShardDamagedError(entry.index_key, f"is of a shard of other size than the {entry.size_bytes} recorded")
     if shard.index.packs != entry.packs:
         raise ShardDamagedError(entry.index_key, "names other packs than are recorded")
-    return shard, data
+    return shard
 
 
 def _read_from(store: ObjectStore, key: str, expected_manifest_digest: str | None) -> Manifest:

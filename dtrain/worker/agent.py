@@ -40,6 +40,7 @@ from dtrain.proto import agent_pb2 as wire
 from dtrain.proto.agent_pb2_grpc import add_LogsServicer_to_server
 from dtrain.worker.arenas import Arenas
 from dtrain.worker.bandwidth import BandwidthCap
+from dtrain.worker.caches import Caches
 from dtrain.worker.config import WorkerConfig
 from dtrain.worker.core.actions import Action, JournalEntry
 from dtrain.worker.core.inputs import CommandReceived, Input, StopRequested, Tick, TrainerExited
@@ -144,7 +145,8 @@ class Agent:
         self._number = 0
         self._tasks = Tasks()
         dirs = RankDirs(config.shared_memory, config.data_dir.resolve(), journal.id)
-        arenas = Arenas(dirs, self._open_slots, self._tell_rank, self._tasks.begin)
+        caches = Caches(dirs)
+        arenas = Arenas(dirs, self._open_slots, self._tell_rank, self._tasks.begin, make_room=caches.make_room)
         mailboxes = Mailboxes(self._emit, progress_every_s=PROGRESS_S, on_need=arenas.provide)
         self._zygotes = Zygotes(config.data_dir.resolve() / "zygote.log", enabled=config.zygote)
         self._shells = Shells(
@@ -156,6 +158,7 @@ class Agent:
             keepers=Keepers(self._emit, mailboxes.read_last, journal.id, self._tasks.begin, self._zygotes),
             mailboxes=mailboxes,
             arenas=arenas,
+            caches=caches,
             uploads=Uploads(
                 self._emit,
                 mailboxes.slot_holds,
@@ -164,7 +167,7 @@ class Agent:
                 self._tasks.begin,
                 BandwidthCap(config.upload_mib_per_s),
             ),
-            restores=Restores(self._emit, dirs, self._tasks.begin),
+            restores=Restores(self._emit, dirs, self._tasks.begin, caches),
             stacks=Stacks(self._emit, self._tell_rank, self._tasks.begin),
             port=HeldPort(),
             emit=self._emit,
@@ -273,7 +276,8 @@ class Agent:
     async def _tick(self) -> None:
         while True:
             self._emit(Tick())
-            self._shells.arenas.expire(_now())
+            for job in self._shells.arenas.expire(_now()):
+                self._shells.caches.remove(job)
             self._zygotes.tend(quiet=not self._state.is_starting, wanted=needs_here(self._state))
             await asyncio.sleep(TICK_S)
 
@@ -329,6 +333,7 @@ class Agent:
         shells.uploads.close()  # again, for an agent that leaves by an error
         shells.restores.close()
         shells.arenas.close()
+        shells.caches.close()
         shells.keepers.close()
         self._zygotes.close()
         shells.mailboxes.close()

@@ -85,12 +85,15 @@ class Arenas:
         tell: Callable[[RankId, str], None],
         begin: Begin,
         free: Callable[[Path], Free] = free_for,
+        make_room: Callable[[int], None] = lambda needed_bytes: None,
     ) -> None:
+        """``make_room``: has others give memory back if there is not as much; called in a thread, may block."""
         self._dirs = dirs
         self._provided = provided
         self._tell = tell
         self._begin = begin
         self._free = free
+        self._make_room = make_room
         self._jobs: dict[JobName, _Job] = {}
         self._asked: dict[tuple[JobName, int], int] = {}  # the slot that each rank was asked to stage into last
         self._maps: dict[Path, SlotMap] = {}  # of slots in shared memory, for reading
@@ -152,12 +155,14 @@ class Arenas:
         if known is not None and known.generation <= generation:
             known.idle_since = now
 
-    def expire(self, now: float) -> None:
-        """Remove what has waited long enough."""
-        for job, known in list(self._jobs.items()):
-            if known.idle_since is not None and now - known.idle_since > KEEP_S:
-                logger.info("gave the staged bytes of %s back: no generation came within %.0f s", job, KEEP_S)
-                self.remove(job)
+    def expire(self, now: float) -> list[JobName]:
+        """Remove what has waited long enough; return whose it was."""
+        waiting = {job: known.idle_since for job, known in self._jobs.items() if known.idle_since is not None}
+        expired = [job for job, idle_since in waiting.items() if now - idle_since > KEEP_S]
+        for job in expired:
+            logger.info("gave the staged bytes of %s back: no generation came within %.0f s", job, KEEP_S)
+            self.remove(job)
+        return expired
 
     def remove(self, job: JobName) -> None:
         """The job has left this node."""
@@ -188,6 +193,7 @@ class Arenas:
             if not known.in_files:
                 slots = [self._path(rank, slot) for rank in known.ranks for slot in range(PAIR_SLOTS)]
                 missing_bytes = _missing_bytes(slots, needed_bytes)
+                await loop.run_in_executor(self._threads, self._make_room, missing_bytes)
                 free = await loop.run_in_executor(self._threads, self._free, self._dirs.root)
                 if missing_bytes > free.size_bytes and not known.in_files:
                     known.in_files = True

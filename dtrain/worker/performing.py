@@ -15,6 +15,7 @@ from typing import assert_never
 from dtrain.common.mailbox import RestoreState
 from dtrain.storage.control_groups import memory_groups
 from dtrain.worker.arenas import Arenas
+from dtrain.worker.caches import Caches
 from dtrain.worker.core.actions import (
     Act,
     AskStage,
@@ -59,6 +60,7 @@ class Shells:
     keepers: Keepers
     mailboxes: Mailboxes
     arenas: Arenas
+    caches: Caches
     uploads: Uploads
     restores: Restores
     stacks: Stacks
@@ -78,6 +80,7 @@ def perform(shells: Shells, act: Act) -> None:
             shells.keepers.end(job, generation, grace_s)
         case AskStage(word=word, committed_attempt=committed):
             of = _rank(act)
+            shells.caches.outdate(of.job, committed)
             shells.mailboxes.ask_stage(of, word, lambda: shells.arenas.choose(of, committed))
         case Upload():
             shells.uploads.start(act, shells.dirs.rank_dir(_rank(act)))
@@ -98,6 +101,7 @@ def perform(shells: Shells, act: Act) -> None:
             shells.arenas.rest(job, generation, time.monotonic())
         case RemoveArena(job=job):
             shells.arenas.remove(job)
+            shells.caches.remove(job)
             shells.uploads.forget(job)
         case TakeStack(number=number):
             shells.stacks.take(_rank(act), shells.dirs.rank_dir(_rank(act)), number)

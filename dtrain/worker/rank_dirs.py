@@ -27,6 +27,7 @@ from dtrain.worker.core.states import ExitFact
 
 JOURNAL_CHARS = 8  # of its identity: enough to keep the agents of one machine apart
 OWNER_FILE = "owner"  # at the root: the data folder of the agent that made it
+CACHE = "cache"  # in the data folder: what was fetched from storage, by job
 ARENAS = "arenas"  # the stage slots of all jobs; no generation's folder is named so: those end with a number
 
 
@@ -111,6 +112,10 @@ class RankDirs:
         """Where they lie if there is too little memory."""
         return self._data_dir / ARENAS / job
 
+    def cache(self, job: JobName) -> Path:
+        """What this node fetched of the checkpoint that the job started from."""
+        return self._data_dir / CACHE / job
+
     def prepare(self, of: RankId, plan: KeeperPlan, restore: RestoreState) -> None:
         """Make the rank's folder, mailbox and keeper file. Raises OSError."""
         folder = self.rank_dir(of)
@@ -130,11 +135,11 @@ class RankDirs:
         shutil.rmtree(self.generation_dir(job, generation), ignore_errors=True)
 
     def sweep(self, keep: Iterable[tuple[JobName, Generation]]) -> None:
-        """Remove every generation's folder but these, and the stage slots of every other job."""
+        """Remove every generation's folder but these, and the stage slots and the cache of every other job."""
         known = list(keep)
         wanted = {self.root / ARENAS, *(self.generation_dir(job, generation) for job, generation in known)}
-        wanted |= {path for job, _ in known for path in (self.arena(job), self.arena_in_files(job))}
-        for parent in (self.root, self.root / ARENAS, self._data_dir / ARENAS):
+        wanted |= {path for job, _ in known for path in (self.arena(job), self.arena_in_files(job), self.cache(job))}
+        for parent in (self.root, self.root / ARENAS, self._data_dir / ARENAS, self._data_dir / CACHE):
             for folder in parent.iterdir() if parent.is_dir() else ():
                 if folder not in wanted and folder.is_dir():
                     shutil.rmtree(folder, ignore_errors=True)

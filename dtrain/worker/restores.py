@@ -2,9 +2,10 @@
 
 The trainers start meanwhile; each reads the manifest and the indexes that are put into the generation's folder,
 writes down what it needs, and waits for the word in its mailbox (trainer/restoring.py tells the order). While they
-start, what they will most probably ask for is fetched already. What lies on this node as it is, in a stage slot or in
-a store that is a folder, is not fetched but pointed out: a trainer verifies it while it reads it, in one pass, and
-asks for whatever it does not find sound. Unlike an upload, which yields to training, a restore
+start, what they will most probably ask for is fetched already. What lies on this node as it is, in a stage slot, in
+the node's cache or in a store that is a folder, is not fetched but pointed out: a trainer verifies it while it reads
+it, in one pass, and asks for whatever it does not find sound. What had to be fetched goes to the cache afterwards,
+whatever became of the restore. Unlike an upload, which yields to training, a restore
 is what training waits for: its threads have the same claim on the processors as every other.
 
 Two failures must never be confused: a blob that is missing or has other bytes than the manifest says is **damaged**
@@ -21,6 +22,7 @@ import threading
 from collections.abc import Callable, Coroutine, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ from dtrain.common.errors import DtrainError, PermanentError, ShardDamagedError
 from dtrain.common.names import Generation, JobName
 from dtrain.storage.catalogs import Catalog, IncompleteCheckpoint, catalog_of
 from dtrain.storage.indexes import IndexedShard, Piece
-from dtrain.storage.manifests import Manifest, ShardEntry, encode
+from dtrain.storage.manifests import Manifest, ShardEntry, decode_manifest, encode
 from dtrain.storage.objects import ObjectStore
 from dtrain.storage.ranges import NeededRange, Run, pieces_of, runs_of
 from dtrain.storage.restore_files import (
@@ -38,12 +40,14 @@ from dtrain.storage.restore_files import (
     RESTORE_FOLDER,
     SHARD_FILE,
     SOURCES_FILE,
+    PartOfImage,
     Sources,
     decode_needs,
     encode_sources,
 )
 from dtrain.storage.retrying import DAMAGED_READS, GaveUp, with_retries
-from dtrain.storage.verify import read_index, read_manifest
+from dtrain.storage.verify import open_entry, read_index, read_manifest
+from dtrain.worker.caches import Caches
 from dtrain.worker.core.actions import FetchRestore
 from dtrain.worker.core.inputs import RestoreDamaged, RestoreReady
 from dtrain.worker.core.states import RestoreSource
@@ -72,8 +76,11 @@ class _Running:
 class Restores:
     """All restores of the agent; at most one a job. Used in the event loop only."""
 
-    def __init__(self, emit: Callable[[RestoreReady | RestoreDamaged], None], dirs: RankDirs, begin: Begin) -> None:
+    def __init__(
+        self, emit: Callable[[RestoreReady | RestoreDamaged], None], dirs: RankDirs, begin: Begin, caches: Caches
+    ) -> None:
         self._emit = emit
+        self._caches = caches
         self._begin = begin
         self._dirs = dirs
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="restore")
@@ -86,7 +93,7 @@ class Restores:
             return
         give_up = threading.Event()
         source = fetch.spec.restore
-        work = _Restore(self._dirs, fetch, source, _Patience(source.store, give_up), self._in_thread)
+        work = _Restore(self._dirs, fetch, source, _Patience(source.store, give_up), self._in_thread, self._caches)
         self._running[name] = _Running(self._begin(self._run(fetch, work, give_up)), give_up, work)
 
     def progress(self) -> dict[tuple[JobName, Generation], Transfer]:
@@ -97,6 +104,7 @@ class Restores:
         running = self._running.pop((job, generation), None)
         if running is not None:
             running.give_up.set()
+            running.work.keep()  # now: the next generation may ask at once
 
     def close(self) -> None:
         for running in self._running.values():
@@ -117,6 +125,7 @@ class Restores:
         self._running.pop((fetch.job, fetch.generation), None)
         if not give_up.is_set():
             self._emit(RestoreReady(job=fetch.job, generation=fetch.generation))
+            work.keep()
 
     async def _in_thread(self, work: Callable[[], None]) -> None:
         await asyncio.get_running_loop().run_in_executor(self._threads, work)
@@ -161,8 +170,13 @@ class _Restore:
         source: RestoreSource,
         patience: _Patience,
         in_thread: Callable[[Callable[[], None]], Coroutine[Any, Any, None]],
+        caches: Caches,
     ) -> None:
+        self._job = fetch.job
         self._source = source
+        self._caches = caches
+        self._cached = caches.of(fetch.job, source)
+        self._texts: dict[str, bytes] = {}  # the manifest and the indexes, if they are worth keeping
         self._patience = patience
         self._in_thread = in_thread
         self._generation_dir = dirs.generation_dir(fetch.job, fetch.generation)
@@ -172,6 +186,7 @@ class _Restore:
         self._world_size = fetch.spec.world_size
         self._images: dict[int, ShardImage] = {}
         self._sources = Sources()
+        self._is_remote = False  # until it is known: its store has no files on this node
         self.progress = Transfer(bytes_done=0, bytes_total=0)
 
     async def run(self) -> None:
@@ -179,23 +194,39 @@ class _Restore:
         catalog = await self._read_catalog()
         probable = probable_needs(catalog, self._ranks, self._world_size)
         at_hand = {part for part in probable if _is_at_hand(part, catalog, self._sources)}
-        keys = {catalog.shards[part.shard].places[part.tensor][0] for part in at_hand}
-        await self._in_thread(lambda: _read_ahead(keys, self._sources))
+        places = (self._sources.place_of(number, piece) for number, piece in _pieces(catalog, at_hand))
+        paths = {place[0] for place in places if place is not None}
+        await self._in_thread(lambda: _read_ahead(paths))
         await self._fetch(catalog, probable - at_hand)
         for rank in self._ranks:
             await self._fetch(catalog, await self._needs_of(catalog, rank))
+
+    def keep(self) -> None:
+        """Have what was fetched so far written to the node's cache."""
+        if self._is_remote:
+            fetched = {number: found for number, image in self._images.items() if (found := image.fetched())}
+            self._caches.keep(self._job, self._source, self._texts, fetched)
 
     async def _read_catalog(self) -> Catalog:
         found: list[Manifest] = []
         indexes: dict[int, IndexedShard] = {}
 
         def manifest(store: ObjectStore) -> None:
-            found.append(read_manifest(store, self._source.manifest_key, self._source.manifest_digest))
+            key, digest = self._source.manifest_key, self._source.manifest_digest
+            data = self._cached.text(MANIFEST_FILE, digest)
+            found.append(read_manifest(store, key, digest) if data is None else decode_manifest(data, key=key))
 
         def index(entry: ShardEntry) -> Callable[[ObjectStore], None]:
+            name = INDEX_FILE.format(entry.rank)
+
             def read(store: ObjectStore) -> None:
-                indexes[entry.rank], data = read_index(store, entry)
-                write_whole(self._folder / INDEX_FILE.format(entry.rank), data)
+                data = self._cached.text(name, entry.index_digest)
+                if data is None:
+                    indexes[entry.rank], data = read_index(store, entry)
+                else:
+                    indexes[entry.rank] = open_entry(data, entry)
+                write_whole(self._folder / name, data)
+                self._texts[name] = data
 
             return read
 
@@ -206,13 +237,15 @@ class _Restore:
             catalog = catalog_of([indexes[rank] for rank in range(found[0].world_size)])
         except IncompleteCheckpoint as error:
             raise ShardDamagedError(self._source.manifest_key, str(error)) from error
+        self._texts[MANIFEST_FILE] = encode(found[0])
         await self._patiently(lambda store: self._point_out(catalog, store))
-        write_whole(self._folder / MANIFEST_FILE, encode(found[0]))  # from now on the trainers read them
+        write_whole(self._folder / MANIFEST_FILE, self._texts[MANIFEST_FILE])  # from now on the trainers read them
         return catalog
 
     def _point_out(self, catalog: Catalog, store: ObjectStore) -> None:
         """Say what lies on this node already."""
         images: dict[int, str] = {}
+        parts: dict[int, PartOfImage] = {}
         objects: dict[str, str] = {}
         for number, shard in enumerate(catalog.shards):
             if slot := staged_slot(self._slots(number), self._source.attempt, shard):
@@ -221,7 +254,10 @@ class _Restore:
             for key in {shard.key, *(key for key, _ in shard.places.values())} - objects.keys():
                 if path := store.local_path(key):
                     objects[key] = str(path)
-        self._sources = Sources(images=images, objects=objects)
+            if (part := self._cached.part(number)).spans:
+                parts[number] = part
+        self._is_remote = store.local_path(self._source.manifest_key) is None
+        self._sources = Sources(images=images, parts=parts, objects=objects)
         write_whole(self._folder / SOURCES_FILE, encode_sources(self._sources))
 
     def _slots(self, number: int) -> list[Path]:
@@ -253,8 +289,11 @@ class _Restore:
                 catalog.shards[number],
                 slots=self._slots(number),
                 attempt=self._source.attempt,
+                cached=partial(self._cached.copy, number) if self._cached.has(number) else None,
             )
-        self._expect(sum(_size_bytes(pieces - self._images[number].there) for number, pieces in wanted.items()))
+        missing_bytes = sum(_size_bytes(pieces - self._images[number].there) for number, pieces in wanted.items())
+        self._expect(missing_bytes)
+        await self._in_thread(lambda: self._caches.make_room(missing_bytes))
         await asyncio.gather(*(self._patiently(self._images[number].begin) for number in wanted))
         while missing := {n: left for n, pieces in wanted.items() if (left := pieces - self._images[n].there)}:
             self._still_missing(sum(map(_size_bytes, missing.values())))
@@ -278,11 +317,11 @@ class _Restore:
         await self._in_thread(lambda: self._patience.try_out(part))
 
 
-def _read_ahead(keys: set[str], sources: Sources) -> None:
+def _read_ahead(paths: set[str]) -> None:
     """Let the kernel begin to read what trainers will read from this node's disk."""
-    for key in keys & sources.objects.keys():
+    for path in paths:
         with contextlib.suppress(OSError):  # a hint: whoever reads it finds out what is wrong
-            descriptor = os.open(sources.objects[key], os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)
             try:
                 os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
             finally:
@@ -292,6 +331,13 @@ def _read_ahead(keys: set[str], sources: Sources) -> None:
 def _is_at_hand(part: NeededRange, catalog: Catalog, sources: Sources) -> bool:
     pieces = catalog.shards[part.shard].pieces(part.tensor, part.begin, part.end)
     return all(sources.place_of(part.shard, piece) is not None for piece in pieces)
+
+
+def _pieces(catalog: Catalog, needed: Iterable[NeededRange]) -> Iterable[tuple[int, Piece]]:
+    """Yield the pieces that hold what is needed, each with its shard's number."""
+    for number, pieces in pieces_of(catalog.shards, needed).items():
+        for piece in pieces:
+            yield number, piece
 
 
 def _size_bytes(pieces: Iterable[Piece]) -> int:

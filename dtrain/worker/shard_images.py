@@ -2,7 +2,8 @@
 
 Where this node staged that very attempt and still holds it, nothing grows: the image is another name of the stage
 slot's file, and its bytes are verified where they lie, piece by piece. If one of them is not what it should be, the
-image becomes a file of its own, and everything is brought again: from the slot what is sound, from storage the rest.
+image becomes a file of its own, and everything is brought again: from the slot what is sound, then from what the node
+fetched before (caches.py), from storage the rest.
 
 Nobody writes into such a slot while it is read: it holds the newest committed checkpoint, so the next one is staged
 into the other, and the one after that only when all ranks have stored the next, having restored this one.
@@ -14,6 +15,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 import msgspec
 
@@ -21,10 +23,14 @@ from dtrain.common.mailbox import STAGE_SLOTS
 from dtrain.storage.catalogs import Catalog, tensor_leaves
 from dtrain.storage.indexes import IndexedShard, Piece, piece_is_sound
 from dtrain.storage.objects import ObjectStore
-from dtrain.storage.ranges import NeededRange, Run, read_header, read_run
+from dtrain.storage.ranges import NeededRange, Run, read_header, read_run, runs_of
 from dtrain.worker.arenas import Kept
+from dtrain.worker.cache_files import Fetched
 
 logger = logging.getLogger(__name__)
+
+# Brings those of the pieces that it has to their places in the image; returns those that are sound there.
+Copy: TypeAlias = Callable[[Iterable[Piece], memoryview], set[Piece]]
 
 
 class ShardImage:
@@ -33,13 +39,20 @@ class ShardImage:
     After a round of readers, what is still missing in ``there`` is to be brought by another round.
     """
 
-    def __init__(self, path: Path, shard: IndexedShard, *, slots: Sequence[Path], attempt: int) -> None:
-        """``slots``: folders in which the shard's rank may have staged ``attempt``."""
+    def __init__(
+        self, path: Path, shard: IndexedShard, *, slots: Sequence[Path], attempt: int, cached: Copy | None = None
+    ) -> None:
+        """``slots``: folders in which the shard's rank may have staged ``attempt``.
+
+        ``cached``: brings what the node fetched of the shard before; None if that is nothing.
+        """
         self.there: set[Piece] = set()  # verified and in place
+        self._fetched: set[Piece] = set()  # of these, what came from storage
         self._path = path
         self._shard = shard
         self._slots = slots
         self._attempt = attempt
+        self._cached = cached
         self._lock = threading.Lock()
         self._page: mmap.mmap | None = None  # unmapped with its last reader
         self._staged: mmap.mmap | None = None  # the slot that holds the same bytes, if there is one
@@ -51,7 +64,8 @@ class ShardImage:
             return
         slot = staged_slot(self._slots, self._attempt, self._shard)
         if slot is None or (staged := _mapped(slot, self._shard)) is None:
-            read_header(store, self._shard)
+            if self._cached is None:
+                read_header(store, self._shard)
             self._page = self._new_page()
             return
         self._staged = staged
@@ -70,6 +84,13 @@ class ShardImage:
                 self._bring(run, store)
 
         return read
+
+    def fetched(self) -> Fetched | None:
+        """Return what came from storage so far; None if nothing did."""
+        with self._lock:
+            if self._page is None or not self._fetched:
+                return None
+            return Fetched(page=self._page, pieces=frozenset(self._fetched))
 
     def _verify(self, run: Run) -> None:
         """Verify the run in the slot. If it is not sound, the slot serves no longer, and all is brought again."""
@@ -92,19 +113,24 @@ class ShardImage:
         with self._path.open("r+b") as file:
             # No room is an error here, and not the end of this process at the first touch.
             os.posix_fallocate(file.fileno(), run.begin, run.end - run.begin)
+        left = set(run.pieces)
         with memoryview(page) as image:
-            if not self._copy_staged(run, image):
-                read_run(store, run, image)
+            left -= self._copy_staged(run, image)
+            if left and self._cached is not None:
+                left -= self._cached(left, image)
+            for rest in runs_of(run.shard, left):
+                read_run(store, rest, image)
         with self._lock:
             self.there.update(run.pieces)
+            self._fetched.update(left)
 
-    def _copy_staged(self, run: Run, image: memoryview) -> bool:
-        """Copy the run from the stage slot, if it is there and sound."""
+    def _copy_staged(self, run: Run, image: memoryview) -> set[Piece]:
+        """Copy the run from the stage slot, if there is one; return the pieces that are sound."""
         if self._staged is None:
-            return False
+            return set()
         with memoryview(self._staged) as staged:
             image[run.begin : run.end] = staged[run.begin : run.end]
-        return all(piece_is_sound(piece, image[piece.begin : piece.end]) for piece in run.pieces)
+        return {piece for piece in run.pieces if piece_is_sound(piece, image[piece.begin : piece.end])}
 
     def _new_page(self) -> mmap.mmap:
         """Make the image a file of its own, with nothing but the header."""

@@ -1,6 +1,7 @@
 """A worker's machine: its disk, its shared memory, its trainers, and the agents that live on it one after another."""
 
 import asyncio
+import random
 import shutil
 import sqlite3
 from collections.abc import Callable, Iterable
@@ -13,7 +14,7 @@ from dtrain.worker import journal as journal_module
 from dtrain.worker.config import WorkerConfig
 from dtrain.worker.core.inputs import TrainerExited, TrainerStarted
 from dtrain.worker.core.states import ExitFact
-from dtrain.worker.rank_dirs import RankId
+from dtrain.worker.rank_dirs import CACHE, RankId
 from tests.sim.loop import CURRENT
 from tests.sim.machines import Machine, Process
 from tests.sim.trainers import Trainer
@@ -287,6 +288,16 @@ class Node:
         if wipe:
             self.machine.disk.wipe()  # type: ignore[attr-defined]
             shutil.rmtree(self.folder / "data", ignore_errors=True)
+
+    def tear_cache(self, rng: random.Random) -> bool:
+        """Nobody waits for what a cache writes: a loss of power may leave any of it. Return whether it did."""
+        torn = False
+        for path in sorted((self.folder / "data" / CACHE).rglob("*.*")):
+            data = path.read_bytes()
+            left = rng.choice((data, data[: len(data) // 2], bytes(len(data)), b""))
+            path.write_bytes(left)
+            torn = torn or left != data
+        return torn
 
     def close(self) -> None:
         self.machine.disk.wipe()  # type: ignore[attr-defined]

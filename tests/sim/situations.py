@@ -54,6 +54,7 @@ EXPECTED = (
     "agent restarted at once",
     "machine lost power",
     "machine lost its disk",
+    "cache torn",
     "one-way partition",
     "blob rotted",
     "object cut short",

@@ -208,6 +208,8 @@ def _lose_power(storm: "Storm", node: "Node", *, wipe: bool) -> Undo:
     storm.world.saw("machine lost its disk" if wipe else "machine lost power")
     storm.world.hurt(node.machine.name, "power lost")
     node.lose_power(wipe=wipe)
+    if node.tear_cache(storm.rng):
+        storm.world.saw("cache torn")
     return node.boot
 
 

@@ -11,7 +11,8 @@ import torch
 from dtrain.storage import indexes, shards
 from dtrain.storage.catalogs import TensorChunk
 from dtrain.storage.indexes import IndexedShard, index_shard, open_index
-from dtrain.storage.restore_files import Sources
+from dtrain.storage.ranges import joined_spans
+from dtrain.storage.restore_files import PartOfImage, Sources
 from dtrain.storage.tensor_codes import CODE_OF_DTYPE, size_bytes
 from dtrain.trainer.direct_reads import DirectReader
 from dtrain.trainer.resharding import Move
@@ -91,6 +92,20 @@ def test_every_bit_comes_to_its_place(saved: Saved, kind: str) -> None:
     assert left == []
     assert all(torch.equal(into[name], tensor) for name, tensor in saved.tensors.items())
     assert sorted(told) == told and told[-1] == sum(map(size_bytes, saved.tensors.values()))
+
+
+def test_of_a_part_only_what_is_there_is_read_and_the_rest_left_to_the_worker(saved: Saved) -> None:
+    begin = saved.position("large")
+    sizes = {name: size_bytes(saved.tensors[name]) for name in ("small", "whole")}
+    there = [(saved.position(name), saved.position(name) + size) for name, size in sizes.items()]
+    part = PartOfImage(path=str(saved.path), spans=joined_spans([(begin, begin + PIECE_BYTES), *there]))
+    into = empties(saved)
+    left, _ = saved.read(into, Sources(parts={0: part}))
+    assert left == ["large"]
+    assert torch.equal(into["whole"], saved.tensors["whole"]) and torch.equal(into["small"], saved.tensors["small"])
+    assert not into["large"].any(), "nothing of it was read"
+    elsewhere = Sources(parts={0: part}, objects={KEY: str(saved.path)})
+    assert saved.read(into, elsewhere)[0] == [] and torch.equal(into["large"], saved.tensors["large"])
 
 
 def test_a_target_that_lies_otherwise_is_converted(saved: Saved) -> None:

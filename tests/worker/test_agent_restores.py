@@ -1,5 +1,7 @@
 """What a generation starts from: verified, handed over, and never confused with a storage that is away."""
 
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from dtrain.storage.restore_files import (
     decode_sources,
 )
 from dtrain.storage.uris import open_store
+from dtrain.worker.rank_dirs import CACHE
 from tests.support.checkpoints import put_shard
 from tests.support.facts import wait_for
 from tests.support.s3_server import moto
@@ -127,6 +130,44 @@ def test_the_bytes_come_while_the_trainers_start_and_before_any_has_asked(
         go.touch()
         node.wait_training()
     assert "restored b'rank 1 at step 5" in node.log(1)
+
+
+def test_a_generation_that_dies_before_its_first_commit_is_followed_by_one_that_fetches_nothing(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = node.folder / "node" / CACHE / JOB
+    with moto() as server:
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        node.store = server.uri("store")
+        restore, keys = _committed(node)
+        node.start()
+        node.start_trainers(restore=restore)
+        pids = node.wait_training()
+        wait_for("both shards are kept", lambda: len(list(cache.rglob("*.ranges.json"))) == 2, deadline_s=DEADLINE_S)
+        for key in keys:
+            server.client().delete_object(Bucket=server.bucket, Key=f"store/{key}")
+        for pid in pids.values():
+            os.kill(pid, signal.SIGKILL)
+        node.start_trainers(generation=2, restore=restore)
+        node.wait("generation 2 trains", lambda s: s.assignments[0].generation == 2 and _trains(s))
+        pids = node.wait_training()
+    for pid in pids.values():  # and now there is no store at all, and the agent is another one
+        os.kill(pid, signal.SIGKILL)
+    node.kill()
+    node.start()
+    node.start_trainers(generation=3, restore=restore)
+    node.wait("generation 3 trains", lambda s: s.assignments[0].generation == 3 and _trains(s))
+    for generation in (2, 3):
+        for rank in (0, 1):
+            assert f"restored b'rank {rank} at step 5" in node.log(rank, generation)
+    node.wait_done(node.command(generation=3, stop_trainers=wire.StopTrainers(grace_s=0)))
+    wait_for("the job has left the node, and its cache with it", lambda: not cache.exists(), deadline_s=DEADLINE_S)
+
+
+def _trains(snapshot: wire.Snapshot) -> bool:
+    ranks = [rank for assignment in snapshot.assignments for rank in assignment.ranks]
+    return len(ranks) == 2 and all(rank.completed_step > 0 and rank.state == wire.RUNNING for rank in ranks)
 
 
 def test_what_a_folder_holds_is_pointed_out_and_not_copied(node: Node) -> None:

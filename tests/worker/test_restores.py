@@ -10,13 +10,15 @@ import pytest
 from dtrain.common.errors import ShardDamagedError
 from dtrain.storage.objects import ObjectStore, StorageUnavailable
 from dtrain.worker import restores as module
+from dtrain.worker.caches import Caches
 from dtrain.worker.rank_dirs import RankDirs
 from dtrain.worker.restores import Restores
 from dtrain.worker.tasks import Tasks
 
 
 def test_a_restore_does_not_give_way_for_training_waits_for_it(tmp_path: Path) -> None:
-    restores = Restores(lambda fact: None, RankDirs(tmp_path, tmp_path, "journal"), Tasks().begin)
+    dirs = RankDirs(tmp_path, tmp_path, "journal")
+    restores = Restores(lambda fact: None, dirs, Tasks().begin, Caches(dirs))
     nice: list[int] = []
 
     def look() -> None:
