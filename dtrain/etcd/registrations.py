@@ -15,8 +15,10 @@ lease that the key is bound to now is renewed: an older one of this process, or 
 ``is_own`` recognises. So the key of a process that was killed and is back never vanishes in between.
 
 A name has one owner: the newest process that registered it. One that finds its key held by a lease that was
-never its own has been replaced, and is told so by :class:`RegistrationTaken`. A put of its earlier life may still be
-applied late and look like that, so a few of those are put right; an earlier life that goes on putting is not dead.
+never its own has been replaced, and is told so by :class:`RegistrationTaken`. A put of a dead process may be applied
+late and look like that: of an earlier life, perhaps one whose machine lost its disk, so that nothing tells it from a
+stranger. So a few are put right. A dead process puts no more; of two that live, the one that was replaced counts first
+and leaves.
 """
 
 import asyncio
@@ -38,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 _RETRY_FIRST_S = 0.1  # an etcd that was merely restarted is back within tenths of a second
 _RETRY_MAX_S = 3.0  # after a long outage all workers come back spread over a few seconds, not as one storm
-_LATE_PUTS_MAX = 3  # of an earlier life: it had one on its way when it was killed, and so had the one before it
+_LATE_PUTS_MAX = 3  # an earlier life had one on its way when it was killed, and so had those before it
 _CARRY_TIMEOUT_S = 1.0  # of one renewal of the older lease
 _CHECK_MIN_S = 1.0  # the key is compared once a time to live, and never more often than this
 
@@ -107,7 +109,7 @@ class _Registration:
         self._is_own = is_own
         self._leases: set[int] = set()  # every lease this process ever put the key with
         self._bound: list[Lease] = []  # those that the key may be bound to now: the newest, and the one before
-        self._late_puts = 0  # of an earlier life, found under the key since it was claimed
+        self._late_puts = 0  # found under the key since it was last left alone for a whole time to live
         self._claimed = False  # a put of ours was acknowledged, so that a foreign key is a newer owner's
 
     async def hold(self, lease: Lease) -> bool:
@@ -128,9 +130,11 @@ class _Registration:
                 if revision:
                     registered = True
                     self._tell(RegistrationChange(registered=True, lease=lease.id, revision=revision))
-                with contextlib.suppress(TimeoutError):
+                try:
                     async with asyncio.timeout(max(_CHECK_MIN_S, lease.ttl_s)):
                         await changed.wait()
+                except TimeoutError:
+                    self._late_puts = 0
                 changed.clear()
                 if lease.lost.is_set():
                     break
@@ -228,7 +232,7 @@ class _Registration:
             found = await self._client.get(self._key)
             if found is not None and found.lease not in self._leases:
                 self._late_puts += 1
-                if not self._is_own(found.value) or self._late_puts > _LATE_PUTS_MAX:
+                if self._late_puts > _LATE_PUTS_MAX:
                     raise RegistrationTaken(f"{self._key} was registered by another process since.")
             if found is not None and found.lease == lease.id and found.value == wanted:
                 return 0

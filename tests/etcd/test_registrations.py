@@ -255,13 +255,14 @@ def test_the_key_of_a_stranger_is_left_to_its_lease(etcd: EtcdServer) -> None:
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("known", [True, False], ids=["known by its journal", "its disk was lost"])
 def test_a_late_put_of_an_earlier_life_is_put_right_and_one_that_goes_on_putting_is_a_living_owner(
-    etcd: EtcdServer,
+    etcd: EtcdServer, known: bool
 ) -> None:
     async def run() -> None:
         async with EtcdClient([etcd.endpoint]) as client, EtcdClient([etcd.endpoint]) as witness:
             older = await Lease.grant(witness, 60)
-            async with registered(client, lambda: b"me", 1, is_own=lambda value: value == b"earlier life") as task:
+            async with registered(client, lambda: b"me", 60, is_own=lambda _: known) as task:
                 await until(witness, lambda kv: kv is not None and kv.value == b"me")
                 for _ in range(registrations._LATE_PUTS_MAX):
                     await witness.put(KEY, b"earlier life", lease=older.id)
