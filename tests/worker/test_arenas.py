@@ -254,3 +254,23 @@ def test_a_job_named_like_another_ones_generation_has_an_arena_of_its_own(node: 
     node.claim(odd)
     node.dirs.remove(JOB, Generation(1))
     assert node.dirs.arena(odd.job).exists()
+
+
+def test_others_give_memory_back_before_there_is_said_to_be_too_little(node: Node) -> None:
+    (zero,) = ranks(1, 0)
+    node.claim(zero)
+    node.free = Free(size_bytes=0, where="this test")
+    asked: list[int] = []
+
+    def make_room(needed_bytes: int) -> None:
+        asked.append(needed_bytes)
+        node.free = PLENTY
+
+    node.arenas = Arenas(
+        node.dirs, lambda *said: node.provided.append(said), lambda *said: node.told.append(said),
+        node.tasks.begin, lambda _: node.free, make_room,
+    )  # fmt: skip
+    node.arenas.claim((zero,))
+    node.provide(zero)
+    assert asked == [2 * SIZE]
+    assert node.provided == [(zero, 0, SIZE)] and not node.told
