@@ -28,6 +28,7 @@ from benchmarks.checkpoint.ours import Checkpoints, Said, Sizes, measure_checkpo
 from benchmarks.checkpoint.rivals import LOADS, MAPPED_COPY
 
 TENSORS = 200
+SEAWEED_VOLUMES = 64  # of a GiB: all rounds find room
 CORES = 2  # threads of all ranks together in the settings that fill the machine
 Result = TypeVar("Result")
 Rounds = dict[str, list[tuple[float, float]]]  # way -> stall and time until safe, one a round
@@ -168,7 +169,7 @@ def s3(where: Path, sizes: Sizes) -> list[Row]:
             if name == "a sink":
                 endpoint, bucket = stack.enter_context(sink()), "bench"
             else:
-                server = stack.enter_context(seaweedfs(folder / "seaweed"))
+                server = stack.enter_context(seaweedfs(folder / "seaweed", volumes=SEAWEED_VOLUMES))
                 os.environ.update(server.environment)
                 endpoint, bucket = server.endpoint, server.bucket
             rows += _s3_rows(where, sizes, name, endpoint, bucket)

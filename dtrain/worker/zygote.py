@@ -13,7 +13,8 @@ On the control socket, one JSON object a message:
 
 Rules:
 - one thread, always: a fork copies the calling thread only, and locks of the others would stay shut in the child;
-- low priority while it imports, ordinary when it serves, if this user may go back; else ordinary always;
+- low priority while it imports, of its thread and of its session, ordinary when it serves; a thread's only if this
+  user may go back;
 - it dies with its agent; keepers and their trainers live in sessions of their own, and survive both;
 - a keeper and a trainer let go of everything of the zygote's at once: of its socket above all, whose end tells the
   agent that the zygote is gone;
@@ -47,11 +48,13 @@ if importlib.util.find_spec("dtrain") is None:  # the agent was started from its
 
 from dtrain.worker import keeper
 from dtrain.worker.exec_memory import move_environment, show_arguments, show_environment
+from dtrain.worker.session_priority import lower_session, raise_session
 from dtrain.worker.warm_trainers import Origin, become, can_show, hide_frames
 
 PADDING = "_DTRAIN_PADDING"  # room for a trainer's longer environment
 MESSAGE_BYTES = 65536  # a folder's name is far shorter
 NICENESS = 15
+SESSION_NICENESS = 5  # a third of a trainer's share of a core; by much less it would never be ready where all are busy
 
 
 class Zygote:
@@ -69,8 +72,9 @@ class Zygote:
         environment = dict(os.environ)
         ordinary = os.getpriority(os.PRIO_PROCESS, 0)
         yielding = _may_come_back(ordinary) and _set_niceness(NICENESS)
+        lowered = lower_session(SESSION_NICENESS)
         importlib.import_module(self._module).preload()
-        if yielding and not _set_niceness(ordinary):
+        if (yielding and not _set_niceness(ordinary)) or (lowered and not raise_session()):
             return "it cannot get its priority back"
         if len(list(Path("/proc/self/task").iterdir())) != 1:
             return "an import left a thread running"

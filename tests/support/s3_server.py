@@ -78,12 +78,13 @@ class Seaweed(S3Server):
     folder: Path
     ports: list[int]
     env: Mapping[str, str]
+    volumes: int = 16  # of a GiB each; the room of what was deleted or written over comes back late
     process: "subprocess.Popen[bytes] | None" = field(default=None)
 
     def start(self) -> None:
         with (self.folder / "weed.log").open("ab") as log:
             self.process = subprocess.Popen(
-                _command(self.folder, self.ports),
+                _command(self.folder, self.ports, self.volumes),
                 cwd=self.folder,
                 env=self.env,
                 stdin=subprocess.DEVNULL,
@@ -112,7 +113,9 @@ def open_uploads(server: S3Server, prefix: str = "") -> list[str]:
 
 
 @contextmanager
-def seaweedfs(folder: Path, *, bucket: str = "dtrain-test", env: Mapping[str, str] | None = None) -> Iterator[Seaweed]:
+def seaweedfs(
+    folder: Path, *, bucket: str = "dtrain-test", env: Mapping[str, str] | None = None, volumes: int = 16
+) -> Iterator[Seaweed]:
     """Run SeaweedFS with its data in ``folder`` and ``env`` in its environment; kill it on leaving."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "s3.json").write_text(json.dumps(_IDENTITIES))
@@ -129,6 +132,7 @@ def seaweedfs(folder: Path, *, bucket: str = "dtrain-test", env: Mapping[str, st
             folder=folder,
             ports=ports,
             env=own,
+            volumes=volumes,
         )
         server.start()
         try:
@@ -168,7 +172,7 @@ _IDENTITIES = {
 }
 
 
-def _command(folder: Path, ports: list[int]) -> list[str]:
+def _command(folder: Path, ports: list[int], volumes: int) -> list[str]:
     return [
         str(Path(sysconfig.get_path("scripts")) / "weed"),
         "server",
@@ -192,7 +196,7 @@ def _command(folder: Path, ports: list[int]) -> list[str]:
         "-master.peers=none",  # alone: no waiting for an election
         "-master.telemetry=false",
         "-master.volumeSizeLimitMB=1024",
-        "-volume.max=16",
+        f"-volume.max={volumes}",
         "-volume.preStopSeconds=0",
         "-webdav=false",
     ]

@@ -16,6 +16,7 @@ from dtrain.worker import keeper, zygotes
 from dtrain.worker.keepers import mark_of
 from dtrain.worker.rank_dirs import read_exited, read_started
 from dtrain.worker.warm_trainers import needs_of
+from dtrain.worker.zygote import NICENESS, SESSION_NICENESS
 from tests.support.processes import MARK, end_all, new_mark
 from tests.worker.nodes import alive
 from tests.worker.nursery import TRAINER_MARK, Nursery
@@ -323,6 +324,32 @@ def test_a_zygote_has_one_thread_and_ordinary_priority(nursery: Nursery) -> None
     pid = nursery.ready()
     assert len(list(Path(f"/proc/{pid}/task").iterdir())) == 1
     assert os.getpriority(os.PRIO_PROCESS, pid) == os.getpriority(os.PRIO_PROCESS, 0)
+
+
+def test_a_zygote_gives_way_while_it_imports_and_its_trainers_never_do(tmp_path: Path) -> None:
+    def session_of(pid: int | str) -> str:  # "/autogroup-17 nice 0"; where the kernel weighs no sessions there is none
+        file = Path(f"/proc/{pid}/autogroup")
+        return file.read_text().rpartition(" ")[2].strip() if file.exists() else ""
+
+    seen = tmp_path / "seen"
+    source = f"""
+import os, pathlib
+def preload():
+    autogroup = pathlib.Path("/proc/self/autogroup")
+    session = autogroup.read_text().split()[-1] if autogroup.exists() else ""
+    pathlib.Path({str(seen)!r}).write_text(f"{{os.getpriority(os.PRIO_PROCESS, 0)}} {{session}}")
+def settle(environment): pass
+"""
+    with nursery_in(tmp_path, {"looking": source}) as it:
+        expected = str(SESSION_NICENESS) if session_of("self") else ""
+        assert seen.read_text().split(" ") == [str(NICENESS), expected]
+        assert session_of(it.ready()) == session_of("self") == ("0" if expected else "")
+        rank = it.rank(WAITS).fork()
+        started = rank.started()
+        for pid in (started.keeper_pid, started.trainer_pid):
+            assert session_of(pid) == session_of("self")
+        os.kill(started.keeper_pid, signal.SIGQUIT)
+        it.until("the keeper is gone", lambda: not alive(started.keeper_pid))
 
 
 def test_after_packages_were_installed_a_rank_starts_cold_and_the_zygote_is_replaced(nursery: Nursery) -> None:
