@@ -130,6 +130,6 @@ PLANTED = (
     Planted("let a registration go before it is put anew", "etcd/registrations.py",
             "asyncio.create_task(self._carry(lease, moved))", "asyncio.create_task(asyncio.sleep(0))"),
     Planted("take an earlier life's late put for another owner", "etcd/registrations.py",
-            "if not self._is_own(found.value) or self._late_puts > _LATE_PUTS_MAX:", "if True:"),
+            "if self._late_puts > _LATE_PUTS_MAX:", "if True:"),
     Planted("never send a command again", "coordinator/rpc/agents.py", "RESEND_S = 2.0", "RESEND_S = 2e9"),
 )  # fmt: skip
