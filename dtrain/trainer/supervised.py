@@ -104,14 +104,15 @@ class WorkerStation:
     def load(self, plan: Plan) -> SavedState | None:
         """Read what this rank starts from into what ``plan`` names, and return it; None for nothing."""
         self._mailbox.phase = TrainerPhase.RESTORING
-        return restore_from_worker(
-            self._rank_dir,
-            self._mailbox,
-            rank=self._rank,
-            world_size=self._world_size,
-            cores=self._cores,
-            plan=plan,
-        )
+        with _no_garbage_collection():
+            return restore_from_worker(
+                self._rank_dir,
+                self._mailbox,
+                rank=self._rank,
+                world_size=self._world_size,
+                cores=self._cores,
+                plan=plan,
+            )
 
     def begin(
         self,
