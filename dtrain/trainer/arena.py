@@ -14,7 +14,9 @@ it needs by itself, and pays for it once. Space is always allocated before it is
 full shared memory would kill the process with SIGBUS, where an allocation fails with an error. And memory is looked at
 before it is taken, as the worker does: beyond what a control group has, the kernel kills without a word.
 
-A map is never closed, only let go of: whoever still uses its memory keeps it alive.
+A map is never closed, only let go of: whoever still uses its memory keeps it alive. One that CUDA knows is let go of
+by the training thread, between two stagings, and only after CUDA has forgotten it: memory that is freed while it is
+registered may be given to another tensor, whose copies would then go to pages that are no longer its own.
 """
 
 import ctypes
@@ -57,12 +59,14 @@ class SlotMemory:
 
 
 class StageSlots:
-    """All slots. ``reserve`` is for the training thread, ``map_pair`` for the preparing one."""
+    """All slots. ``map_pair`` is for the preparing thread, all else for the training one."""
 
     def __init__(self, folder: Path, free: Callable[[Path], Free] = free_for) -> None:
         self._free = free
         self._paths = [folder / f"slot{number}" for number in range(STAGE_SLOTS)]
+        self._lock = threading.Lock()  # guards what follows
         self._memories: list[SlotMemory | None] = [None] * STAGE_SLOTS
+        self._replaced: list[SlotMemory] = []  # known to CUDA until release(): bytes may be on their way there
         self._last_staged = PAIR_SLOTS - 1  # so that the first goes to slot 0
 
     def choose(self, asked: int | None) -> int:
@@ -77,8 +81,15 @@ class StageSlots:
                 _check_free(self._paths[number], needed_bytes, self._free)
             pages = _map_allocated(self._paths[number], needed_bytes, with_spare(needed_bytes))
             memory = SlotMemory(pages=pages, pinned=False)
-            self._memories[number] = memory
+            self._replace(number, memory)
         return memory
+
+    def release(self) -> None:
+        """Let go of memory that was replaced. Nothing is on its way from a GPU now."""
+        with self._lock:
+            replaced, self._replaced = self._replaced, []
+        for memory in replaced:
+            _unpin(memory.pages)
 
     def staged(self, number: int) -> None:
         """Say that the slot holds a whole state."""
@@ -94,14 +105,24 @@ class StageSlots:
                 if stop.is_set():
                     return
                 # Only now: until then the training thread had better map a slot by itself than wait for this one.
-                self._memories[number] = SlotMemory(pages=pages, pinned=_pin(pages))
+                self._replace(number, SlotMemory(pages=pages, pinned=_pin(pages)))
+            elif not memory.pinned and _can_pin():  # the training thread needed it before this one came to it
+                _populate(memory.pages, stop)
+                if stop.is_set():
+                    return
+                self._replace(number, SlotMemory(pages=memory.pages, pinned=_pin(memory.pages)))
 
     def let_go(self) -> None:
         """Forget the maps. The files stay: the worker may still be reading them."""
-        for memory in self._memories:
-            if memory is not None and memory.pinned:
-                _unpin(memory.pages)
-        self._memories = [None] * STAGE_SLOTS
+        for number in range(STAGE_SLOTS):
+            self._replace(number, None)
+        self.release()
+
+    def _replace(self, number: int, memory: SlotMemory | None) -> None:
+        with self._lock:
+            before, self._memories[number] = self._memories[number], memory
+            if before is not None and before.pinned:
+                self._replaced.append(before)
 
 
 class ArenaPreparation:
@@ -227,9 +248,14 @@ def _populate(pages: mmap.mmap, stop: threading.Event) -> None:
             return
 
 
+def _can_pin() -> bool:
+    """Whether CUDA is in use."""
+    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+
+
 def _pin(pages: mmap.mmap) -> bool:
     """Let CUDA copy straight into these pages, if CUDA is in use. Return whether it can."""
-    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+    if not _can_pin():
         return False
     address = ctypes.addressof(ctypes.c_char.from_buffer(pages))
     return int(torch.cuda.cudart().cudaHostRegister(address, len(pages), _PORTABLE)) == 0  # type: ignore[no-untyped-call]

@@ -261,6 +261,7 @@ class WorkerStation:
             self._mailbox.error = ""
             self._error_shown = False
         self._slots.staged(staging.slot)
+        self._slots.release()
         self._mailbox.publish_staged(staging.request, slot=staging.slot, size_bytes=staging.size_bytes)
         failpoints.hit(Point.STAGE_AFTER)
         self._preparation.want(staging.size_bytes)

@@ -219,6 +219,62 @@ def test_a_trainer_killed_while_it_stages_leaves_nothing_that_looks_like_a_state
         assert (folder.path / "slot0").read_bytes() == whole
 
 
+@pytest.fixture
+def registered(monkeypatch: pytest.MonkeyPatch) -> list[mmap.mmap]:
+    """Play CUDA: the maps that it knows."""
+    found: list[mmap.mmap] = []
+
+    def pin(pages: mmap.mmap) -> bool:
+        assert not any(pages is known for known in found), "registered twice"
+        found.append(pages)
+        return True
+
+    def unpin(pages: mmap.mmap) -> None:
+        assert any(pages is known for known in found), "never registered"
+        found[:] = [known for known in found if known is not pages]
+
+    monkeypatch.setattr(arena, "_can_pin", lambda: True)
+    monkeypatch.setattr(arena, "_pin", pin)
+    monkeypatch.setattr(arena, "_unpin", unpin)
+    return found
+
+
+def test_memory_that_cuda_knows_is_forgotten_by_it_before_it_is_freed(
+    tmp_path: Path, registered: list[mmap.mmap]
+) -> None:
+    slots = StageSlots(tmp_path)
+    for size_bytes in (1 << 20, 2 << 20):
+        for slot in range(PAIR_SLOTS):
+            with (tmp_path / f"slot{slot}").open("ab") as file:
+                os.posix_fallocate(file.fileno(), 0, size_bytes)
+        slots.map_pair(0, size_bytes, threading.Event())
+    assert len(registered) == 2 * PAIR_SLOTS, "bytes may still be on their way to what was replaced"
+    slots.release()
+    assert registered == [slots.reserve(slot, 1000).pages for slot in range(PAIR_SLOTS)]
+    grown = slots.reserve(0, 4 << 20)
+    assert not grown.pinned
+    slots.release()
+    assert registered == [slots.reserve(1, 1000).pages]
+    slots.let_go()
+    assert registered == []
+
+
+def test_a_slot_that_was_needed_before_it_was_prepared_is_made_known_to_cuda_afterwards(
+    tmp_path: Path, registered: list[mmap.mmap]
+) -> None:
+    slots = StageSlots(tmp_path)
+    early = slots.reserve(0, 1 << 20)
+    assert not early.pinned
+    size_bytes = len(early.pages)
+    with (tmp_path / "slot1").open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, size_bytes)
+    slots.map_pair(0, size_bytes, threading.Event())
+    assert [slots.reserve(slot, 1000).pinned for slot in range(PAIR_SLOTS)] == [True] * PAIR_SLOTS
+    assert slots.reserve(0, 1000).pages is early.pages, "who stages into it just now is not disturbed"
+    slots.map_pair(0, size_bytes, threading.Event())
+    assert len(registered) == PAIR_SLOTS, "and not once more"
+
+
 def test_memory_stays_with_whoever_uses_it_when_its_slot_grows(tmp_path: Path) -> None:
     slots = StageSlots(tmp_path)
     first = slots.reserve(0, 1000)
