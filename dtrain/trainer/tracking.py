@@ -23,6 +23,7 @@ from dtrain.trainer.data_position import DataPosition
 from dtrain.trainer.partition import Partition
 from dtrain.trainer.parts import TensorPart
 from dtrain.trainer.random_states import RandomStates
+from dtrain.trainer.state_size import tensors_of
 from dtrain.trainer.state_tree import Encoder, decode
 from dtrain.trainer.targets import Targets
 
@@ -142,19 +143,22 @@ class TrackedState:
         """Return about how many bytes the tensors of this rank's share take.
 
         Safe in any thread at any time, for it calls no code of the script: an object's state_dict() may run
-        collectives, or change what it shows. So what is in neither modules nor optimizers is not counted.
+        collectives, or change what it shows. So what an object of the script's keeps elsewhere than in its attributes
+        is not counted.
         Raises RuntimeError if an object is changed meanwhile.
         """
         shared_bytes = own_bytes = 0
+        tracked = (*self._objects.values(), *self._local.values())
+        apart = [form for item in tracked for form in (item, unwrapped(item))]
         for item in self._objects.values():
-            for tensor in _tensors_of(item):
+            for tensor in tensors_of(item, apart):
                 if is_sharded(tensor):
                     from dtrain.trainer.dtensors import local_of
 
                     own_bytes += size_bytes(local_of(tensor))
                 else:
                     shared_bytes += size_bytes(tensor)
-        own_bytes += sum(size_bytes(tensor) for item in self._local.values() for tensor in _tensors_of(item))
+        own_bytes += sum(size_bytes(tensor) for item in self._local.values() for tensor in tensors_of(item, apart))
         return own_bytes + shared_bytes // self._world_size
 
     # ---- putting back ------------------------------------------------------------------------------------
@@ -234,18 +238,6 @@ def _equal_on_every_rank(name: str, item: object, tensors: list[str]) -> Iterato
     elif isinstance(item, torch.nn.Module):
         wanted = {f"{name}.{key}" for key, _ in unwrapped(item).named_parameters(remove_duplicate=False)}
         yield from (tensor for tensor in tensors if tensor in wanted)
-
-
-def _tensors_of(item: object) -> Iterator[torch.Tensor]:
-    """Yield the tensors of a module or an optimizer; a tensor of two names is stored twice, but seldom: given once."""
-    if isinstance(item, torch.nn.Module):
-        for module in item.modules():
-            held = [*module._parameters.values(), *module._buffers.values()]
-            yield from (tensor for tensor in held if tensor is not None)
-    elif isinstance(item, torch.optim.Optimizer):
-        for state in list(item.state.values()):
-            values = list(state.values()) if isinstance(state, dict) else []
-            yield from (value for value in values if isinstance(value, torch.Tensor))
 
 
 def _cannot_keep(verb: str, name: str, item: object) -> str:
