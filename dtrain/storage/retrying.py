@@ -28,14 +28,21 @@ class GaveUp(DtrainError):
     """The caller's event was set: what was tried is no longer wanted. Chained to the last failure, if any."""
 
 
-def with_retries(call: Callable[[], _T], *, deadline_s: float, give_up: threading.Event | None = None) -> _T:
+def with_retries(
+    call: Callable[[], _T],
+    *,
+    deadline_s: float,
+    give_up: threading.Event | None = None,
+    advance: Callable[[], int] = lambda: 0,
+) -> _T:
     """Return ``call()``, tried again on :class:`RetryableError` until ``deadline_s`` seconds have passed.
 
     It is called at least once, for the last time at the deadline; a call under way is not cut short. After the
     deadline the last error is raised; when ``give_up`` is set, :class:`GaveUp`. Other errors pass at once.
+    ``advance`` says how far the tries have come; one that came further than all before begins the time anew.
     """
     given_up = give_up or threading.Event()
-    deadline = time.monotonic() + deadline_s
+    deadline, furthest = time.monotonic() + deadline_s, advance()
 
     failures: list[RetryableError] = []  # the last one only
 
@@ -45,7 +52,10 @@ def with_retries(call: Callable[[], _T], *, deadline_s: float, give_up: threadin
         try:
             return call()
         except RetryableError as error:
+            nonlocal deadline, furthest
             failures[:] = [error]
+            if (now := advance()) > furthest:
+                deadline, furthest = time.monotonic() + deadline_s, now
             raise
 
     def is_over(_: RetryCallState) -> bool:

@@ -54,7 +54,7 @@ from dtrain.trainer.tracking import CapturedState, SavedState
 
 _log = logging.getLogger("dtrain")
 
-HOLD_S = 900.0  # longer than the coordinator lets an attempt in flight block the next one
+HOLD_S = 7200.0  # an attempt in flight blocks the next one for as long as its uploads advance; most take minutes
 HOLD_POLL_S = 0.005
 
 

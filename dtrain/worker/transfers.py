@@ -54,11 +54,18 @@ class UploadMeter:
         self._lock = threading.Lock()
         self._done = 0
         self._total = 0
+        self._furthest = 0
 
     @property
     def progress(self) -> Transfer:
         with self._lock:
             return Transfer(bytes_done=self._done, bytes_total=self._total)
+
+    @property
+    def furthest(self) -> int:
+        """The most bytes that any try has sent: what is sent again is no advance."""
+        with self._lock:
+            return self._furthest
 
     def begin(self, total_bytes: int, *, done_bytes: int = 0) -> None:
         """A try begins, after which so many bytes are sent; some of them were before."""
@@ -73,3 +80,4 @@ class UploadMeter:
     def moved(self, count_bytes: int) -> None:
         with self._lock:
             self._done += count_bytes
+            self._furthest = max(self._furthest, self._done)

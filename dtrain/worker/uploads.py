@@ -1,8 +1,7 @@
 """Sends staged shards from shared memory to storage, and says when storage has confirmed them.
 
 The trainer trains on meanwhile, so nothing here may hold it: uploads run in threads of lower priority (on Linux
-a thread has a nice value of its own), send the stage slot without a copy, and are bounded in time, since a checkpoint
-that is late is better aborted than pursued.
+a thread has a nice value of its own), send the stage slot without a copy, and are given up when they do not advance.
 
 A slot is shared with a trainer that may write into it again. So the mailbox must say that it holds this attempt's
 state before its digest is taken, and still say so when storage has confirmed: then nobody wrote in between.
@@ -22,7 +21,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 from dtrain.common import failpoints
@@ -50,7 +49,7 @@ from dtrain.worker.transfers import Transfer, UploadMeter
 
 logger = logging.getLogger(__name__)
 
-DEADLINE_S = 300.0  # for one shard, all tries together: then the attempt fails and a later one is made
+DEADLINE_S = 300.0  # without any advance: then the attempt fails and a later one is made
 THREADS = 4  # shards of one node that travel at once; more only share the same network
 STORES_MAX = 8  # stores kept open: a node sees few, and an open one costs a connection pool
 
@@ -196,6 +195,7 @@ def _send(upload: Upload, slot: _Slot, give_up: threading.Event, meter: UploadMe
     """In a thread: digest the slot's bytes and put those that storage lacks. Returns when it has confirmed them."""
     request = upload.request
     store = shared_store(request.store)
+    retry = partial(with_retries, deadline_s=DEADLINE_S, give_up=give_up, advance=lambda: meter.furthest)
     base = bases.find(upload, store, give_up)
     baseless = base is None and any(named.rank == upload.rank for named in request.bases)
     key = shard_key(upload.job, request.checkpoint, request.attempt, upload.rank, baseless=baseless)
@@ -219,15 +219,15 @@ def _send(upload: Upload, slot: _Slot, give_up: threading.Event, meter: UploadMe
 
         if made.fresh is not None:
             name = made.fresh.key
-            with_retries(lambda: put_pack(name), deadline_s=DEADLINE_S, give_up=give_up)
-        with_retries(put_shard, deadline_s=DEADLINE_S, give_up=give_up)
+            retry(lambda: put_pack(name))
+        retry(put_shard)
 
     def put_index() -> None:
         meter.before(len(made.index))
         store.put(beside, made.index)
         failpoints.hit(Point.UPLOAD_AFTER)
 
-    with_retries(put_index, deadline_s=DEADLINE_S, give_up=give_up)
+    retry(put_index)
     bases.keep(upload, made.index)
     return UploadDone(
         job=upload.job,

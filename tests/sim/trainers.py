@@ -34,7 +34,7 @@ FROZEN_BYTES = 128
 GRADUAL_STEPS = 40
 NO_STATE = "genesis"
 WAIT_S = 0.05  # between two looks at a file or a word
-HOLD_S = 900.0  # as in production: how long a trainer waits for its last state to be asked for
+HOLD_S = 7200.0  # as in production: how long a trainer waits for its last state to be asked for
 STALLED_S = 4.0  # a collective that gets nowhere raises after this, in the words of gloo:
 TIMED_OUT = "RuntimeError: Timed out waiting 4000ms for recv operation to complete"
 

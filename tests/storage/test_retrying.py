@@ -54,6 +54,27 @@ def test_raises_the_last_error_at_the_deadline() -> None:
     assert str(caught.value) == f"failure {call.calls - 1}"
 
 
+def test_what_advances_is_tried_for_as_long_as_it_does() -> None:
+    """As a large upload over a link that breaks now and then: each try comes further than those before."""
+    come = 0
+
+    def call() -> str:
+        nonlocal come
+        if come < 20:
+            come += 1
+            time.sleep(0.02)
+            raise StorageUnavailable("cut off")
+        return "answer"
+
+    assert with_retries(call, deadline_s=0.1, advance=lambda: come) == "answer"
+
+
+def test_sending_the_same_again_is_no_advance() -> None:
+    call = Flaky(*[StorageUnavailable("cut off") for _ in range(10_000)])
+    with pytest.raises(StorageUnavailable):
+        with_retries(call, deadline_s=0.1, advance=lambda: 1000 - call.calls)
+
+
 def test_calls_once_even_without_any_time() -> None:
     call = Flaky()
     assert with_retries(call, deadline_s=0) == "answer"

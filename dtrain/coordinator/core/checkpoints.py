@@ -26,7 +26,7 @@ from dtrain.coordinator.core.events import (
 )
 from dtrain.coordinator.core.facts import Now, RankReport, RankState, ShardPhase, ShardReport
 from dtrain.coordinator.core.failures import reports, stage_id
-from dtrain.coordinator.core.observed import Observed
+from dtrain.coordinator.core.observed import Advance, Observed
 from dtrain.coordinator.core.states import GenerationState, InflightCheckpoint, JobState
 
 # Reconcile, append, send, write to the mailbox: 0.03 s when nothing else runs. And a step in a fresh report may
@@ -34,7 +34,7 @@ from dtrain.coordinator.core.states import GenerationState, InflightCheckpoint, 
 COMMAND_TRAVEL_S = 0.5
 HORIZON_S = 3.0
 LEAD_DOUBLINGS_MAX = 6  # 64 times the lead is seconds even for the fastest steps
-ATTEMPT_TIMEOUT_S = 600.0  # from the moment every rank has passed the step; storage slower than this is down
+ATTEMPT_TIMEOUT_S = 600.0  # without any advance, once every rank has passed the step: such a storage is down
 _CHECKPOINTABLE_PHASES = frozenset({"training", "checkpointing", "holding"})
 
 
@@ -273,11 +273,35 @@ def _overdue(
     ranks = [rank for _, report in reports(job, generation, observed) for rank in report.ranks]
     if len(ranks) != generation.world_size or any(rank.completed_step < inflight.step for rank in ranks):
         return None
-    since = observed.reached_since_s.setdefault((job.name, inflight.attempt), now.mono_s)
-    if now.mono_s - since < ATTEMPT_TIMEOUT_S:
+    advance = _advance(job, generation, inflight, observed)
+    before = observed.advances.get((job.name, inflight.attempt))
+    if before is None or advance > before.furthest:
+        before = Advance(furthest=advance, at_s=now.mono_s)
+        observed.advances[(job.name, inflight.attempt)] = before
+    if now.mono_s - before.at_s < ATTEMPT_TIMEOUT_S:
         return None
-    reason = f"not stored within {ATTEMPT_TIMEOUT_S:.0f} s of step {inflight.step}"
+    reason = f"not stored, and nothing of it for {ATTEMPT_TIMEOUT_S:.0f} s"
     return _abort(inflight, reason, Cause(fact="timed_out"))
+
+
+def _advance(
+    job: JobState, generation: GenerationState, inflight: InflightCheckpoint, observed: Observed
+) -> tuple[int, int, int]:
+    """How far an attempt is: shards durable, shards staged, bytes sent of those under way."""
+    shards = [
+        shard
+        for _, report in reports(job, generation, observed)
+        for shard in report.shards
+        if shard.attempt == inflight.attempt
+    ]
+    sent_bytes = sum(
+        rank.upload.bytes_done
+        for _, report in reports(job, generation, observed)
+        for rank in report.ranks
+        if rank.upload is not None
+    )
+    phases = [shard.phase for shard in shards]
+    return phases.count(ShardPhase.DURABLE), phases.count(ShardPhase.STAGED), sent_bytes
 
 
 def marks(job: JobState, observed: Observed) -> Decision | None:

@@ -37,6 +37,14 @@ UNSEEN_LOST_AFTER_S = 3.0
 STREAM_SILENT_S = 3.0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Advance:
+    """The furthest that an attempt has come."""
+
+    furthest: tuple[int, int, int]  # see checkpoints.py
+    at_s: float  # monotonic time at which it was first seen there
+
+
 @dataclass(slots=True, kw_only=True)
 class WorkerView:
     """What is known about one worker."""
@@ -88,7 +96,7 @@ class Observed:
     audited: set[tuple[JobName, str]] = field(default_factory=set)  # stores whose commit markers were read
     # When a run of a job began to wait for workers. By run: the wait of one that was cancelled is not the next one's.
     pending_since_s: dict[tuple[JobName, int], float] = field(default_factory=dict)
-    reached_since_s: dict[tuple[JobName, AttemptNumber], float] = field(default_factory=dict)
+    advances: dict[tuple[JobName, AttemptNumber], Advance] = field(default_factory=dict)  # once its step is passed
     # What each upload had to go when this leader first saw it waited for: rank -> (bytes, monotonic time).
     upload_looks: dict[tuple[JobName, AttemptNumber], dict[int, tuple[int, float]]] = field(default_factory=dict)
     # When a generation's first lost connection was seen without its cause; one entry a generation that failed so.
@@ -196,5 +204,5 @@ class Observed:
     def forget(self, job: JobName, attempt: AttemptNumber) -> None:
         """Drop what was noted about a settled attempt, so that memory stays bounded."""
         self.manifests.pop((job, attempt), None)
-        self.reached_since_s.pop((job, attempt), None)
+        self.advances.pop((job, attempt), None)
         self.upload_looks.pop((job, attempt), None)
