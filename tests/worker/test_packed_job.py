@@ -178,7 +178,9 @@ class PackedJob:
         upload = Upload(
             job=JobName(JOB), generation=generation, rank=rank, request=request, slot=0, size_bytes=len(image)
         )
-        done: UploadDone = uploads._send(upload, slot, give_up, UploadMeter(BandwidthCap(None), give_up), self.bases)
+        done: UploadDone = uploads._send(
+            upload, uploads._Slot(slot, None), give_up, UploadMeter(BandwidthCap(None), give_up), self.bases
+        )
         return ShardReport(
             phase=ShardPhase.DURABLE,
             key=done.key,
