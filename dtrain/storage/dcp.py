@@ -30,6 +30,7 @@ from dtrain.common.errors import UserError
 from dtrain.common.names import AttemptNumber, CheckpointNumber, Generation, Step, job_name
 from dtrain.storage import shards
 from dtrain.storage.catalogs import OWN_PREFIX, Catalog, Json, catalog_of
+from dtrain.storage.claims import check_free, claim_attempt
 from dtrain.storage.indexes import index_shard
 from dtrain.storage.keys import MARKER_NAME, index_key, job_prefix, manifest_key, marker_key, shard_key
 from dtrain.storage.manifests import CommitMarker, Manifest, ShardEntry, encode
@@ -43,15 +44,23 @@ from dtrain.storage.uris import open_store
 from dtrain.storage.verify import read_index, read_manifest, read_marker
 
 DEADLINE_S = 300.0  # for one object, all tries together
-_ATTEMPT = AttemptNumber(1)  # a program that writes a number again is refused, so there is never a second
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Place:
     """Which shard a rank writes. Ranks that have nothing to write have none."""
 
+    attempt: AttemptNumber  # claimed by the coordinating rank for this save
     number: int  # 0 <= number < count
     count: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Written:
+    """What a rank put."""
+
+    attempt: AttemptNumber
+    entry: ShardEntry
 
 
 class StoreWriter(StorageWriter):
@@ -62,8 +71,7 @@ class StoreWriter(StorageWriter):
         self._job = job_name(job)
         self._checkpoint = CheckpointNumber(checkpoint)
         self._step = Step(step)
-        if self._store.head(marker_key(self._job, self._checkpoint)) is not None:
-            raise UserError(f"checkpoint {checkpoint} of {job} is in {self._store.uri} already: give another number.")
+        check_free(self._store, self._job, self._checkpoint, deadline_s=DEADLINE_S)
 
     def reset(self, checkpoint_id: object = None) -> None:
         """Begin: nothing is kept between two saves."""
@@ -75,9 +83,14 @@ class StoreWriter(StorageWriter):
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Number the ranks that have something to write: each becomes a shard."""
+        """On one rank: claim an attempt, and number the ranks that have something to write. Each becomes a shard."""
         writing = [number for number, plan in enumerate(plans) if plan.items]
-        places = {rank: _Place(number=number, count=len(writing)) for number, rank in enumerate(writing)}
+        if not writing:
+            raise UserError("there is nothing in the state to save.")
+        attempt = claim_attempt(self._store, self._job, self._checkpoint, deadline_s=DEADLINE_S)
+        places = {
+            rank: _Place(attempt=attempt, number=number, count=len(writing)) for number, rank in enumerate(writing)
+        }
         return [replace(plan, storage_data=places.get(rank)) for rank, plan in enumerate(plans)]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
@@ -85,46 +98,43 @@ class StoreWriter(StorageWriter):
         results: list[WriteResult] = []
         if plan.items:
             entry = self._put_shard(plan.storage_data, {item.index.fqn: item for item in plan.items}, planner)
-            results = [WriteResult(index=item.index, size_in_bytes=0, storage_data=entry) for item in plan.items]
+            written = _Written(attempt=plan.storage_data.attempt, entry=entry)
+            results = [WriteResult(index=item.index, size_in_bytes=0, storage_data=written) for item in plan.items]
         done: Future[list[WriteResult]] = Future()
         done.set_result(results)
         return done
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """On one rank, when all shards are durable: check that they make a whole, and commit."""
-        entries = {result.storage_data.rank: result.storage_data for found in results for result in found}
+        written: list[_Written] = [result.storage_data for found in results for result in found]
+        entries = {one.entry.rank: one.entry for one in written}
         ordered = tuple(entries[rank] for rank in sorted(entries))
+        attempt = written[0].attempt
         catalog_of([read_index(self._store, entry)[0] for entry in ordered])
         manifest = encode(
             Manifest(
                 job=self._job,
                 checkpoint=self._checkpoint,
-                attempt=_ATTEMPT,
+                attempt=attempt,
                 generation=Generation(1),
                 step=self._step,
                 world_size=len(ordered),
                 shards=ordered,
             )
         )
-        key = manifest_key(self._job, self._checkpoint, _ATTEMPT)
+        key = manifest_key(self._job, self._checkpoint, attempt)
         marker = CommitMarker(
             job=self._job,
             checkpoint=self._checkpoint,
-            attempt=_ATTEMPT,
+            attempt=attempt,
             step=self._step,
             manifest_key=key,
             manifest_digest=blob_digest(manifest),
             position_seq=self._checkpoint,
             position_digest=chain_digest(manifest),
         )
-        self._put(key, manifest)
-        try:
-            self._store.put(marker_key(self._job, self._checkpoint), encode(marker), if_absent=True)
-        except AlreadyExists as error:
-            raise UserError(
-                f"checkpoint {self._checkpoint} of {self._job} was committed by somebody else meanwhile: "
-                "give each run its own job name."
-            ) from error
+        self._put_once(key, manifest)
+        self._put_once(marker_key(self._job, self._checkpoint), encode(marker))
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: object) -> bool:
@@ -153,8 +163,8 @@ class StoreWriter(StorageWriter):
         for name, tensor in tensors.items():
             start = plan.data_start + plan.data_offsets[name][0]
             view_bytes(image, CODE_OF_DTYPE[tensor.dtype], tuple(tensor.shape), start).copy_(tensor)
-        key = shard_key(self._job, self._checkpoint, _ATTEMPT, place.number)
-        beside = index_key(self._job, self._checkpoint, _ATTEMPT, place.number)
+        key = shard_key(self._job, self._checkpoint, place.attempt, place.number)
+        beside = index_key(self._job, self._checkpoint, place.attempt, place.number)
         index, digest = index_shard(image, key=key)
         self._put(key, image)
         self._put(beside, index)
@@ -166,6 +176,17 @@ class StoreWriter(StorageWriter):
             index_key=beside,
             index_digest=blob_digest(index),
         )
+
+    def _put_once(self, key: str, data: bytes) -> None:
+        """Put what must never be replaced. One's own earlier try, whose answer was lost, is there and is the same."""
+        try:
+            with_retries(lambda: self._store.put(key, data, if_absent=True), deadline_s=DEADLINE_S)
+        except AlreadyExists as error:
+            if with_retries(lambda: self._store.get(key), deadline_s=DEADLINE_S) != data:
+                raise UserError(
+                    f"checkpoint {self._checkpoint} of {self._job} was committed by another save meanwhile, and is "
+                    "as that one wrote it: give each run its own job name, and each save its own number."
+                ) from error
 
     def _put(self, key: str, data: bytes | memoryview) -> None:
         with_retries(lambda: self._store.put(key, data), deadline_s=DEADLINE_S)
