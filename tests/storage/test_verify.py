@@ -3,6 +3,7 @@
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 
@@ -13,9 +14,13 @@ from dtrain.storage.keys import manifest_key, marker_key, shard_key
 from dtrain.storage.local import LocalFolder
 from dtrain.storage.manifests import encode
 from dtrain.storage.objects import StorageUnavailable
+from dtrain.storage.presence import damaged_marker, missing_parts
+from dtrain.storage.retrying import DAMAGED_READS
 from dtrain.storage.verify import verify_checkpoint
 from tests.support.checkpoints import write_checkpoint
 from tests.support.memory_store import Fault, MemoryStore
+
+_Bytes = TypeVar("_Bytes", bytearray, memoryview)
 
 JOB, ONE, FIRST = JobName("mnist"), CheckpointNumber(1), AttemptNumber(1)
 MARKER = marker_key(JOB, ONE)
@@ -109,6 +114,55 @@ def test_a_store_that_does_not_answer_says_nothing_about_the_checkpoint() -> Non
 def test_a_shard_that_vanishes_while_it_is_read_is_named() -> None:
     store = MemoryStore()
     write_checkpoint(store, [bytes(100)])
-    store.fail_next(Fault(operation="read_into", error=ShardDamagedError(SHARD, "has too few bytes")))
+    vanishes = Fault(operation="read_into", error=ShardDamagedError(SHARD, "has too few bytes"))
+    store.fail_next(*[vanishes] * DAMAGED_READS)
     [finding] = verify_checkpoint(store, MARKER)
-    assert finding.key == SHARD
+    assert finding.key == SHARD and store.faults_left == 0
+
+
+class Crackling(MemoryStore):
+    """A store behind a way that flips a bit in each of the first so many answers about objects of a name."""
+
+    def __init__(self, key_part: str, times: int) -> None:
+        super().__init__()
+        self._key_part = key_part
+        self.times = times
+
+    def get(self, key: str) -> bytes:
+        return bytes(self._carried(key, bytearray(super().get(key))))
+
+    def read_into(self, key: str, target: memoryview, *, offset: int = 0) -> None:
+        super().read_into(key, target, offset=offset)
+        self._carried(key, target)
+
+    def _carried(self, key: str, data: _Bytes) -> _Bytes:
+        if self._key_part in key and self.times:
+            self.times -= 1
+            data[len(data) // 2] ^= 1
+        return data
+
+
+@pytest.mark.parametrize("key_part", [".safetensors", ".index.json", "manifest.json", "COMMITTED"])
+def test_bits_that_flip_on_the_way_are_no_damage(key_part: str) -> None:
+    store = Crackling(key_part, DAMAGED_READS - 1)
+    marker = write_checkpoint(store, [os.urandom(100)] * 2)
+    assert verify_checkpoint(store, MARKER, marker.manifest_digest) == []
+    assert store.times == 0
+
+
+def test_an_object_that_comes_damaged_every_time_is_no_finding_when_all_that_it_holds_is_sound() -> None:
+    store = Crackling(".safetensors", DAMAGED_READS + DAMAGED_READS - 1)
+    write_checkpoint(store, [os.urandom(100)])
+    assert verify_checkpoint(store, MARKER) == []
+    assert store.times == 0
+
+
+def test_a_quick_look_reads_again_too() -> None:
+    for key_part in (".index.json", "manifest.json"):
+        store = Crackling(key_part, DAMAGED_READS - 1)
+        marker = write_checkpoint(store, [os.urandom(100)])
+        assert missing_parts(store, MANIFEST, marker.manifest_digest) == []
+        assert store.times == 0
+    store = Crackling("COMMITTED", DAMAGED_READS - 1)
+    marker = write_checkpoint(store, [os.urandom(100)])
+    assert damaged_marker(store, MARKER, marker.manifest_digest) is None
