@@ -17,6 +17,7 @@ import json
 import mmap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,17 +30,18 @@ from dtrain.common.digests import blob_digest, chain_digest
 from dtrain.common.errors import UserError
 from dtrain.common.names import AttemptNumber, CheckpointNumber, Generation, Step, job_name
 from dtrain.storage import shards
-from dtrain.storage.catalogs import OWN_PREFIX, Catalog, Json, catalog_of
+from dtrain.storage.catalogs import OWN_PREFIX, Catalog, Json, catalog_of, tensor_leaves
 from dtrain.storage.claims import check_free, claim_attempt
 from dtrain.storage.indexes import index_shard
-from dtrain.storage.keys import MARKER_NAME, index_key, job_prefix, manifest_key, marker_key, shard_key
+from dtrain.storage.keys import CHECKPOINT_MAX, MARKER_NAME, index_key, job_prefix, manifest_key, marker_key, shard_key
 from dtrain.storage.manifests import CommitMarker, Manifest, ShardEntry, encode
 from dtrain.storage.objects import AlreadyExists, ObjectStore
+from dtrain.storage.patient import PatientStore
 from dtrain.storage.planned_reads import RangeReader
 from dtrain.storage.ranges import NeededRange, read_needed
-from dtrain.storage.retrying import with_retries
+from dtrain.storage.retrying import read_again_if_damaged, with_retries
 from dtrain.storage.shards import TensorEntry
-from dtrain.storage.tensor_codes import CODE_OF_DTYPE, size_bytes, view_bytes, why_not_storable
+from dtrain.storage.tensor_codes import CODE_OF_DTYPE, as_stored, size_bytes, view_bytes, why_not_storable
 from dtrain.storage.uris import open_store
 from dtrain.storage.verify import read_index, read_manifest, read_marker
 
@@ -69,9 +71,16 @@ class StoreWriter(StorageWriter):
     def __init__(self, store: str, *, job: str, checkpoint: int, step: int = 0) -> None:
         self._store: ObjectStore = open_store(store)
         self._job = job_name(job)
-        self._checkpoint = CheckpointNumber(checkpoint)
+        self._checkpoint = _number(checkpoint)
         self._step = Step(step)
         check_free(self._store, self._job, self._checkpoint, deadline_s=DEADLINE_S)
+
+    def __getstate__(self) -> dict[str, object]:
+        """Return what another process needs to save: async_save may send this to one. Connections stay here."""
+        return {**vars(self), "_store": self._store.uri}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _store=open_store(state["_store"]))
 
     def reset(self, checkpoint_id: object = None) -> None:
         """Begin: nothing is kept between two saves."""
@@ -110,7 +119,7 @@ class StoreWriter(StorageWriter):
         entries = {one.entry.rank: one.entry for one in written}
         ordered = tuple(entries[rank] for rank in sorted(entries))
         attempt = written[0].attempt
-        catalog_of([read_index(self._store, entry)[0] for entry in ordered])
+        _whole(PatientStore(self._store, deadline_s=DEADLINE_S), ordered)
         manifest = encode(
             Manifest(
                 job=self._job,
@@ -149,6 +158,8 @@ class StoreWriter(StorageWriter):
             tensors[name], entry = _stored(name, item, planner)
             entries.append(entry)
             leaf: dict[str, Json] = {"tensor": name}
+            if item.tensor_data is not None and item.tensor_data.properties.dtype is torch.complex128:
+                leaf["pairs"] = True
             pairs.append([name, {"bytes": leaf} if item.type is WriteItemType.BYTE_IO else leaf])
         tree: dict[str, Json] = {"objects": {"state": {"dict": pairs}}, "local": {}}
         metadata = {
@@ -196,9 +207,9 @@ class StoreReader(RangeReader):
     """Reads a committed checkpoint: that of this number, or the newest."""
 
     def __init__(self, store: str, *, job: str, checkpoint: int | None = None) -> None:
-        self._store: ObjectStore = open_store(store)
+        self._store: ObjectStore = PatientStore(open_store(store), deadline_s=DEADLINE_S)
         self._job = job_name(job)
-        self._checkpoint = checkpoint
+        self._checkpoint = None if checkpoint is None else _number(checkpoint)
         self._catalog: Catalog | None = None
         super().__init__(self._bring_from_store, {})
 
@@ -208,9 +219,10 @@ class StoreReader(RangeReader):
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """Return what the checkpoint holds, as torch's planner wants it."""
-        manifest = self._manifest()
-        self._catalog = catalog = catalog_of([read_index(self._store, entry)[0] for entry in manifest.shards])
+        manifest = read_again_if_damaged(self._manifest)
+        self._catalog = catalog = _whole(self._store, manifest.shards)
         self._opaque = {name for tree in catalog.trees for name in _byte_names(tree)}
+        self._pairs = {leaf.name for tree in catalog.trees for leaf in tensor_leaves(tree) if leaf.pairs}
         self._tensors = {
             name: whole for name, whole in catalog.tensors.items() if not name.startswith(f"{OWN_PREFIX}.")
         }
@@ -227,7 +239,7 @@ class StoreReader(RangeReader):
 
     def _manifest(self) -> Manifest:
         if self._checkpoint is not None:
-            key = marker_key(self._job, CheckpointNumber(self._checkpoint))
+            key = marker_key(self._job, self._checkpoint)
         else:
             prefix = job_prefix(self._job)
             markers = [info.key for info in self._store.list(prefix) if info.key.endswith("/" + MARKER_NAME)]
@@ -238,15 +250,33 @@ class StoreReader(RangeReader):
         return read_manifest(self._store, marker.manifest_key, marker.manifest_digest)
 
 
+def _number(checkpoint: int) -> CheckpointNumber:
+    """Return ``checkpoint`` if it can be one's number. Raises :class:`UserError`."""
+    if not 1 <= checkpoint <= CHECKPOINT_MAX:
+        raise UserError(
+            f"checkpoint={checkpoint} is out of range: checkpoints are numbered from 1 to {CHECKPOINT_MAX}. "
+            "Count them, and say the step with step=."
+        )
+    return CheckpointNumber(checkpoint)
+
+
+def _whole(store: ObjectStore, entries: Sequence[ShardEntry]) -> Catalog:
+    """Return what these shards hold together. Raises IncompleteCheckpoint, or ShardDamagedError."""
+    return catalog_of([read_again_if_damaged(partial(read_index, store, entry))[0] for entry in entries])
+
+
 def _stored(name: str, item: WriteItem, planner: SavePlanner) -> tuple[torch.Tensor, TensorEntry]:
     """Return what is stored of one item, and its entry. Raises TypeError naming what cannot be stored."""
     data = planner.resolve_data(item)
     if isinstance(data, torch.Tensor):
-        tensor = data.detach()
-        if (why := why_not_storable(tensor)) or tensor.dtype not in CODE_OF_DTYPE:
-            raise TypeError(f"{name} {why or f'is a tensor of {tensor.dtype}, which safetensors cannot hold'}.")
+        plain = data.detach()
+        if why := why_not_storable(plain):
+            raise TypeError(f"{name} {why}.")
+        tensor = as_stored(plain)
         assert item.tensor_data is not None
         offsets, whole = tuple(item.tensor_data.chunk.offsets), tuple(item.tensor_data.size)
+        if tensor.dim() > plain.dim():  # pairs
+            offsets, whole = (*offsets, 0), (*whole, 2)
     else:
         tensor = torch.frombuffer(bytearray(data.getvalue()), dtype=torch.uint8)
         offsets, whole = (0,), tuple(tensor.shape)

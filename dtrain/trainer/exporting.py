@@ -9,6 +9,7 @@ import mmap
 import os
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -20,6 +21,7 @@ from dtrain.storage.catalogs import OWN_PREFIX, Catalog, WholeTensor, catalog_of
 from dtrain.storage.manifests import Manifest
 from dtrain.storage.objects import ObjectStore
 from dtrain.storage.ranges import read_needed
+from dtrain.storage.retrying import read_again_if_damaged
 from dtrain.storage.shards import ShardPlan, TensorEntry
 from dtrain.storage.tensor_codes import view_bytes
 from dtrain.storage.verify import read_index
@@ -34,7 +36,7 @@ def export_safetensors(store: ObjectStore, manifest: Manifest, path: Path) -> in
 
     The file has its name only once it is whole and durable. Raises ShardDamagedError naming what is damaged.
     """
-    catalog = catalog_of([read_index(store, entry)[0] for entry in manifest.shards])
+    catalog = catalog_of([read_again_if_damaged(partial(read_index, store, entry))[0] for entry in manifest.shards])
     tensors = {name: whole for name, whole in catalog.tensors.items() if not name.startswith(f"{OWN_PREFIX}.")}
     if not tensors:
         raise UserError(f"checkpoint {manifest.checkpoint} holds no tensors of tracked objects: nothing to export.")

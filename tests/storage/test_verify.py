@@ -3,7 +3,6 @@
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
 
 import pytest
 
@@ -18,9 +17,7 @@ from dtrain.storage.presence import damaged_marker, missing_parts
 from dtrain.storage.retrying import DAMAGED_READS
 from dtrain.storage.verify import verify_checkpoint
 from tests.support.checkpoints import write_checkpoint
-from tests.support.memory_store import Fault, MemoryStore
-
-_Bytes = TypeVar("_Bytes", bytearray, memoryview)
+from tests.support.memory_store import Crackling, Fault, MemoryStore
 
 JOB, ONE, FIRST = JobName("mnist"), CheckpointNumber(1), AttemptNumber(1)
 MARKER = marker_key(JOB, ONE)
@@ -118,28 +115,6 @@ def test_a_shard_that_vanishes_while_it_is_read_is_named() -> None:
     store.fail_next(*[vanishes] * DAMAGED_READS)
     [finding] = verify_checkpoint(store, MARKER)
     assert finding.key == SHARD and store.faults_left == 0
-
-
-class Crackling(MemoryStore):
-    """A store behind a way that flips a bit in each of the first so many answers about objects of a name."""
-
-    def __init__(self, key_part: str, times: int) -> None:
-        super().__init__()
-        self._key_part = key_part
-        self.times = times
-
-    def get(self, key: str) -> bytes:
-        return bytes(self._carried(key, bytearray(super().get(key))))
-
-    def read_into(self, key: str, target: memoryview, *, offset: int = 0) -> None:
-        super().read_into(key, target, offset=offset)
-        self._carried(key, target)
-
-    def _carried(self, key: str, data: _Bytes) -> _Bytes:
-        if self._key_part in key and self.times:
-            self.times -= 1
-            data[len(data) // 2] ^= 1
-        return data
 
 
 @pytest.mark.parametrize("key_part", [".safetensors", ".index.json", "manifest.json", "COMMITTED"])

@@ -17,8 +17,9 @@ from dtrain.common.errors import UserError
 from dtrain.storage.dcp import StoreReader, StoreWriter
 from dtrain.storage.local import LocalFolder
 from dtrain.storage.objects import StorageUnavailable
+from dtrain.storage.retrying import DAMAGED_READS
 from dtrain.storage.verify import verify_checkpoint
-from tests.support.memory_store import Fault, MemoryStore
+from tests.support.memory_store import Crackling, Fault, MemoryStore
 from tests.trainer.playing_worker import DEADLINE_S, clean_environment
 from tests.trainer.test_local_mode import train
 
@@ -136,6 +137,52 @@ def test_the_name_of_a_job_that_ran_under_dtrain_is_refused(tmp_path: Path) -> N
     train(tmp_path / "results", 2, DTRAIN_LOCAL_STORE=str(tmp_path / "store"), DTRAIN_JOB="mine")
     with pytest.raises(CheckpointException, match=r"is a job that ran under dtrain.*give job= another name"):
         save(1, writer(tmp_path, checkpoint=50, job="mine"))
+
+
+@pytest.mark.parametrize("number", [0, 1_000_000])
+def test_a_number_that_no_checkpoint_can_have_is_one_clear_sentence(number: int, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"numbered from 1 to 999999\. Count them, and say the step with step="):
+        writer(tmp_path, checkpoint=number)
+    with pytest.raises(UserError, match="numbered from 1 to 999999"):
+        StoreReader(str(tmp_path), job="plain", checkpoint=number)
+
+
+@pytest.mark.parametrize("key_part", ["COMMITTED", "manifest.json", ".index.json", ".safetensors"])
+def test_what_comes_late_or_damaged_is_read_again(
+    key_part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Crackling(key_part, 0)
+    monkeypatch.setattr("dtrain.storage.dcp.open_store", lambda _: store)
+    save(7, writer(tmp_path))
+    store.times = DAMAGED_READS - 1
+    away = StorageUnavailable("503 slow down")
+    operation = "read_into" if key_part == ".safetensors" else "get"
+    store.fail_next(Fault(operation="list", error=away), Fault(operation=operation, key_part=key_part, error=away))
+    found: dict[str, Any] = {"w": torch.zeros(4), "n": 0}
+    dcp.load(found, storage_reader=StoreReader("memory", job="plain"), no_dist=True)
+    assert found["n"] == 7 and torch.equal(found["w"], torch.full((4,), 7.0))
+    assert store.faults_left == store.times == 0
+
+
+def test_complex_numbers_of_double_precision_come_back(tmp_path: Path) -> None:
+    there = {
+        "z": torch.randn(3, 5, dtype=torch.complex128),
+        "conjugate": torch.randn(4, dtype=torch.complex128).conj(),
+        "number": torch.tensor(1 + 2j, dtype=torch.complex128),
+        "none": torch.zeros(0, 2, dtype=torch.complex128),
+        "single": torch.randn(4, dtype=torch.complex64).conj(),
+    }
+    dcp.save(there, storage_writer=writer(tmp_path), no_dist=True)
+    found = {name: torch.zeros_like(tensor) for name, tensor in there.items()}
+    dcp.load(found, storage_reader=StoreReader(str(tmp_path / "store"), job="plain"), no_dist=True)
+    assert all(torch.equal(found[name], tensor) for name, tensor in there.items())
+
+
+@pytest.mark.parametrize("kind", ["thread", "process"])
+def test_a_save_beside_the_training_is_committed(kind: str, tmp_path: Path) -> None:
+    together(kind, tmp_path, 1)
+    assert verify_checkpoint(LocalFolder(tmp_path / "store"), "jobs/plain/checkpoints/000003/COMMITTED") == []
+    together("load", tmp_path, 1)
 
 
 def test_a_jobs_own_checkpoint_is_read_by_torchs_loader(tmp_path: Path) -> None:
