@@ -11,6 +11,7 @@ import re
 
 from dtrain.common.errors import ShardDamagedError, UserError
 from dtrain.common.names import AttemptNumber, CheckpointNumber, JobName
+from dtrain.storage.catalogs import is_of_job
 from dtrain.storage.keys import (
     ATTEMPT_MAX,
     MARKER_NAME,
@@ -75,6 +76,6 @@ def _is_of_own_job(store: ObjectStore, job: JobName) -> bool:
         marker = read_again_if_damaged(lambda: read_marker(store, key))
         manifest = read_again_if_damaged(lambda: read_manifest(store, marker.manifest_key, marker.manifest_digest))
         shard, _ = read_again_if_damaged(lambda: read_index(store, manifest.shards[0]))
-        return "position" in json.loads(shard.header.metadata[TREE_ENTRY])
+        return is_of_job(json.loads(shard.header.metadata[TREE_ENTRY]))
     except (ShardDamagedError, KeyError, ValueError):  # says nothing about whose it is
         return False

@@ -6,13 +6,15 @@
     dcp.load(state, storage_reader=StoreReader("s3://bucket/runs", job="mine"))
 
 The reader reads the checkpoints of dtrain's own jobs too: ``{"model": model.state_dict()}`` finds what was tracked as
-``model``. What is written has the same layout, digests and order as a job's checkpoint: shards, indexes, manifest,
-commit marker. So nothing half written is ever read, and every byte is verified.
+``model``, and ``{"optimizer": optimizer}`` the learning rates as well. What is written has the same layout, digests and
+order as a job's checkpoint: shards, indexes, manifest, commit marker. So nothing half written is ever read, and every
+byte is verified.
 
 torch's planner decides who writes what, and pickles what is no tensor before it gets here; dtrain's own jobs need
 neither. All ranks of the program call save() and load() together, as torch wants it.
 """
 
+import io
 import json
 import mmap
 from collections.abc import Mapping, Sequence
@@ -21,8 +23,16 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    LoadPlanner,
+    ReadItem,
+    SavePlan,
+    SavePlanner,
+    WriteItem,
+    WriteItemType,
+)
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
@@ -37,11 +47,12 @@ from dtrain.storage.keys import CHECKPOINT_MAX, MARKER_NAME, index_key, job_pref
 from dtrain.storage.manifests import CommitMarker, Manifest, ShardEntry, encode
 from dtrain.storage.objects import AlreadyExists, ObjectStore
 from dtrain.storage.patient import PatientStore
-from dtrain.storage.planned_reads import RangeReader
+from dtrain.storage.planned_reads import RangeReader, read_whole
 from dtrain.storage.ranges import NeededRange, read_needed
 from dtrain.storage.retrying import read_again_if_damaged, with_retries
 from dtrain.storage.shards import TensorEntry
 from dtrain.storage.tensor_codes import CODE_OF_DTYPE, as_stored, size_bytes, view_bytes, why_not_storable
+from dtrain.storage.tree_values import leaves_for_torch, pickled
 from dtrain.storage.uris import open_store
 from dtrain.storage.verify import read_index, read_manifest, read_marker
 
@@ -211,6 +222,7 @@ class StoreReader(RangeReader):
         self._job = job_name(job)
         self._checkpoint = None if checkpoint is None else _number(checkpoint)
         self._catalog: Catalog | None = None
+        self._leaves: dict[str, Json] = {}  # of a job's checkpoint: what is no tensor, by torch's name for it
         super().__init__(self._bring_from_store, {})
 
     def reset(self, checkpoint_id: object = None) -> None:
@@ -226,12 +238,32 @@ class StoreReader(RangeReader):
         self._tensors = {
             name: whole for name, whole in catalog.tensors.items() if not name.startswith(f"{OWN_PREFIX}.")
         }
-        return super().read_metadata()
+        self._leaves = {
+            name: node for name, node in leaves_for_torch(catalog.trees).items() if name not in self._tensors
+        }
+        metadata = super().read_metadata()
+        metadata.state_dict_metadata.update(dict.fromkeys(self._leaves, BytesStorageMetadata()))
+        return metadata
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         """Read the indexes on ranks that were handed the metadata by another."""
         if self._catalog is None:
             self.read_metadata()
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Make of the trees what is no tensor; bring and copy the rest."""
+        stored: list[ReadItem] = []
+        for item in plan.items:
+            name = item.storage_index.fqn
+            if name in self._leaves:
+                planner.load_bytes(item, io.BytesIO(pickled(self._leaves[name], self._read_stored)))
+            else:
+                stored.append(item)
+        return super().read_data(replace(plan, items=stored), planner)
+
+    def _read_stored(self, name: str) -> torch.Tensor:
+        assert self._catalog is not None
+        return read_whole(name, self._catalog.tensors, self._bring_from_store)
 
     def _bring_from_store(self, needed: set[NeededRange]) -> Mapping[int, memoryview]:
         assert self._catalog is not None

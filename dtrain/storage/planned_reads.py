@@ -136,6 +136,14 @@ def read_planned(targets: Mapping[str, torch.Tensor], wholes: Mapping[str, Whole
         reader.read_data(plan, planner).wait()
 
 
+def read_whole(name: str, wholes: Mapping[str, WholeTensor], bring: Bring) -> torch.Tensor:
+    """Return a tensor of the checkpoint, as it is stored."""
+    whole = wholes[name]
+    target = torch.empty(whole.shape, dtype=DTYPE_OF_CODE[whole.dtype])
+    read_planned({name: target}, wholes, bring)
+    return target
+
+
 def _planned(targets: Mapping[str, torch.Tensor], metadata: Metadata) -> tuple[LoadPlanner, LoadPlan]:
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     planner.set_up_planner(dict(targets), metadata)
