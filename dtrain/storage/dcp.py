@@ -96,8 +96,12 @@ class StoreWriter(StorageWriter):
     def reset(self, checkpoint_id: object = None) -> None:
         """Begin: nothing is kept between two saves."""
 
-    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Nothing to prepare: stores make what they need."""
+    def set_up_storage_writer(
+        self, is_coordinator: bool, *args: Any, use_collectives: bool = True, **kwargs: Any
+    ) -> None:
+        """Nothing to prepare: stores make what they need. Raises UserError if ranks are to save without each other."""
+        if not use_collectives:  # each would commit what it has alone
+            raise UserError("a StoreWriter commits what all ranks have together: leave use_collectives=True.")
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         return plan

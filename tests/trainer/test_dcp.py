@@ -111,6 +111,12 @@ def test_of_two_saves_of_one_checkpoint_the_first_to_commit_stays_whole(
     assert saved(tmp_path) == 1
 
 
+def test_ranks_that_would_each_commit_alone_are_refused(tmp_path: Path) -> None:
+    alone = writer(tmp_path)
+    with pytest.raises(UserError, match="leave use_collectives=True"):
+        dcp.save({"w": torch.ones(4)}, storage_writer=alone, no_dist=True, use_collectives=False)
+
+
 def test_a_save_that_ended_midway_is_begun_again_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = writer(tmp_path)
     monkeypatch.setattr(broken, "finish", lambda **_: 1 / 0)

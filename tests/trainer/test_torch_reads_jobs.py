@@ -1,6 +1,7 @@
 """All that a job tracked is read by torch's own loader, in place and from an exported folder: tensors and the rest."""
 
 import enum
+import sys
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -125,6 +126,17 @@ def test_every_kind_of_value_has_the_name_that_torch_gives_it(
     assert {name for name in names if name.startswith("other.") and not name.startswith("other.tuple of tensors.")} == (
         expected.keys()
     )
+
+
+def test_a_value_of_a_type_that_only_the_script_has_is_left_out_of_an_export(
+    job: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = LocalFolder(job[0] / "store")
+    monkeypatch.delattr(sys.modules[__name__], "Mood")
+    export_dcp(store, read_manifest(store, MANIFEST), tmp_path / "exported")
+    assert "other.mood is left out" in caplog.text
+    names = FileSystemReader(tmp_path / "exported").read_metadata().state_dict_metadata
+    assert "other.mood" not in names and "other.text" in names
 
 
 def _assert_same(one: Any, other: Any) -> None:
