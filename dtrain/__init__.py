@@ -9,7 +9,7 @@ from dtrain.common.version import VERSION as __version__
 
 if TYPE_CHECKING:
     from dtrain.storage import dcp
-    from dtrain.trainer.codecs import storable
+    from dtrain.storage.codecs import storable
     from dtrain.trainer.run import Run, join
 
 __all__ = ["Run", "__version__", "dcp", "join", "storable"]
@@ -21,7 +21,7 @@ def __getattr__(name: str) -> Any:
 
         return getattr(run, name)
     if name == "storable":
-        from dtrain.trainer.codecs import storable
+        from dtrain.storage.codecs import storable
 
         return storable
     if name == "dcp":

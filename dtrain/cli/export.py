@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from dtrain.coordinator.core.states import CommittedCheckpoint
     from dtrain.etcd.client import EtcdClient
 
+READ_DEADLINE_S = 60.0  # for one read, all tries together: a person waits
+
 
 @click.command("export")
 @click.argument("job")
@@ -63,11 +65,13 @@ async def _chosen(client: "EtcdClient", prefix: str, job: "JobName", number: int
 
 
 def _export(checkpoint: "CommittedCheckpoint", destination: Path, kind: str) -> int:
+    from dtrain.storage.patient import PatientStore
+    from dtrain.storage.retrying import read_again_if_damaged
     from dtrain.storage.uris import open_store
     from dtrain.storage.verify import read_manifest
     from dtrain.trainer.exporting import export_dcp, export_safetensors
 
-    store = open_store(checkpoint.store)
-    manifest = read_manifest(store, checkpoint.manifest_key, checkpoint.manifest_digest)
+    store = PatientStore(open_store(checkpoint.store), deadline_s=READ_DEADLINE_S)
+    manifest = read_again_if_damaged(lambda: read_manifest(store, checkpoint.manifest_key, checkpoint.manifest_digest))
     write = export_dcp if kind == "dcp" else export_safetensors
     return write(store, manifest, destination)

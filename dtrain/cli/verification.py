@@ -19,9 +19,13 @@ from dtrain.coordinator.history import read_history
 from dtrain.etcd.client import EtcdClient
 from dtrain.storage.keys import job_prefix, marker_key
 from dtrain.storage.objects import ObjectStore
+from dtrain.storage.patient import PatientStore
 from dtrain.storage.presence import damaged_marker, missing_parts
+from dtrain.storage.retrying import with_retries
 from dtrain.storage.uris import open_store
 from dtrain.storage.verify import verify_checkpoint
+
+READ_DEADLINE_S = 30.0  # for one read, all tries together: a person waits, and may ask again
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,11 +103,12 @@ def _opened(uri: str, job: JobName) -> ObjectStore:
     than a store that lost everything: nobody's checkpoints are condemned for that.
     """
     store = open_store(uri)
-    if next(iter(store.list(job_prefix(job))), None) is None:
+    first = with_retries(lambda: next(iter(store.list(job_prefix(job))), None), deadline_s=READ_DEADLINE_S)
+    if first is None:
         raise UserError(
             f"store {uri} shows nothing of job {job!r} on this machine: run this where the store can be read."
         )
-    return store
+    return PatientStore(store, deadline_s=READ_DEADLINE_S)
 
 
 def _judge(store: ObjectStore, job: JobName, checkpoint: CommittedCheckpoint, deep: bool) -> Verdict:

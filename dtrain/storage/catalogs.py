@@ -116,6 +116,11 @@ def tensor_leaves(tree: Mapping[str, Json]) -> Iterator[TensorLeaf]:
             yield from leaves_below(node)
 
 
+def is_of_job(tree: Mapping[str, Json]) -> bool:
+    """Return whether dtrain's trainer wrote the tree: whoever else saves has no position in the data to tell."""
+    return "position" in tree
+
+
 def leaves_below(node: Json) -> Iterator[TensorLeaf]:
     """Yield the tensors of one encoded value."""
     if isinstance(node, list):

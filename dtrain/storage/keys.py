@@ -8,6 +8,7 @@ the order of keys stays the order of numbers. Every store checks every key again
     jobs/<job>/checkpoints/<checkpoint>/attempt-<attempt>/rank-<rank>.index.json
     jobs/<job>/checkpoints/<checkpoint>/attempt-<attempt>/rank-<rank>-whole.*  (of a shard stored without its base)
     jobs/<job>/checkpoints/<checkpoint>/attempt-<attempt>/manifest.json
+    jobs/<job>/checkpoints/<checkpoint>/attempt-<attempt>/CLAIMED  (by a program outside of a job)
     jobs/<job>/checkpoints/<checkpoint>/COMMITTED
     jobs/<job>/packs/attempt-<attempt>/rank-<rank>-<digest>.bin
 """
@@ -24,6 +25,7 @@ RANK_MAX = 99_999  # five digits
 RESERVED_PART = ".dtrain-"  # names of a store's own files, which no listing shows
 
 MARKER_NAME = "COMMITTED"
+CLAIM_NAME = "CLAIMED"
 MANIFEST_NAME = "manifest.json"
 
 
@@ -82,6 +84,11 @@ def pack_key(job: JobName, attempt: AttemptNumber, rank: int, digest: str) -> st
 def manifest_key(job: JobName, checkpoint: CheckpointNumber, attempt: AttemptNumber) -> str:
     """Return the key of an attempt's manifest."""
     return attempt_prefix(job, checkpoint, attempt) + MANIFEST_NAME
+
+
+def claim_key(job: JobName, checkpoint: CheckpointNumber, attempt: AttemptNumber) -> str:
+    """Return the key that says that a program outside of a job took the attempt."""
+    return attempt_prefix(job, checkpoint, attempt) + CLAIM_NAME
 
 
 def marker_key(job: JobName, checkpoint: CheckpointNumber) -> str:

@@ -38,6 +38,7 @@ class RangeReader(StorageReader):
 
     def __init__(self, bring: Bring, tensors: Mapping[str, WholeTensor], opaque: Collection[str] = ()) -> None:
         """``opaque``: names of what was no tensor before it was stored."""
+        self._pairs: Collection[str] = ()  # names of complex tensors that are stored as pairs of real numbers
         self._bring = bring
         self._tensors = tensors
         self._opaque = opaque
@@ -52,10 +53,13 @@ class RangeReader(StorageReader):
             if name in self._opaque:
                 found[name] = BytesStorageMetadata()
             else:
+                dtype, last = DTYPE_OF_CODE[whole.dtype], len(whole.shape)
+                if name in self._pairs:
+                    dtype, last = torch.complex128, last - 1
                 found[name] = TensorStorageMetadata(
-                    properties=TensorProperties(dtype=DTYPE_OF_CODE[whole.dtype]),
-                    size=torch.Size(whole.shape),
-                    chunks=[_chunk_metadata(chunk) for chunk in whole.chunks if chunk.volume],
+                    properties=TensorProperties(dtype=dtype),
+                    size=torch.Size(whole.shape[:last]),
+                    chunks=[_chunk_metadata(chunk, last) for chunk in whole.chunks if chunk.volume],
                 )
         return Metadata(state_dict_metadata=found)
 
@@ -71,7 +75,7 @@ class RangeReader(StorageReader):
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Bring what the plan needs, verified, and copy it to its targets. Raises ShardDamagedError."""
         chunks = {
-            (name, chunk.offsets): chunk
+            (name, chunk.offsets[:-1] if name in self._pairs else chunk.offsets): chunk
             for name, whole in self._tensors.items()
             for chunk in whole.chunks
             if chunk.volume
@@ -86,7 +90,8 @@ class RangeReader(StorageReader):
                 continue
             else:
                 chunk = chunks[name, tuple(item.storage_index.offset or ())]
-                begin, end = contiguous_range(chunk, item.storage_offsets, item.lengths)
+                pair = ((0,), (2,)) if name in self._pairs else ((), ())
+                begin, end = contiguous_range(chunk, (*item.storage_offsets, *pair[0]), (*item.lengths, *pair[1]))
             work.append((item, chunk, NeededRange(shard=chunk.shard, tensor=name, begin=begin, end=end)))
         images = self._bring({needed for _, _, needed in work})
         for item, chunk, _ in work:
@@ -100,7 +105,10 @@ class RangeReader(StorageReader):
             planner.load_bytes(item, io.BytesIO(image[chunk.begin : chunk.end]))
             return
         target = planner.resolve_tensor(item).detach()
-        source = view_bytes(image, self._tensors[item.storage_index.fqn].dtype, chunk.shape, chunk.begin)
+        name = item.storage_index.fqn
+        source = view_bytes(image, self._tensors[name].dtype, chunk.shape, chunk.begin)
+        if name in self._pairs:
+            source = torch.view_as_complex(source)
         for dimension, (start, size) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
             source = source.narrow(dimension, start, size)
         target.copy_(source)
@@ -126,6 +134,14 @@ def read_planned(targets: Mapping[str, torch.Tensor], wholes: Mapping[str, Whole
             raise _as_told_by_one(targets, metadata) or error from error
         _check_filled(targets, plan)
         reader.read_data(plan, planner).wait()
+
+
+def read_whole(name: str, wholes: Mapping[str, WholeTensor], bring: Bring) -> torch.Tensor:
+    """Return a tensor of the checkpoint, as it is stored."""
+    whole = wholes[name]
+    target = torch.empty(whole.shape, dtype=DTYPE_OF_CODE[whole.dtype])
+    read_planned({name: target}, wholes, bring)
+    return target
 
 
 def _planned(targets: Mapping[str, torch.Tensor], metadata: Metadata) -> tuple[LoadPlanner, LoadPlan]:
@@ -167,5 +183,6 @@ def _cannot_lay_out(name: str, why: str) -> str:
     )
 
 
-def _chunk_metadata(chunk: TensorChunk) -> ChunkStorageMetadata:
-    return ChunkStorageMetadata(offsets=torch.Size(chunk.offsets), sizes=torch.Size(chunk.shape))
+def _chunk_metadata(chunk: TensorChunk, last: int) -> ChunkStorageMetadata:
+    """Tell a chunk in its first ``last`` dimensions."""
+    return ChunkStorageMetadata(offsets=torch.Size(chunk.offsets[:last]), sizes=torch.Size(chunk.shape[:last]))

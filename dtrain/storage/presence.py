@@ -4,8 +4,11 @@ This finds what was deleted or cut short, at the cost of two questions a shard; 
 For that see :mod:`dtrain.storage.verify`, which reads every byte.
 """
 
+from functools import partial
+
 from dtrain.common.errors import ShardDamagedError
 from dtrain.storage.objects import ObjectStore
+from dtrain.storage.retrying import read_again_if_damaged
 from dtrain.storage.verify import read_index, read_manifest, read_marker, see_object
 
 
@@ -15,7 +18,7 @@ def missing_parts(store: ObjectStore, manifest_key: str, manifest_digest: str) -
     Errors of the store itself (unreachable, refused) are raised: they say nothing about the checkpoint.
     """
     try:
-        manifest = read_manifest(store, manifest_key, manifest_digest)
+        manifest = read_again_if_damaged(partial(read_manifest, store, manifest_key, manifest_digest))
     except ShardDamagedError as finding:
         return [finding]
     found = []
@@ -26,7 +29,7 @@ def missing_parts(store: ObjectStore, manifest_key: str, manifest_digest: str) -
             except ShardDamagedError as finding:
                 found.append(finding)
         try:
-            read_index(store, entry)
+            read_again_if_damaged(partial(read_index, store, entry))
         except ShardDamagedError as finding:
             found.append(finding)
     return found
@@ -35,7 +38,7 @@ def missing_parts(store: ObjectStore, manifest_key: str, manifest_digest: str) -
 def damaged_marker(store: ObjectStore, marker_key: str, manifest_digest: str) -> ShardDamagedError | None:
     """Return what is wrong with a commit marker, None if it is sound. Nothing is restored by it: it is a notice."""
     try:
-        marker = read_marker(store, marker_key)
+        marker = read_again_if_damaged(partial(read_marker, store, marker_key))
     except ShardDamagedError as finding:
         return finding
     if marker.manifest_digest != manifest_digest:

@@ -10,11 +10,13 @@ import mmap
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeAlias
 
 from dtrain.common.errors import ShardDamagedError
 from dtrain.storage.indexes import IndexedShard, Piece, piece_is_sound
 from dtrain.storage.objects import NotFound, ObjectStore
+from dtrain.storage.retrying import read_again_if_damaged
 
 RUN_BYTES = 64 * 1024 * 1024  # read at once, unless one piece is larger
 
@@ -128,7 +130,7 @@ def read_header(store: ObjectStore, shard: IndexedShard) -> None:
 def read_needed(
     store: ObjectStore, shards: Sequence[IndexedShard], needed: Iterable[NeededRange]
 ) -> dict[int, memoryview]:
-    """Return the images of the shards, in which what is needed was read and verified.
+    """Return the images of the shards, in which what is needed was read and verified; read again if it came damaged.
 
     What is not needed is never touched, and so takes no memory.
     """
@@ -136,10 +138,10 @@ def read_needed(
     for number, pieces in pieces_of(shards, needed).items():
         shard = shards[number]
         images[number] = memoryview(mmap.mmap(-1, shard.header.total_bytes))
-        read_header(store, shard)
+        read_again_if_damaged(partial(read_header, store, shard))
         images[number][: shard.header.data_start] = shard.header_bytes
         for run in runs_of(number, pieces):
-            read_run(store, run, images[number])
+            read_again_if_damaged(partial(read_run, store, run, images[number]))
     return images
 
 

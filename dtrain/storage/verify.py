@@ -2,19 +2,23 @@
 
 A digest proves a blob only if the digest itself is to be trusted, so trust goes down a chain: the event (or
 the caller) knows the manifest's digest, the manifest knows the shards'. Memory stays bounded whatever a
-shard's size: one chunk at a time.
+shard's size: one chunk at a time. A network may damage what it carries, so damage is what several readings in a
+row found, all of them: who reads this writes checkpoints off for ever.
 """
+
+from functools import partial
 
 import xxhash
 
 from dtrain.common.digests import BLOB_ALGORITHM, blob_digest
 from dtrain.common.errors import ShardDamagedError
 from dtrain.common.packs import Pack
-from dtrain.storage.indexes import IndexedShard, open_index, piece_is_sound
+from dtrain.storage.indexes import IndexedShard, Piece, open_index, piece_is_sound
 from dtrain.storage.keys import MARKER_NAME
 from dtrain.storage.manifests import CommitMarker, Manifest, ShardEntry, decode_manifest, decode_marker
 from dtrain.storage.objects import NotFound, ObjectStore
 from dtrain.storage.ranges import read_header, read_range
+from dtrain.storage.retrying import read_again_if_damaged
 
 CHUNK_BYTES = 32 * 1024 * 1024  # read at a time, and the memory used; large enough for one request to S3 to pay
 
@@ -29,7 +33,7 @@ def verify_checkpoint(
     Errors of the store itself (unreachable, refused) are raised: they say nothing about the checkpoint.
     """
     try:
-        manifest = _read_from(store, key, expected_manifest_digest)
+        manifest = read_again_if_damaged(partial(_read_from, store, key, expected_manifest_digest))
     except ShardDamagedError as finding:
         return [finding]
     largest_bytes = max(part.size_bytes for entry in manifest.shards for part in entry.objects)
@@ -42,7 +46,7 @@ def verify_checkpoint(
             except ShardDamagedError as finding:
                 found.append(finding)
         try:
-            read_index(store, entry)
+            read_again_if_damaged(partial(read_index, store, entry))
         except ShardDamagedError as finding:
             found.append(finding)
     return found
@@ -110,8 +114,25 @@ def see_object(store: ObjectStore, part: ShardEntry | Pack) -> None:
         raise ShardDamagedError(part.key, f"has {found.size_bytes} bytes, but {part.size_bytes} are recorded")
 
 
+class _OtherDigest(ShardDamagedError):
+    """All bytes are there, and they are others."""
+
+
 def _verify_object(store: ObjectStore, entry: ShardEntry, part: ShardEntry | Pack, buffer: memoryview) -> None:
-    """Read a rank's shard or one of its packs."""
+    """Read a rank's shard or one of its packs, and again if it came damaged. Raises what all readings found.
+
+    Bits that flip on the way do so in every reading of a large object, if the way is bad enough. So what differs is
+    believed only once it is found in a part that a restore would read, and in each of as many readings of that part.
+    """
+    try:
+        read_again_if_damaged(partial(_read_object, store, part, buffer))
+    except _OtherDigest as other:
+        where = _damaged_parts(store, entry, part.key)
+        if where:
+            raise ShardDamagedError(part.key, f"{other.why}; damaged: {where}") from None
+
+
+def _read_object(store: ObjectStore, part: ShardEntry | Pack, buffer: memoryview) -> None:
     see_object(store, part)
     hasher = xxhash.xxh3_128()
     for start in range(0, part.size_bytes, len(buffer)):
@@ -123,28 +144,34 @@ def _verify_object(store: ObjectStore, entry: ShardEntry, part: ShardEntry | Pac
         hasher.update(chunk)
     digest = f"{BLOB_ALGORITHM}:{hasher.hexdigest()}"
     if digest != part.digest:
-        where = _damaged_parts(store, entry, part.key)
-        raise ShardDamagedError(part.key, f"has digest {digest}, but {part.digest} is recorded; damaged: {where}")
+        raise _OtherDigest(part.key, f"has digest {digest}, but {part.digest} is recorded")
 
 
 def _damaged_parts(store: ObjectStore, entry: ShardEntry, key: str) -> str:
-    """Name the tensors of a rank that lie in this object and do not match their digests. Reads it once more."""
+    """Name the tensors of a rank that lie in this object and do not match their digests; empty if all do."""
     try:
-        shard, _ = read_index(store, entry)
+        shard, _ = read_again_if_damaged(partial(read_index, store, entry))
     except ShardDamagedError as error:
         return f"unknown, for its index is damaged too ({error.why})"
     found: dict[str, None] = {}
     if key == entry.key:
         try:
-            read_header(store, shard)
+            read_again_if_damaged(partial(read_header, store, shard))
         except ShardDamagedError:
             found["its header"] = None
     for name, span in shard.header.tensors.items():
         if shard.places[name][0] != key:
             continue
         for piece in shard.pieces(name, 0, span.end - span.begin):
-            part = memoryview(bytearray(piece.end - piece.begin))
-            read_range(store, key, part, offset=piece.at)
-            if not piece_is_sound(piece, part):
+            try:
+                read_again_if_damaged(partial(_read_piece, store, piece))
+            except ShardDamagedError:
                 found[f"tensor {name!r}"] = None
-    return ", ".join(found) or "nothing that it holds"
+    return ", ".join(found)
+
+
+def _read_piece(store: ObjectStore, piece: Piece) -> None:
+    data = memoryview(bytearray(piece.end - piece.begin))
+    read_range(store, piece.key, data, offset=piece.at)
+    if not piece_is_sound(piece, data):
+        raise ShardDamagedError(piece.key, f"tensor {piece.tensor!r} does not match its digest")

@@ -1,4 +1,4 @@
-"""State trees: what ``state_dict()`` gives, as a JSON text and a flat dict of tensors, and back. No pickle.
+"""State trees: what ``state_dict()`` gives, as a JSON text and a flat dict of tensors. No pickle.
 
 A checkpoint must load without running anybody's code and must give back exactly what was put in: the same types,
 the same order, the same bits. So every kind of value has its own tag, and what has none is refused with the path to
@@ -22,16 +22,16 @@ import json
 import math
 import struct
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 
-from dtrain.common.errors import PermanentError
 from dtrain.storage.catalogs import Json
+from dtrain.storage.codecs import codec_for, enum_place
 from dtrain.storage.tensor_codes import as_stored, is_sharded, why_not_storable
-from dtrain.trainer.codecs import codec_for, codec_named, enum_member, enum_place
+from dtrain.storage.tree_values import FACTORIES
 from dtrain.trainer.parts import TensorPart
 
 DEPTH_MAX = 64  # nesting deeper than this is a cycle, or will not be read back by common JSON parsers
@@ -42,15 +42,6 @@ _HOW = (
     "or say how this type is stored with dtrain.storable()."
 )
 _SCALARS = "?bBhHiIlLqQefdFD"  # numpy's codes of bools, integers and floats that every machine has alike
-_FACTORIES: dict[str, Callable[[], Any]] = {
-    "int": int,
-    "float": float,
-    "str": str,
-    "bool": bool,
-    "list": list,
-    "dict": dict,
-    "set": set,
-}
 
 
 class Encoder:
@@ -142,7 +133,7 @@ class Encoder:
         if isinstance(value, defaultdict):
             factory = value.default_factory
             name = None if factory is None else getattr(factory, "__name__", "")
-            if factory is not None and _FACTORIES.get(str(name)) is not factory:
+            if factory is not None and FACTORIES.get(str(name)) is not factory:
                 raise TypeError(f"{path} is a defaultdict of {factory!r}, which a checkpoint cannot hold. {_HOW}")
             node["factory"] = name
         if hasattr(value, "_metadata"):  # torch's modules keep the versions of their state there
@@ -220,80 +211,7 @@ _SEQUENCES: dict[type, str] = {tuple: "tuple", torch.Size: "size"}
 _MAPPINGS: dict[type, str] = {dict: "dict", OrderedDict: "ordered", defaultdict: "defaultdict", Counter: "counter"}
 
 
-def decode(node: Json, load: Callable[[str], torch.Tensor], device: torch.device) -> Any:
-    """Return the value that :meth:`Encoder.encode` was given.
-
-    ``load`` returns a tensor by its name in the shard, owned by the caller, on the CPU. Tensors that were on an
-    accelerator go to ``device`` if it is of the same type, and stay on the CPU otherwise.
-    """
-    if node is None or isinstance(node, bool | int | str):
-        return node
-    if isinstance(node, list):
-        return [decode(item, load, device) for item in node]
-    tag = next(iter(node))
-    body: Any = node[tag]
-    match tag:
-        case "int":
-            return int(body, 16)
-        case "float":
-            return _float_value(body)
-        case "complex":
-            return complex(_float_value(body[0]), _float_value(body[1]))
-        case "bytes":
-            return load(body["tensor"]).numpy().tobytes() if isinstance(body, dict) else base64.b64decode(body)
-        case "tuple" | "size" | "set" | "frozenset":
-            kinds: dict[str, Callable[[Any], Any]]
-            kinds = {"tuple": tuple, "size": torch.Size, "set": set, "frozenset": frozenset}
-            return kinds[tag](decode(item, load, device) for item in body)
-        case "dict" | "ordered" | "defaultdict" | "counter":
-            return _decode_mapping(tag, node, load, device)
-        case "dtype":
-            return getattr(torch, body)
-        case "device":
-            return torch.device(body)
-        case "scalar":
-            return np.frombuffer(base64.b64decode(body[1]), dtype=np.dtype(body[0]))[0]
-        case "enum":
-            value = None if "member" in node else decode(node["value"], load, device)
-            member = str(node["member"]) if "member" in node else None
-            return enum_member(str(body[0]), str(body[1]), member=member, value=value)
-        case "coded":
-            return codec_named(str(node["by"])).from_plain(decode(body, load, device))
-        case "array":
-            return decode(body, load, device).numpy().astype(np.dtype(str(node["dtype"])), copy=False)
-        case "tensor":
-            tensor = load(body)
-            if node.get("pairs"):
-                tensor = torch.view_as_complex(tensor)
-            return tensor.to(device) if node.get("device") == device.type else tensor
-    raise PermanentError(f"the checkpoint holds a value tagged {tag!r}, which this version of dtrain does not know")
-
-
-def _decode_mapping(tag: str, node: dict[str, Json], load: Callable[[str], torch.Tensor], device: torch.device) -> Any:
-    body: Any = node[tag]
-    pairs = [(decode(key, load, device), decode(item, load, device)) for key, item in body]
-    match tag:
-        case "dict":
-            return dict(pairs)
-        case "counter":
-            return Counter(dict(pairs))
-        case "defaultdict":
-            name = node["factory"]
-            return defaultdict(None if name is None else _FACTORIES[str(name)], pairs)
-    ordered = OrderedDict(pairs)
-    if "metadata" in node:
-        ordered._metadata = decode(node["metadata"], load, device)  # type: ignore[attr-defined]
-    return ordered
-
-
 def _float_text(value: float) -> str:
     if math.isnan(value):
         return "nan:" + struct.pack(">d", value).hex()
     return value.hex()
-
-
-def _float_value(text: str) -> float:
-    if text.startswith("nan:"):
-        (value,) = struct.unpack(">d", bytes.fromhex(text.removeprefix("nan:")))
-        return float(value)
-    return float.fromhex(text)

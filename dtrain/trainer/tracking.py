@@ -18,13 +18,14 @@ from dtrain.common.errors import PermanentError, UserError
 from dtrain.common.names import Step
 from dtrain.storage.catalogs import OWN_PREFIX, Json, WholeTensor
 from dtrain.storage.tensor_codes import is_sharded, size_bytes
+from dtrain.storage.tree_values import decode
 from dtrain.trainer import random_states
 from dtrain.trainer.data_position import DataPosition
 from dtrain.trainer.partition import Partition
 from dtrain.trainer.parts import TensorPart
 from dtrain.trainer.random_states import RandomStates
 from dtrain.trainer.state_size import tensors_of
-from dtrain.trainer.state_tree import Encoder, decode
+from dtrain.trainer.state_tree import Encoder
 from dtrain.trainer.targets import Targets
 
 _log = logging.getLogger("dtrain")

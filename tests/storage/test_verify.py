@@ -13,9 +13,11 @@ from dtrain.storage.keys import manifest_key, marker_key, shard_key
 from dtrain.storage.local import LocalFolder
 from dtrain.storage.manifests import encode
 from dtrain.storage.objects import StorageUnavailable
+from dtrain.storage.presence import damaged_marker, missing_parts
+from dtrain.storage.retrying import DAMAGED_READS
 from dtrain.storage.verify import verify_checkpoint
 from tests.support.checkpoints import write_checkpoint
-from tests.support.memory_store import Fault, MemoryStore
+from tests.support.memory_store import Crackling, Fault, MemoryStore
 
 JOB, ONE, FIRST = JobName("mnist"), CheckpointNumber(1), AttemptNumber(1)
 MARKER = marker_key(JOB, ONE)
@@ -109,6 +111,33 @@ def test_a_store_that_does_not_answer_says_nothing_about_the_checkpoint() -> Non
 def test_a_shard_that_vanishes_while_it_is_read_is_named() -> None:
     store = MemoryStore()
     write_checkpoint(store, [bytes(100)])
-    store.fail_next(Fault(operation="read_into", error=ShardDamagedError(SHARD, "has too few bytes")))
+    vanishes = Fault(operation="read_into", error=ShardDamagedError(SHARD, "has too few bytes"))
+    store.fail_next(*[vanishes] * DAMAGED_READS)
     [finding] = verify_checkpoint(store, MARKER)
-    assert finding.key == SHARD
+    assert finding.key == SHARD and store.faults_left == 0
+
+
+@pytest.mark.parametrize("key_part", [".safetensors", ".index.json", "manifest.json", "COMMITTED"])
+def test_bits_that_flip_on_the_way_are_no_damage(key_part: str) -> None:
+    store = Crackling(key_part, DAMAGED_READS - 1)
+    marker = write_checkpoint(store, [os.urandom(100)] * 2)
+    assert verify_checkpoint(store, MARKER, marker.manifest_digest) == []
+    assert store.times == 0
+
+
+def test_an_object_that_comes_damaged_every_time_is_no_finding_when_all_that_it_holds_is_sound() -> None:
+    store = Crackling(".safetensors", DAMAGED_READS + DAMAGED_READS - 1)
+    write_checkpoint(store, [os.urandom(100)])
+    assert verify_checkpoint(store, MARKER) == []
+    assert store.times == 0
+
+
+def test_a_quick_look_reads_again_too() -> None:
+    for key_part in (".index.json", "manifest.json"):
+        store = Crackling(key_part, DAMAGED_READS - 1)
+        marker = write_checkpoint(store, [os.urandom(100)])
+        assert missing_parts(store, MANIFEST, marker.manifest_digest) == []
+        assert store.times == 0
+    store = Crackling("COMMITTED", DAMAGED_READS - 1)
+    marker = write_checkpoint(store, [os.urandom(100)])
+    assert damaged_marker(store, MARKER, marker.manifest_digest) is None

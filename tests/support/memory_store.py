@@ -18,6 +18,7 @@ from dtrain.storage.objects import AlreadyExists, NotFound, ObjectInfo, StorageR
 from dtrain.storage.parts import FileParts
 
 _Result = TypeVar("_Result")
+_Bytes = TypeVar("_Bytes", bytearray, memoryview)
 
 HELD_MAX_S = 60.0  # a held call goes on after this, so that a failed test ends
 
@@ -145,3 +146,25 @@ class MemoryStore:
                 self._faults.remove(fault)
                 return fault
         return None
+
+
+class Crackling(MemoryStore):
+    """A store behind a way that flips a bit in each of the first so many answers about objects of a name."""
+
+    def __init__(self, key_part: str, times: int) -> None:
+        super().__init__()
+        self._key_part = key_part
+        self.times = times
+
+    def get(self, key: str) -> bytes:
+        return bytes(self._carried(key, bytearray(super().get(key))))
+
+    def read_into(self, key: str, target: memoryview, *, offset: int = 0) -> None:
+        super().read_into(key, target, offset=offset)
+        self._carried(key, target)
+
+    def _carried(self, key: str, data: _Bytes) -> _Bytes:
+        if self._key_part in key and self.times:
+            self.times -= 1
+            data[len(data) // 2] ^= 1
+        return data

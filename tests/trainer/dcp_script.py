@@ -1,6 +1,7 @@
 """Saves or loads a sharded model by torch's own calls, on a store of dtrain's.
 
-Arguments: ``save`` or ``load``, the store, the rank, the world size, the file to meet in. Loading compares.
+Arguments: ``save``, ``thread`` or ``process`` (which save beside the training), or ``load``; the store, the rank, the
+world size, the file to meet in. Loading compares.
 """
 
 import sys
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
@@ -26,7 +28,10 @@ def state(fill: bool) -> dict[str, Any]:
 def main() -> None:
     what, store, rank, world, meet = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5]
     dist.init_process_group("gloo", init_method=f"file://{meet}", rank=rank, world_size=world)
-    if what == "save":
+    if what in ("thread", "process"):
+        writer = dtrain.dcp.StoreWriter(store, job="plain", checkpoint=3, step=7)
+        dcp.async_save(state(True), storage_writer=writer, async_checkpointer_type=AsyncCheckpointerType(what)).result()
+    elif what == "save":
         dcp.save(state(True), storage_writer=dtrain.dcp.StoreWriter(store, job="plain", checkpoint=3, step=7))
     else:
         found, expected = state(False), state(True)

@@ -13,10 +13,11 @@ from torch.utils.data.distributed import DistributedSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from dtrain.common.errors import UserError
+from dtrain.storage.tree_values import decode
 from dtrain.trainer import random_states
 from dtrain.trainer.data_position import DataPosition
 from dtrain.trainer.random_states import RandomStates
-from dtrain.trainer.state_tree import Encoder, decode
+from dtrain.trainer.state_tree import Encoder
 
 ITEMS = 22
 BATCH = 4  # six batches an epoch, the last one short

@@ -17,9 +17,10 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 import dtrain
 from dtrain.common.errors import UserError
-from dtrain.trainer import codecs
+from dtrain.storage import codecs
+from dtrain.storage.tree_values import decode
 from dtrain.trainer.random_states import TrackedGenerator
-from dtrain.trainer.state_tree import Encoder, decode
+from dtrain.trainer.state_tree import Encoder
 
 STEPS = 3  # past every milestone below, in the middle of every cycle
 

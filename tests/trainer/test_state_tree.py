@@ -11,7 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dtrain.trainer.state_tree import Encoder, decode
+from dtrain.storage.tree_values import decode
+from dtrain.trainer.state_tree import Encoder
 
 CPU = torch.device("cpu")
 
