@@ -164,7 +164,7 @@ class Encoder:
     def _tensor(self, tensor: torch.Tensor, path: str) -> Json:
         if is_sharded(tensor):
             return self._sharded_tensor(tensor, path)
-        if why := why_not_storable(tensor):
+        if why := why_not_storable(tensor, may_be_coded=True):
             raise TypeError(f"{path} {why}.")
         node: dict[str, Json] = {"tensor": self._name(as_stored(tensor), path)}
         if tensor.dtype is torch.complex128:
