@@ -4,6 +4,10 @@ Ranks write their parts without asking each other, so nothing but this check say
 of every tensor the parts must agree on its type and shape, must not overlap and must leave no hole, and every tensor
 that some rank's tree names must be there. A checkpoint that fails it is never committed. Plain arithmetic on
 headers: the coordinator has no torch.
+
+One part may come from several ranks, for a rank cannot know what ranks outside of its mesh hold. The digests say
+whether it is the same; then the first rank's is kept. If it is not, two things have one name, and to keep either would
+lose the other. Only of buffers and the like, which nothing keeps equal, the first rank's counts whatever the others'.
 """
 
 import itertools
@@ -13,9 +17,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
+import msgspec
+
 from dtrain.common.errors import PermanentError
 from dtrain.storage.indexes import IndexedShard
-from dtrain.storage.shards import TREE_ENTRY
+from dtrain.storage.shards import FIRST_COUNTS_ENTRY, TREE_ENTRY
 
 Json: TypeAlias = bool | int | str | list["Json"] | dict[str, "Json"] | None
 
@@ -76,7 +82,9 @@ def catalog_of(shards: Sequence[IndexedShard]) -> Catalog:
     dtypes: dict[str, str] = {}
     wholes: dict[str, tuple[int, ...]] = {}
     chunks: dict[str, list[TensorChunk]] = {}
+    first_counts: set[str] = set()
     for rank, shard in enumerate(shards):
+        first_counts.update(_first_counts(shard))
         start = shard.header.data_start
         for name, span in shard.header.tensors.items():
             part = shard.layout[name]
@@ -91,7 +99,8 @@ def catalog_of(shards: Sequence[IndexedShard]) -> Catalog:
             )
             chunks.setdefault(name, []).append(chunk)
     tensors = {}
-    for name, found in chunks.items():
+    for name, stored in chunks.items():
+        found = _without_copies(name, stored, shards, may_differ=name in first_counts)
         if why := _why_not_whole(wholes[name], found):
             raise IncompleteCheckpoint(f"tensor {name!r} of shape {wholes[name]}: {why}")
         tensors[name] = WholeTensor(dtype=dtypes[name], shape=wholes[name], chunks=tuple(found))
@@ -99,10 +108,12 @@ def catalog_of(shards: Sequence[IndexedShard]) -> Catalog:
     for rank, tree in enumerate(trees):
         for leaf in tensor_leaves(tree):
             if leaf.name not in tensors:
-                raise IncompleteCheckpoint(
-                    f"tensor {leaf.name!r}: rank {rank} has it, and no rank stored it. Ranks that track different "
-                    "things give them to run.track_local()."
+                mend = (
+                    "Track it on all ranks of its mesh."
+                    if leaf.sharded
+                    else "Ranks that track different things give them to run.track_local()."
                 )
+                raise IncompleteCheckpoint(f"tensor {leaf.name!r}: rank {rank} has it, and no rank stored it. {mend}")
     return Catalog(shards=tuple(shards), trees=trees, tensors=tensors)
 
 
@@ -150,6 +161,32 @@ def _tree_of(shard: IndexedShard) -> dict[str, Json]:
     if not isinstance(tree, dict):
         raise IncompleteCheckpoint(f"{shard.key}: its tree is no object")
     return tree
+
+
+def _first_counts(shard: IndexedShard) -> list[str]:
+    try:
+        return msgspec.json.decode(shard.header.metadata.get(FIRST_COUNTS_ENTRY, "[]"), type=list[str])
+    except msgspec.DecodeError as error:
+        raise IncompleteCheckpoint(f"{shard.key}: its {FIRST_COUNTS_ENTRY} cannot be read: {error}") from error
+
+
+def _without_copies(
+    name: str, chunks: Sequence[TensorChunk], shards: Sequence[IndexedShard], *, may_differ: bool
+) -> list[TensorChunk]:
+    """Return the chunks with each box once: the first rank's. Raises :class:`IncompleteCheckpoint` if copies differ."""
+    kept: dict[tuple[tuple[int, ...], tuple[int, ...]], TensorChunk] = {}
+    for chunk in chunks:
+        first = kept.setdefault((chunk.offsets, chunk.shape), chunk)
+        if first is chunk or may_differ:
+            continue
+        one, other = (shards[found.shard].index for found in (first, chunk))
+        if (one.piece_bytes, one.digests[name]) != (other.piece_bytes, other.digests[name]):
+            raise IncompleteCheckpoint(
+                f"tensor {name!r}: ranks {first.shard} and {chunk.shard} hold different values of the same part. "
+                "If these are different things (stages of a pipeline), track each under a name of its own; "
+                "if they are copies, keep them equal."
+            )
+    return list(kept.values())
 
 
 def _why_not_whole(shape: tuple[int, ...], chunks: Sequence[TensorChunk]) -> str:

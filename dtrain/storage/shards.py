@@ -35,6 +35,7 @@ STEP_ENTRY = "dtrain.step"
 RANK_ENTRY = "dtrain.rank"
 WORLD_SIZE_ENTRY = "dtrain.world_size"
 TREE_ENTRY = "dtrain.tree"
+FIRST_COUNTS_ENTRY = "dtrain.first_counts"  # JSON, if any: names of tensors of which the first rank's counts
 _METADATA = "__metadata__"  # the format's own name; no tensor may have it
 
 DTYPE_BITS: Mapping[str, int] = {

@@ -37,13 +37,22 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer) if hasattr(torch.nn
 SHARDED = "DTensor"  # by name: to import the type would cost every restart a quarter of a second
 
 
-def why_not_storable(tensor: torch.Tensor) -> str:
-    """Return why ``tensor`` cannot be stored and the mend, as the end of a sentence; empty if it can."""
+def why_not_storable(tensor: torch.Tensor, *, may_be_coded: bool = False) -> str:
+    """Return why ``tensor`` cannot be stored and the mend, as the end of a sentence; empty if it can.
+
+    ``may_be_coded``: whoever asks has looked for what dtrain.storable() says of the tensor's type.
+    """
     kind = type(tensor)
     if kind.__name__ == "ShardedTensor":
         return "is a ShardedTensor, which torch has given up: shard with fully_shard, or use DTensor"
-    if kind not in _PLAIN and kind is not torch.nn.Parameter:
-        return f"is a {kind.__module__}.{kind.__qualname__}, a subclass of Tensor: give a plain tensor (as_subclass)"
+    is_plain = kind in _PLAIN or kind is torch.nn.Parameter
+    coded = ", or say how this type is stored with dtrain.storable()" if may_be_coded and not is_plain else ""
+    if tensor.is_nested:  # of any layout; a strided one is a plain Tensor by its type, and has no shape
+        return f"is a nested tensor: give its dense parts (tensor.unbind(), or values and offsets){coded}"
+    if not is_plain:
+        # No word of as_subclass(): types that wrap other tensors, quantised ones among them, stay what they are.
+        called = f"{kind.__module__}.{kind.__qualname__}"
+        return f"is a {called}, a subclass of Tensor: give the plain tensors that it is made of{coded}"
     if tensor.layout is not torch.strided:
         return f"is a tensor of layout {tensor.layout}: give its dense parts (values and indices) instead"
     if tensor.is_meta:

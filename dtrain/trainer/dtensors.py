@@ -17,8 +17,10 @@ from dtrain.trainer.parts import TensorPart
 def local_part(tensor: torch.Tensor, path: str) -> tuple[torch.Tensor, TensorPart]:
     """Return this rank's part of a DTensor, and where it lies. Raises TypeError naming ``path``.
 
-    Of several ranks with the same part only the first of the mesh stores it; of several meshes with the same part, cut
-    out of one larger mesh (a layer that is not tensor parallel, on each of the tensor parallel ranks), the first mesh.
+    Of several ranks of its mesh with the same part only the first stores it. Meshes beside this one, cut out of the
+    same larger mesh, may hold the same tensor (a layer that is not tensor parallel, on each of the tensor parallel
+    ranks) or know nothing of it (other stages of a pipeline, other experts). No rank can tell, so each mesh stores
+    its copy, and whoever joins the shards keeps one (storage/catalogs.py).
     """
     assert isinstance(tensor, DTensor)
     if any(placement.is_partial() for placement in tensor.placements):
@@ -38,9 +40,7 @@ def local_part(tensor: torch.Tensor, path: str) -> tuple[torch.Tensor, TensorPar
             f"{path} is a DTensor whose part on this rank is not one box ({tuple(local.shape)} held, "
             f"{tuple(shape)} told): give tensor.full_tensor()."
         )
-    first = is_first_of_copies(tensor.device_mesh) and all(
-        at == 0 for at, placement in zip(coordinate, tensor.placements, strict=True) if is_replica(placement)
-    )
+    first = all(at == 0 for at, placement in zip(coordinate, tensor.placements, strict=True) if is_replica(placement))
     part = TensorPart(
         global_shape=tuple(tensor.shape),
         offsets=tuple(offsets),
@@ -49,15 +49,15 @@ def local_part(tensor: torch.Tensor, path: str) -> tuple[torch.Tensor, TensorPar
     return local.detach(), part
 
 
-@lru_cache(maxsize=64)  # asked for each tensor at each checkpoint; a job has a handful of meshes
-def is_first_of_copies(mesh: DeviceMesh) -> bool:
-    """Return whether ``mesh`` comes before all others that were cut out of the same mesh in the same way.
+def ranks_of(tensor: torch.Tensor) -> frozenset[int]:
+    """Return the ranks that hold the DTensor."""
+    assert isinstance(tensor, DTensor)
+    return _ranks_of_mesh(tensor.device_mesh)
 
-    They cover the larger mesh without overlap, and what is tracked is the same on all of them; the first is that with
-    the first rank of all.
-    """
-    first_rank = mesh._get_root_mesh().mesh.reshape(-1)[0]
-    return bool((mesh.mesh == first_rank).any())
+
+@lru_cache(maxsize=64)  # asked for each tensor at each checkpoint; a job has a handful of meshes
+def _ranks_of_mesh(mesh: DeviceMesh) -> frozenset[int]:
+    return frozenset(mesh.mesh.reshape(-1).tolist())
 
 
 def is_replica(placement: object) -> bool:

@@ -6,13 +6,17 @@ is spread, the large tensors cut into rows so that N ranks write 1/N each. Of ev
 by rank (buffers such as running means, the tensors of any other object) rank 0's is the one that counts, as it is
 when rank 0 alone saves: to mix parts of several ranks would make a state that no rank ever had.
 
+Parts of DTensors are stored where they are. Where an object's DTensors lie on some of the ranks only (a stage of a
+pipeline), the others may have no such object, and so the first of those ranks stores what is plain in it.
+
 If ranks do not have the same names after all, the parts do not add up, and the checkpoint is refused before it is
 committed (storage/catalogs.py).
 """
 
 import heapq
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 
@@ -54,15 +58,18 @@ class Partition:
         spread: Collection[str],
         own: Iterable[str],
         sharded: dict[str, TensorPart],
+        apart: Mapping[str, bool] = MappingProxyType({}),
     ) -> Share:
         """Return what this rank stores of ``tensors``.
 
         ``spread``: names of what is equal on every rank; ``own``: what is this rank's alone; ``sharded``: parts of
-        DTensors. Everything else is rank 0's.
+        DTensors; ``apart``: what some ranks may not have, and whether it is stored here. Everything else is rank 0's.
         """
-        apart = {*own, *sharded}
+        not_common = {*own, *sharded, *apart}
         common = [
-            (name, tensor.dtype, tensor.shape, name in spread) for name, tensor in tensors.items() if name not in apart
+            (name, tensor.dtype, tensor.shape, name in spread)
+            for name, tensor in tensors.items()
+            if name not in not_common
         ]
         if common != self._known:
             equal = {name: tensors[name] for name, *_, is_spread in common if is_spread}
@@ -78,8 +85,9 @@ class Partition:
             if name in sharded:
                 if sharded[name].stored_here:
                     stored[name], parts[name] = tensor, sharded[name]
-            elif name in apart:
-                stored[name] = tensor
+            elif name in not_common:
+                if apart.get(name, True):
+                    stored[name] = tensor
             elif name in self._mine:
                 rows = self._mine[name]
                 stored[name] = tensor if rows is None else tensor[rows.start : rows.stop]

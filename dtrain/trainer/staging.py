@@ -62,6 +62,8 @@ class ShardLayouts:
             shards.WORLD_SIZE_ENTRY: str(self._world_size),
             shards.TREE_ENTRY: json.dumps(state.tree, separators=(",", ":")),
         }
+        if state.first_counts:
+            metadata[shards.FIRST_COUNTS_ENTRY] = json.dumps(state.first_counts, separators=(",", ":"))
         layout = self._layout_of(state)
         plan = layout.plan(metadata, header_min_bytes=self._header_bytes)
         if plan.data_start > self._header_bytes:

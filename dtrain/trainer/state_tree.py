@@ -53,6 +53,7 @@ class Encoder:
         # changes what they show.
         self.tensors: dict[str, torch.Tensor] = {}
         self.sharded: dict[str, TensorPart] = {}  # of those: what is a part of a DTensor
+        self.ranks: dict[str, frozenset[int]] = {}  # of those: which ranks hold a part
         self.own_prefix = own_prefix
 
     def encode(self, value: object, path: str) -> Json:
@@ -155,7 +156,7 @@ class Encoder:
     def _tensor(self, tensor: torch.Tensor, path: str) -> Json:
         if is_sharded(tensor):
             return self._sharded_tensor(tensor, path)
-        if why := why_not_storable(tensor):
+        if why := why_not_storable(tensor, may_be_coded=True):
             raise TypeError(f"{path} {why}.")
         node: dict[str, Json] = {"tensor": self._name(as_stored(tensor), path)}
         if tensor.dtype is torch.complex128:
@@ -165,7 +166,7 @@ class Encoder:
         return node
 
     def _sharded_tensor(self, tensor: torch.Tensor, path: str) -> Json:
-        from dtrain.trainer.dtensors import local_part  # imports DTensor, which is there already
+        from dtrain.trainer.dtensors import local_part, ranks_of  # imports DTensor, which is there already
 
         if self.own_prefix and path.startswith(self.own_prefix):
             raise TypeError(f"{path} is sharded over ranks, and so no rank's own: give it to run.track().")
@@ -174,6 +175,7 @@ class Encoder:
             raise TypeError(f"{path} {why}.")
         name = self._name(as_stored(local), path)
         self.sharded[name] = part.with_pairs() if local.dtype is torch.complex128 else part
+        self.ranks[name] = ranks_of(tensor)
         node: dict[str, Json] = {"tensor": name, "sharded": True}
         if local.dtype is torch.complex128:
             node["pairs"] = True

@@ -48,6 +48,7 @@ class CapturedState:
     tree: dict[str, Json]  # "objects": {name: tree}, "local": {name: tree}, "position": tree, "random": tree
     tensors: dict[str, torch.Tensor]  # views of the live state: what this rank stores
     parts: dict[str, TensorPart] = field(default_factory=dict)  # of those that are not whole
+    first_counts: tuple[str, ...] = ()  # of those which other ranks may store with other values: the first rank counts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,11 +126,14 @@ class TrackedState:
         """
         encoder = Encoder(f"{OWN_PREFIX}.{self._rank}.")
         spread: set[str] = set()
+        apart: dict[str, bool] = {}
         objects: dict[str, Json] = {}
         for name, item in self._objects.items():
             before = len(encoder.tensors)
             objects[name] = encoder.encode(unwrapped(item).state_dict(), name)
-            spread.update(_equal_on_every_rank(name, item, list(encoder.tensors)[before:]))
+            names = list(encoder.tensors)[before:]
+            spread.update(_equal_on_every_rank(name, item, names))
+            apart.update(self._held_apart(encoder, names))
         tree: dict[str, Json] = {
             "objects": objects,
             "local": {name: encoder.encode_own(item.state_dict(), name) for name, item in self._local.items()},
@@ -137,8 +141,23 @@ class TrackedState:
             "random": encoder.encode_own(random_states.capture().to_state(), "dtrain.random"),
         }
         own = [name for name in encoder.tensors if name.startswith(encoder.own_prefix)]
-        share = self._partition.share(encoder.tensors, spread=spread, own=own, sharded=encoder.sharded)
-        return CapturedState(step=step, tree=tree, tensors=share.tensors, parts=share.parts)
+        share = self._partition.share(encoder.tensors, spread=spread, own=own, sharded=encoder.sharded, apart=apart)
+        first_counts = tuple(name for name, is_mine in apart.items() if is_mine and name not in spread)
+        return CapturedState(step=step, tree=tree, tensors=share.tensors, parts=share.parts, first_counts=first_counts)
+
+    def _held_apart(self, encoder: Encoder, names: list[str]) -> dict[str, bool]:
+        """Return an object's plain tensors, and whether this rank stores them, if not all ranks may have the object.
+
+        Its DTensors tell: a stage of a pipeline lies on a mesh of that stage's ranks. What is plain beside them (the
+        steps that an optimizer counts, buffers) is stored by the first of these ranks.
+        """
+        ranks = frozenset[int]().union(*{encoder.ranks[name] for name in names if name in encoder.ranks})
+        if not ranks or len(ranks) >= self._world_size:
+            return {}
+        is_mine = min(ranks) == self._rank
+        return {
+            name: is_mine for name in names if name not in encoder.sharded and not name.startswith(encoder.own_prefix)
+        }
 
     def estimate_bytes(self) -> int:
         """Return about how many bytes the tensors of this rank's share take.

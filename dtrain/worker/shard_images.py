@@ -203,9 +203,14 @@ def probable_needs(catalog: Catalog, ranks: Iterable[int], world_size: int) -> s
                 for chunk in catalog.tensors[leaf.name].chunks
             )
         if saved_world == world_size:
-            own = catalog.shards[rank].header.tensors
-            found.update(
-                NeededRange(shard=rank, tensor=name, begin=0, end=own[name].end - own[name].begin)
-                for name in sharded & own.keys()
+            own = catalog.shards[rank]
+            boxes = {
+                name: (own.layout[name].offsets, own.header.tensors[name].shape) for name in sharded & own.layout.keys()
+            }
+            found.update(  # of copies on several meshes only one is in the catalog
+                NeededRange(shard=chunk.shard, tensor=name, begin=0, end=chunk.end - chunk.begin)
+                for name, box in boxes.items()
+                for chunk in catalog.tensors[name].chunks
+                if (chunk.offsets, chunk.shape) == box
             )
     return found

@@ -2,7 +2,9 @@
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import pytest
 
@@ -11,7 +13,15 @@ from dtrain.storage import indexes
 from dtrain.storage.catalogs import Catalog, IncompleteCheckpoint, catalog_of, contiguous_range
 from dtrain.storage.indexes import IndexedShard, index_shard, open_index
 from dtrain.storage.ranges import NeededRange, pieces_of, read_needed, runs_of
-from dtrain.storage.shards import RANK_ENTRY, STEP_ENTRY, TREE_ENTRY, WORLD_SIZE_ENTRY, TensorEntry, plan
+from dtrain.storage.shards import (
+    FIRST_COUNTS_ENTRY,
+    RANK_ENTRY,
+    STEP_ENTRY,
+    TREE_ENTRY,
+    WORLD_SIZE_ENTRY,
+    TensorEntry,
+    plan,
+)
 from tests.support.memory_store import MemoryStore
 
 
@@ -24,8 +34,14 @@ class Part:
     dtype: str = "U8"
 
 
-def shard(rank: int, *parts: Part, names: list[str] | None = None) -> bytes:
-    """A shard of these parts, filled with its rank; its tree names them, or ``names``."""
+def shard(
+    rank: int,
+    *parts: Part,
+    names: list[str] | None = None,
+    fill: int | None = None,
+    metadata: Mapping[str, str] = MappingProxyType({}),
+) -> bytes:
+    """A shard of these parts, filled with its rank or ``fill``; its tree names them, or ``names``."""
     tensors = [
         TensorEntry(
             name=part.name,
@@ -39,11 +55,11 @@ def shard(rank: int, *parts: Part, names: list[str] | None = None) -> bytes:
     ]
     told = names if names is not None else [part.name for part in parts]
     tree = {"objects": {"model": {"dict": [[name, {"tensor": name}] for name in told]}}, "local": {}}
-    metadata = {
-        STEP_ENTRY: "1", RANK_ENTRY: str(rank), WORLD_SIZE_ENTRY: "2", TREE_ENTRY: json.dumps(tree),
+    entries = {
+        STEP_ENTRY: "1", RANK_ENTRY: str(rank), WORLD_SIZE_ENTRY: "2", TREE_ENTRY: json.dumps(tree), **metadata,
     }  # fmt: skip
-    laid = plan(tensors, metadata)
-    return laid.header + bytes([rank + 1]) * (laid.total_bytes - laid.data_start)
+    laid = plan(tensors, entries)
+    return laid.header + bytes([rank + 1 if fill is None else fill]) * (laid.total_bytes - laid.data_start)
 
 
 def indexed(data: bytes, key: str = "shard") -> IndexedShard:
@@ -81,10 +97,10 @@ def test_parts_that_cover_a_tensor_make_it_whole(parts: list[list[Part]]) -> Non
     [
         ([[rows(0, 4)], [rows(5, 10)]], "'w' of shape .* hold 27 of 30"),
         ([[rows(0, 6)], [rows(5, 10)]], "'w' of shape .* ranks 0 and 1 overlap"),
-        ([[rows(0, 10)], [rows(0, 10)]], "'w' of shape .* overlap"),
+        ([[rows(0, 10)], [rows(0, 10)]], "'w': ranks 0 and 1 hold different values"),
         ([[rows(0, 5)], [rows(5, 12, of=12)]], "'w': rank 1 says shape"),
         ([[rows(0, 5)], [rows(5, 10, dtype="F32")]], "'w': rank 1 has F32, others U8"),
-        ([[Part("w", (), (), ())], [Part("w", (), (), ())]], "'w' .* overlap"),
+        ([[Part("w", (), (), ())], [Part("w", (), (), ())]], "'w': ranks 0 and 1 hold different values"),
         (
             [[Part("w", (2, 2), (0, 0), (3, 3))], [Part("w", (2, 2), (1, 1), (3, 3))]],
             "'w' .* overlap",
@@ -95,6 +111,24 @@ def test_parts_that_cover_a_tensor_make_it_whole(parts: list[list[Part]]) -> Non
 def test_parts_that_do_not_are_refused_and_the_tensor_is_named(parts: list[list[Part]], why: str) -> None:
     with pytest.raises(IncompleteCheckpoint, match=why):
         joined(*(shard(rank, *own) for rank, own in enumerate(parts)))
+
+
+def test_equal_copies_of_one_part_are_one_part_and_the_first_ranks_is_kept() -> None:
+    halves = rows(0, 5), rows(5, 10)
+    found = joined(shard(0, halves[0]), shard(1, halves[1]), shard(2, halves[0], fill=1), shard(3, halves[1], fill=2))
+    assert [(chunk.shard, chunk.offsets) for chunk in found.tensors["w"].chunks] == [(0, (0, 0)), (1, (5, 0))]
+
+
+def test_copies_that_differ_are_refused_unless_the_first_ranks_counts() -> None:
+    with pytest.raises(IncompleteCheckpoint, match=r"'w': ranks 0 and 2 hold different .* a name of its own"):
+        joined(shard(0, rows(0, 5)), shard(1, rows(5, 10)), shard(2, rows(0, 5)))
+    with pytest.raises(IncompleteCheckpoint, match=r"'w' .* ranks 0 and 1 overlap"):
+        joined(shard(0, rows(0, 10), fill=1), shard(1, rows(0, 5), fill=1))
+    told = {FIRST_COUNTS_ENTRY: '["w"]'}
+    found = joined(*(shard(rank, rows(0, 10), metadata=told) for rank in (0, 1)))
+    assert [chunk.shard for chunk in found.tensors["w"].chunks] == [0]
+    with pytest.raises(IncompleteCheckpoint, match="first_counts cannot be read"):
+        joined(shard(0, rows(0, 10), metadata={FIRST_COUNTS_ENTRY: "{"}))
 
 
 def test_a_tensor_that_a_tree_names_and_no_rank_stored_is_refused() -> None:

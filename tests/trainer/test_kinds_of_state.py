@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch.optim import lr_scheduler
 from torch.optim.swa_utils import SWALR, AveragedModel
+from torch.testing._internal.two_tensor import TwoTensor
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 import dtrain
@@ -286,6 +287,17 @@ def test_a_type_of_the_scripts_own_is_refused_with_the_way_in_and_stored_once_it
     (back,) = read(text, tensors)["deep"]
     assert isinstance(back, Window) and back.size == 2 and torch.equal(back.values, torch.arange(3.0))
     assert list(tensors) == ["it.deep.0.1"], "its tensors lie among the others"
+
+
+@pytest.mark.usefixtures("forgetful")
+def test_a_tensor_that_wraps_others_is_refused_with_a_way_in_that_works() -> None:
+    wrapped = TwoTensor(torch.arange(2.0), torch.ones(2))
+    assert type(wrapped.as_subclass(torch.Tensor)) is TwoTensor, "no way to a plain tensor"
+    with pytest.raises(TypeError, match=r"TwoTensor.* the plain tensors that it is made of, or .*dtrain\.storable\(\)"):
+        stored({"weight": wrapped})
+    dtrain.storable(TwoTensor, to_plain=lambda two: [two.a, two.b], from_plain=lambda plain: TwoTensor(*plain))
+    back = read(*stored({"weight": wrapped}))["weight"]
+    assert type(back) is TwoTensor and torch.equal(back.a, torch.arange(2.0)) and torch.equal(back.b, torch.ones(2))
 
 
 @pytest.mark.usefixtures("forgetful")

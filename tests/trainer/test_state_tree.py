@@ -152,6 +152,8 @@ def a_cycle() -> list[Any]:
         (np.array(["a"]), "numpy array of <U1"),
         (np.array([object()]), "numpy array of object"),
         (torch.eye(2).to_sparse(), "layout torch.sparse_coo"),
+        (torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]), "nested tensor: give its dense parts"),
+        (torch.nested.nested_tensor([torch.ones(2)], layout=torch.jagged), "nested tensor: give its dense parts"),
         (torch.empty(2, device="meta"), "meta device"),
         (torch.nn.parameter.UninitializedParameter(), "UninitializedParameter"),
         (defaultdict(lambda: 1), "defaultdict"),
