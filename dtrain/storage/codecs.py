@@ -51,6 +51,11 @@ def codec_for(kind: type) -> Codec | None:
     return _BY_KIND.get(kind)
 
 
+def lookup() -> Callable[[type], Codec | None]:
+    """Return :func:`codec_for` as it is called fastest, for who asks for thousands of values at once."""
+    return _BY_KIND.get
+
+
 def codec_named(name: str) -> Codec:
     """Return the codec that a checkpoint names. Raises :class:`UserError` if this run has none."""
     found = _BY_NAME.get(name)

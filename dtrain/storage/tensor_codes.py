@@ -4,6 +4,7 @@ A checkpoint must be readable for years, by tools that know no torch, so only pl
 other kind is refused with one sentence that says what to give instead; nothing is converted in silence.
 """
 
+from functools import lru_cache
 from types import MappingProxyType
 
 import torch
@@ -64,7 +65,12 @@ def why_not_storable(tensor: torch.Tensor, *, may_be_coded: bool = False) -> str
 
 def is_sharded(tensor: torch.Tensor) -> bool:
     """Return whether ``tensor`` is a DTensor."""
-    return any(base.__name__ == SHARDED for base in type(tensor).__mro__)
+    return _is_sharded_kind(type(tensor))
+
+
+@lru_cache(maxsize=256)  # asked for each tensor at each checkpoint; there are a handful of types
+def _is_sharded_kind(kind: type) -> bool:
+    return any(base.__name__ == SHARDED for base in kind.__mro__)
 
 
 def as_stored(tensor: torch.Tensor) -> torch.Tensor:

@@ -26,7 +26,7 @@ from typing import Protocol
 
 import torch
 
-from dtrain.storage.tensor_codes import CODE_OF_DTYPE, size_bytes, view_bytes
+from dtrain.storage.tensor_codes import CODE_OF_DTYPE, view_bytes
 
 PIECE_BYTES = 8 * 1024 * 1024  # taken at a time: many pieces a thread, and the price of taking one is not seen
 THREAD_MIN_BYTES = 4 * 1024 * 1024  # less for each thread is sooner copied by one than spread over more
@@ -111,8 +111,8 @@ def copy_tensors(
     spans: list[Span] = []
     on_gpu: dict[str, torch.Tensor] = {}
     for name, tensor in tensors.items():
-        if tensor.device.type == "cpu" and tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg()):
-            if length := size_bytes(tensor):
+        if tensor.is_cpu and tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg()):
+            if length := tensor.nbytes:
                 spans.append((base + starts[name], tensor.data_ptr(), length))
         elif tensor.is_cuda:
             if tensor.numel():

@@ -21,7 +21,7 @@ from types import MappingProxyType
 import torch
 
 from dtrain.storage.tensor_codes import size_bytes
-from dtrain.trainer.parts import TensorPart
+from dtrain.trainer.parts import TensorPart, kind_of
 
 CUT_BYTES = 32 * 1024 * 1024  # larger tensors are cut into rows; smaller ones even out among themselves
 
@@ -48,8 +48,9 @@ class Partition:
     def __init__(self, *, rank: int, world_size: int) -> None:
         self._rank = rank
         self._world_size = world_size
-        self._known: list[tuple[str, torch.dtype, torch.Size, bool]] = []
+        self._known: tuple[object, ...] = ()  # of what _mine is: names, types and shapes, and which are spread
         self._mine: dict[str, _Rows | None] = {}
+        self._whole: set[str] = set()  # of those: what is not cut
 
     def share(
         self,
@@ -66,23 +67,24 @@ class Partition:
         DTensors; ``apart``: what some ranks may not have, and whether it is stored here. Everything else is rank 0's.
         """
         not_common = {*own, *sharded, *apart}
-        common = [
-            (name, tensor.dtype, tensor.shape, name in spread)
-            for name, tensor in tensors.items()
-            if name not in not_common
-        ]
-        if common != self._known:
-            equal = {name: tensors[name] for name, *_, is_spread in common if is_spread}
-            others = [name for name, *_, is_spread in common if not is_spread]
+        common = [name for name in tensors if name not in not_common]
+        others = [name for name in common if name not in spread]
+        known = (common, list(map(kind_of, map(tensors.__getitem__, common))), others)
+        if known != self._known:
+            equal = {name: tensors[name] for name in common if name in spread}
             first_bytes = sum(size_bytes(tensors[name]) for name in others)
             self._mine = _assign(equal, first_bytes, self._world_size)[self._rank]
             if self._rank == 0:
                 self._mine.update(dict.fromkeys(others))
-            self._known = common
+            self._known = known
+            self._whole = {name for name, rows in self._mine.items() if rows is None}
         stored: dict[str, torch.Tensor] = {}
         parts: dict[str, TensorPart] = {}
+        whole = self._whole  # no other kind of tensor has such a name
         for name, tensor in tensors.items():
-            if name in sharded:
+            if name in whole:
+                stored[name] = tensor
+            elif name in sharded:
                 if sharded[name].stored_here:
                     stored[name], parts[name] = tensor, sharded[name]
             elif name in not_common:

@@ -29,8 +29,8 @@ import numpy as np
 import torch
 
 from dtrain.storage.catalogs import Json
-from dtrain.storage.codecs import codec_for, enum_place
-from dtrain.storage.tensor_codes import as_stored, is_sharded, why_not_storable
+from dtrain.storage.codecs import enum_place, lookup
+from dtrain.storage.tensor_codes import CODE_OF_DTYPE, as_stored, is_sharded, why_not_storable
 from dtrain.storage.tree_values import FACTORIES
 from dtrain.trainer.parts import TensorPart
 
@@ -55,6 +55,10 @@ class Encoder:
         self.sharded: dict[str, TensorPart] = {}  # of those: what is a part of a DTensor
         self.ranks: dict[str, frozenset[int]] = {}  # of those: which ranks hold a part
         self.own_prefix = own_prefix
+        self._codec_for = lookup()
+        self._text_is_plain = self._codec_for(str) is None
+        self._number_is_plain = self._codec_for(int) is None
+        self._tensor_is_plain = self._codec_for(torch.Tensor) is None
 
     def encode(self, value: object, path: str) -> Json:
         """Return ``value`` as JSON. Raises TypeError naming the path of what cannot be stored."""
@@ -68,7 +72,7 @@ class Encoder:
         if depth > DEPTH_MAX:
             raise TypeError(f"{path} is nested more than {DEPTH_MAX} levels deep, or contains itself. {_HOW}")
         kind = type(value)
-        if (codec := codec_for(kind)) is not None:
+        if (codec := self._codec_for(kind)) is not None:
             return {"coded": self._encode(codec.to_plain(value), path, depth + 1), "by": codec.name}
         if value is None or kind is bool or kind is str:
             return value  # type: ignore[no-any-return]
@@ -127,9 +131,26 @@ class Encoder:
         return [self._encode(value, f"{path}.{index}", depth + 1) for index, value in enumerate(values)]
 
     def _mapping(self, value: Mapping[Any, Any], path: str, depth: int) -> Json:
-        pairs: list[Json] = [
-            [self._key(key, path), self._encode(item, f"{path}.{key}", depth + 1)] for key, item in value.items()
-        ]
+        # A state of many small tensors is thousands of these pairs: what is plain in every way takes no detour.
+        quick = torch.Tensor if self._tensor_is_plain and depth < DEPTH_MAX else None
+        tensors, strided, text_is_plain = self.tensors, torch.strided, self._text_is_plain
+        pairs: list[Json] = []
+        for key, item in value.items():
+            inner = f"{path}.{key}"
+            shown = key if text_is_plain and type(key) is str else self._key(key, path)
+            if (
+                type(item) is quick
+                and item.is_cpu
+                and item.dtype in _PLAIN_DTYPES
+                and item.layout is strided
+                and not (item.requires_grad or item.is_nested or inner in tensors)
+            ):
+                tensors[inner] = item
+                pairs.append([shown, {"tensor": inner}])
+            else:
+                pairs.append([shown, self._encode(item, inner, depth + 1)])
+        if type(value) is dict:
+            return {"dict": pairs}
         node: dict[str, Json] = {_MAPPINGS[type(value)]: pairs}
         if isinstance(value, defaultdict):
             factory = value.default_factory
@@ -142,6 +163,8 @@ class Encoder:
         return node
 
     def _key(self, key: object, path: str) -> Json:
+        if type(key) is int and self._number_is_plain and -_INT_PLAIN_MAX <= key < _INT_PLAIN_MAX:
+            return key
         if key is None or type(key) in (str, int, bool, float):
             return self._encode(key, path, 0)
         if type(key) is tuple:
@@ -161,7 +184,7 @@ class Encoder:
         node: dict[str, Json] = {"tensor": self._name(as_stored(tensor), path)}
         if tensor.dtype is torch.complex128:
             node["pairs"] = True
-        if tensor.device.type != "cpu":
+        if not tensor.is_cpu:
             node["device"] = tensor.device.type
         return node
 
@@ -209,6 +232,7 @@ class Encoder:
         return name
 
 
+_PLAIN_DTYPES = frozenset(CODE_OF_DTYPE)  # stored as they are
 _SEQUENCES: dict[type, str] = {tuple: "tuple", torch.Size: "size"}
 _MAPPINGS: dict[type, str] = {dict: "dict", OrderedDict: "ordered", defaultdict: "defaultdict", Counter: "counter"}
 

@@ -151,6 +151,8 @@ class TrackedState:
         Its DTensors tell: a stage of a pipeline lies on a mesh of that stage's ranks. What is plain beside them (the
         steps that an optimizer counts, buffers) is stored by the first of these ranks.
         """
+        if not encoder.ranks:
+            return {}
         ranks = frozenset[int]().union(*{encoder.ranks[name] for name in names if name in encoder.ranks})
         if not ranks or len(ranks) >= self._world_size:
             return {}
