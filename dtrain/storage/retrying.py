@@ -1,8 +1,8 @@
 """Trying again, within bounds: the one policy for every call to storage.
 
 Waits grow and are drawn at random, so that the ranks of a job, which all failed at the same moment, do not
-all come back at the same moment. A deadline bounds the whole, since a checkpoint that is late is better
-aborted than pursued; an event ends the waiting at once, when the attempt is no longer wanted.
+all come back at the same moment. A deadline bounds the time without any advance, since what stands still is
+better given up than pursued; an event ends the waiting at once, when the attempt is no longer wanted.
 """
 
 import contextlib

@@ -1,7 +1,8 @@
 """How far uploads and restores are, for people to see.
 
-Threads count while the event loop reads. The counts go into the snapshots that are sent anyway and cause none, and no
-decision hangs on them: so they are no part of the machine's state, and a restarted agent counts anew.
+Threads count while the event loop reads. The counts go into the snapshots that are sent anyway and cause none. What
+the coordinator decides by them it decides by their growth, so they are no part of the machine's state, and a restarted
+agent counts anew.
 """
 
 import threading

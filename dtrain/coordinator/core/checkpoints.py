@@ -35,6 +35,8 @@ COMMAND_TRAVEL_S = 0.5
 HORIZON_S = 3.0
 LEAD_DOUBLINGS_MAX = 6  # 64 times the lead is seconds even for the fastest steps
 ATTEMPT_TIMEOUT_S = 600.0  # without any advance, once every rank has passed the step: such a storage is down
+_NOT_STAGED, _STAGED, _DURABLE = range(3)  # how far a rank is with an attempt
+_STAGES = {ShardPhase.STAGED: _STAGED, ShardPhase.DURABLE: _DURABLE}
 _CHECKPOINTABLE_PHASES = frozenset({"training", "checkpointing", "holding"})
 
 
@@ -273,35 +275,42 @@ def _overdue(
     ranks = [rank for _, report in reports(job, generation, observed) for rank in report.ranks]
     if len(ranks) != generation.world_size or any(rank.completed_step < inflight.step for rank in ranks):
         return None
-    advance = _advance(job, generation, inflight, observed)
-    before = observed.advances.get((job.name, inflight.attempt))
-    if before is None or advance > before.furthest:
-        before = Advance(furthest=advance, at_s=now.mono_s)
-        observed.advances[(job.name, inflight.attempt)] = before
-    if now.mono_s - before.at_s < ATTEMPT_TIMEOUT_S:
-        return None
-    reason = f"not stored, and nothing of it for {ATTEMPT_TIMEOUT_S:.0f} s"
-    return _abort(inflight, reason, Cause(fact="timed_out"))
+    key = (job.name, inflight.attempt)
+    before = observed.advances.get(key, Advance(since_s=now.mono_s, at_s=now.mono_s, furthest={}))
+    after = _advance(job, generation, inflight, observed, before, now)
+    observed.advances[key] = after
+    unstaged = [rank for rank, (stage, _) in sorted(after.furthest.items()) if stage == _NOT_STAGED]
+    if unstaged and now.mono_s - after.since_s >= ATTEMPT_TIMEOUT_S:
+        reason = f"rank {unstaged[0]} did not stage step {inflight.step} within {ATTEMPT_TIMEOUT_S:.0f} s"
+        return _abort(inflight, reason, Cause(fact="timed_out"))
+    if now.mono_s - after.at_s >= ATTEMPT_TIMEOUT_S:
+        reason = f"not stored, and nothing of it for {ATTEMPT_TIMEOUT_S:.0f} s"
+        return _abort(inflight, reason, Cause(fact="timed_out"))
+    return None
 
 
 def _advance(
-    job: JobState, generation: GenerationState, inflight: InflightCheckpoint, observed: Observed
-) -> tuple[int, int, int]:
-    """How far an attempt is: shards durable, shards staged, bytes sent of those under way."""
-    shards = [
-        shard
-        for _, report in reports(job, generation, observed)
-        for shard in report.shards
-        if shard.attempt == inflight.attempt
-    ]
-    sent_bytes = sum(
-        rank.upload.bytes_done
-        for _, report in reports(job, generation, observed)
-        for rank in report.ranks
-        if rank.upload is not None
-    )
-    phases = [shard.phase for shard in shards]
-    return phases.count(ShardPhase.DURABLE), phases.count(ShardPhase.STAGED), sent_bytes
+    job: JobState,
+    generation: GenerationState,
+    inflight: InflightCheckpoint,
+    observed: Observed,
+    before: Advance,
+    now: Now,
+) -> Advance:
+    """How far each rank has come with the attempt. What it sends again is no advance, and hides no other rank's."""
+    furthest = dict(before.furthest)
+    for _, report in reports(job, generation, observed):
+        stages = {
+            shard.rank: _STAGES.get(shard.phase, _NOT_STAGED)
+            for shard in report.shards
+            if shard.attempt == inflight.attempt
+        }
+        for rank in report.ranks:
+            stage = stages.get(rank.rank, _NOT_STAGED)
+            sent_bytes = rank.upload.bytes_done if rank.upload is not None and stage == _STAGED else 0
+            furthest[rank.rank] = max(furthest.get(rank.rank, (_NOT_STAGED, 0)), (stage, sent_bytes))
+    at_s = before.at_s if furthest == before.furthest else now.mono_s
+    return Advance(since_s=before.since_s, at_s=at_s, furthest=furthest)
 
 
 def marks(job: JobState, observed: Observed) -> Decision | None:

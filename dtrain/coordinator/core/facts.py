@@ -33,7 +33,7 @@ class RestorePhase(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Transfer:
-    """How far an upload or a restore is. Shown to people; one rule reads it: when to stop waiting (paces.py)."""
+    """How far an upload or a restore is. Shown to people; two rules read it: paces.py, checkpoints.py."""
 
     bytes_done: int
     bytes_total: int

@@ -39,10 +39,11 @@ STREAM_SILENT_S = 3.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Advance:
-    """The furthest that an attempt has come."""
+    """The furthest that an attempt has come, since every rank has passed its step. Times are monotonic."""
 
-    furthest: tuple[int, int, int]  # see checkpoints.py
-    at_s: float  # monotonic time at which it was first seen there
+    since_s: float  # when that was first seen
+    at_s: float  # when any rank was last seen further than before
+    furthest: dict[int, tuple[int, int]]  # rank -> (stage, bytes sent): see checkpoints.py
 
 
 @dataclass(slots=True, kw_only=True)
