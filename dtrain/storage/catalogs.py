@@ -21,7 +21,7 @@ import msgspec
 
 from dtrain.common.errors import PermanentError
 from dtrain.storage.indexes import IndexedShard
-from dtrain.storage.shards import FIRST_COUNTS_ENTRY, TREE_ENTRY
+from dtrain.storage.shards import FIRST_COUNTS_ENTRY, RANK_ENTRY, TREE_ENTRY
 
 Json: TypeAlias = bool | int | str | list["Json"] | dict[str, "Json"] | None
 
@@ -84,6 +84,9 @@ def catalog_of(shards: Sequence[IndexedShard]) -> Catalog:
     chunks: dict[str, list[TensorChunk]] = {}
     first_counts: set[str] = set()
     for rank, shard in enumerate(shards):
+        # Equal parts of two ranks are joined, so one rank's shard in the place of another's would pass for a copy.
+        if (told := shard.header.metadata.get(RANK_ENTRY, str(rank))) != str(rank):
+            raise IncompleteCheckpoint(f"the shard of rank {rank} says that it is that of rank {told[:20]}")
         first_counts.update(_first_counts(shard))
         start = shard.header.data_start
         for name, span in shard.header.tensors.items():
