@@ -101,16 +101,15 @@ class StageSlots:
             memory = self._memories[number]
             if memory is None or len(memory.pages) < size_bytes:
                 pages = _map_allocated(self._paths[number], size_bytes)
-                _populate(pages, stop)
-                if stop.is_set():
-                    return
-                # Only now: until then the training thread had better map a slot by itself than wait for this one.
-                self._replace(number, SlotMemory(pages=pages, pinned=_pin(pages)))
             elif not memory.pinned and _can_pin():  # the training thread needed it before this one came to it
-                _populate(memory.pages, stop)
-                if stop.is_set():
-                    return
-                self._replace(number, SlotMemory(pages=memory.pages, pinned=_pin(memory.pages)))
+                pages = memory.pages
+            else:
+                continue
+            _populate(pages, stop)
+            if stop.is_set():
+                return
+            # Only now: until then the training thread had better map a slot by itself than wait for this one.
+            self._offer(number, SlotMemory(pages=pages, pinned=_pin(pages)))
 
     def let_go(self) -> None:
         """Forget the maps. The files stay: the worker may still be reading them."""
@@ -118,11 +117,25 @@ class StageSlots:
             self._replace(number, None)
         self.release()
 
+    def _offer(self, number: int, memory: SlotMemory) -> None:
+        """Replace the slot's memory, unless the training thread has mapped more of it by now."""
+        with self._lock:
+            now = self._memories[number]
+            if now is not None and len(now.pages) > len(memory.pages):
+                self._retire(memory)
+                return
+            self._memories[number] = memory
+            self._retire(now)
+
     def _replace(self, number: int, memory: SlotMemory | None) -> None:
         with self._lock:
             before, self._memories[number] = self._memories[number], memory
-            if before is not None and before.pinned:
-                self._replaced.append(before)
+            self._retire(before)
+
+    def _retire(self, memory: SlotMemory | None) -> None:
+        """Have CUDA forget it at the next release(). For whoever has the lock."""
+        if memory is not None and memory.pinned:
+            self._replaced.append(memory)
 
 
 class ArenaPreparation:

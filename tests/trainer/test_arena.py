@@ -275,6 +275,34 @@ def test_a_slot_that_was_needed_before_it_was_prepared_is_made_known_to_cuda_aft
     assert len(registered) == PAIR_SLOTS, "and not once more"
 
 
+@pytest.mark.parametrize("mapped_before", [False, True])
+def test_a_slot_that_grew_while_it_was_prepared_stays_as_large_as_it_is(
+    tmp_path: Path, registered: list[mmap.mmap], monkeypatch: pytest.MonkeyPatch, mapped_before: bool
+) -> None:
+    slots = StageSlots(tmp_path)
+    small_bytes, large_bytes = 1 << 20, 4 << 20
+    for slot in range(PAIR_SLOTS):
+        with (tmp_path / f"slot{slot}").open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, small_bytes)
+    if mapped_before:
+        slots.reserve(0, small_bytes)
+    grown = []
+
+    def meanwhile(pages: mmap.mmap, stop: threading.Event) -> None:
+        if not grown:
+            grown.append(slots.reserve(0, large_bytes))
+
+    monkeypatch.setattr(arena, "_populate", meanwhile)
+    slots.map_pair(0, small_bytes, threading.Event())
+    assert slots.reserve(0, large_bytes) is grown[0], "it need not be mapped once more"
+    slots.release()
+    assert registered == [slots.reserve(1, small_bytes).pages], "what nobody will use is forgotten again"
+    slots.map_pair(0, small_bytes, threading.Event())
+    assert slots.reserve(0, large_bytes).pinned and slots.reserve(0, large_bytes).pages is grown[0].pages
+    slots.let_go()
+    assert registered == []
+
+
 def test_memory_stays_with_whoever_uses_it_when_its_slot_grows(tmp_path: Path) -> None:
     slots = StageSlots(tmp_path)
     first = slots.reserve(0, 1000)
