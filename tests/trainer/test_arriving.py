@@ -3,14 +3,18 @@
 The GPU is played: an event that says when it is waited for. What CUDA does with streams is not tested here.
 """
 
+import mmap
+import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from dtrain.common.mailbox import pack
+from dtrain.common.mailbox import PAIR_SLOTS, pack
 from dtrain.common.names import Step
+from dtrain.trainer import arena
 from dtrain.trainer.copying import Arriving, Copier
 from dtrain.trainer.data_position import DataPosition
 from dtrain.trainer.staging import ShardImage
@@ -96,3 +100,30 @@ def test_bytes_that_never_arrive_are_a_failed_checkpoint_and_no_more(
     station.boundary(Step(2))
     assert folder.mailbox.stage_failed == pack(1, 1) and "fallen off the bus" in folder.mailbox.error
     assert folder.mailbox.staged[0] == 0 and folder.mailbox.slot_holds(0) == 0
+
+
+def test_memory_that_was_replaced_while_bytes_arrived_there_is_forgotten_by_cuda_once_they_have(
+    folder: RankFolder, station: WorkerStation, event: Played, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forgotten: list[mmap.mmap] = []
+    monkeypatch.setattr(arena, "_can_pin", lambda: True)
+    monkeypatch.setattr(arena, "_pin", lambda pages: True)
+    monkeypatch.setattr(arena, "_unpin", forgotten.append)
+
+    def prepare(size_bytes: int) -> None:
+        for slot in range(PAIR_SLOTS):
+            with (folder.path / f"slot{slot}").open("ab") as file:
+                os.posix_fallocate(file.fileno(), 0, size_bytes)
+        station._slots.map_pair(0, size_bytes, threading.Event())
+
+    prepare(1 << 20)
+    before = [station._slots.reserve(slot, 1000).pages for slot in range(PAIR_SLOTS)]
+    folder.mailbox.ask(pack(1, 1), slot=0)
+    station.boundary(Step(1))
+    prepare(2 << 20)
+    assert event.waited == 0 and forgotten == [], "a GPU is still writing there"
+    station.boundary(Step(2))
+    assert event.waited == 1 and forgotten == before
+    after = [station._slots.reserve(slot, 1000).pages for slot in range(PAIR_SLOTS)]
+    station._slots.let_go()
+    assert forgotten == before + after
