@@ -138,20 +138,25 @@ def _begin_from_gpus(
     training stream goes on after it, so no later step can change them.
     """
     streams: dict[torch.device, torch.cuda.Stream] = {}
+    reading = list(tensors.values())
     for name, tensor in tensors.items():
         device = tensor.device
         if device not in streams:
             streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             streams[device].wait_stream(torch.cuda.current_stream(device))
         with torch.no_grad(), torch.cuda.stream(streams[device]):
-            _view(target, starts[name], tensor).copy_(tensor, non_blocking=pinned)
+            # Here, and not by copy_(): that conjugates or negates the target at once, before the bytes are there.
+            plain = tensor.resolve_conj().resolve_neg()
+            if plain is not tensor:
+                reading.append(plain)
+            _view(target, starts[name], tensor).copy_(plain, non_blocking=pinned)
     events = []
     for device, stream in streams.items():
         event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # whoever waits for it sleeps, and leaves the core to the others
         event.record(stream)
         torch.cuda.current_stream(device).wait_event(event)
         events.append(event)
-    return Arriving(events, list(tensors.values()))
+    return Arriving(events, reading)
 
 
 def _view(target: memoryview, start: int, tensor: torch.Tensor) -> torch.Tensor:

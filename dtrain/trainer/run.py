@@ -189,6 +189,10 @@ class Run:
 
         After a restore at or beyond ``until`` there is no batch. Random states and the position in ``loader`` are
         part of each checkpoint: a resumed run sees the batches and draws the numbers it would have.
+
+        On a GPU a checkpoint is copied in the order of the stream that is current between two steps. A body that
+        writes tracked tensors on another stream makes that one wait for the current stream first, and the current
+        stream for that one before it ends (``wait_stream()``, both ways): else it may be copied half written.
         """
         if isinstance(until, bool) or not isinstance(until, int) or until < 0:
             raise UserError(f"run.steps(until={until!r}) is not valid: give the number of the last step, 0 or more.")

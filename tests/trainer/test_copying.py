@@ -1,11 +1,13 @@
 """Tensors copied to where they belong: every kind, every size, with any number of threads, bit for bit."""
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 
 from dtrain.storage.tensor_codes import size_bytes
+from dtrain.trainer import copying
 from dtrain.trainer.copying import PIECE_BYTES, THREAD_MIN_BYTES, Copier, copy_tensors
 
 GUARD = 0xA5
@@ -81,3 +83,89 @@ def test_a_parameter_that_needs_a_gradient_is_copied_without_one(copier: Copier)
         "p": raw(parameter.detach()),
         "t": raw(parameter.detach().t()),
     }
+
+
+class PlayedGpu:
+    """The streams of a GPU: copies are begun in order, and their bytes arrive when an event is waited for."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.orders: list[tuple[str, ...]] = []  # what each stream was told
+        self.current = "training"
+        self.late: list[Callable[[], None]] = []
+        gpu = self
+
+        class Stream:
+            def __init__(self, name: str) -> None:
+                self.name = name
+
+            def wait_stream(self, other: "Stream") -> None:
+                gpu.orders.append((self.name, "waits for", other.name))
+
+            def wait_event(self, event: object) -> None:
+                gpu.orders.append((self.name, "waits for the copies"))
+
+        class Event:
+            def __init__(self, blocking: bool) -> None: ...
+
+            def record(self, stream: Stream) -> None: ...
+
+            def synchronize(self) -> None:
+                for arrive in gpu.late:
+                    arrive()
+
+        @contextlib.contextmanager
+        def within(stream: Stream) -> Iterator[None]:
+            gpu.current = stream.name
+            yield
+            gpu.current = "training"
+
+        monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream("copying"))
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream(gpu.current))
+        monkeypatch.setattr(torch.cuda, "stream", within)
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        view = copying._view
+        monkeypatch.setattr(copying, "_view", lambda *where: PlayedTarget(gpu, view(*where)))
+
+
+class PlayedTarget:
+    """A tensor in pinned memory: a copy into it does what torch's copy from a GPU does."""
+
+    def __init__(self, gpu: PlayedGpu, target: torch.Tensor) -> None:
+        self._gpu, self._target = gpu, target
+
+    def copy_(self, source: torch.Tensor, *, non_blocking: bool) -> None:
+        assert non_blocking
+        self._gpu.orders.append((self._gpu.current, "copies"))
+        stored = source
+        if source.is_neg():
+            stored = torch._neg_view(stored)  # the bits in memory
+        if source.is_conj():
+            stored = stored.conj()
+            self._target.conj_physical_()  # torch: at once, on the CPU, whatever is there
+        if source.is_neg():
+            self._target.neg_()
+
+        def arrive() -> None:
+            self._target.copy_(stored)
+
+        self._gpu.late.append(arrive)
+
+
+def test_a_lazy_view_on_a_gpu_arrives_as_what_it_stands_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = torch.arange(24.0).reshape(4, 6)
+    tensors = {
+        "plain": whole,
+        "conjugate": torch.complex(whole, whole + 1).conj(),
+        "negative": torch.complex(whole, whole + 1).conj().imag,
+    }
+    starts = {"plain": 0, "conjugate": 128, "negative": 512}
+    memory = bytearray(1024)
+    gpu = PlayedGpu(monkeypatch)
+    copying._begin_from_gpus(tensors, starts, memoryview(memory), pinned=True).wait()
+    for name, tensor in tensors.items():
+        assert bytes(memory[starts[name] : starts[name] + size_bytes(tensor)]) == raw(tensor), name
+    assert gpu.orders == [
+        ("copying", "waits for", "training"),
+        *[("copying", "copies")] * len(tensors),
+        ("training", "waits for the copies"),
+    ], "what is copied is this step's, and no later step writes it"
