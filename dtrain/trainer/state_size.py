@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable, Iterator
 import torch
 
 CONTAINERS_DEPTH = 2  # a list of optimizers, a dictionary of lists of averages
+WRAPPERS_DEPTH = 1  # wrappers in a wrapper: an average of weights, an optimizer in a class, beside the model
 CONTAINER_MAX = 100_000  # parts of one container that are looked at: a longer one is data, not state
 
 
@@ -26,14 +27,30 @@ def tensors_of(item: object, apart: Collection[object] = ()) -> Iterator[torch.T
         return
     if isinstance(item, torch.optim.lr_scheduler.LRScheduler):
         return
-    others = {id(other) for other in apart}
+    seen: dict[int, torch.Tensor] = {}
+    _look_into(item, WRAPPERS_DEPTH, {id(other) for other in apart}, seen)
+    yield from seen.values()
+
+
+def _look_into(item: object, depth: int, others: set[int], seen: dict[int, torch.Tensor]) -> None:
+    """Add to ``seen`` what the attributes of ``item`` hold, and of wrappers among them ``depth`` deep."""
     with contextlib.suppress(AttributeError):
         attributes = object.__getattribute__(item, "__dict__")  # not getattr(): a class may answer that with code
-        seen: dict[int, torch.Tensor] = {}
         for part in _parts(attributes.values(), CONTAINERS_DEPTH):
-            if id(part) not in others:
+            if id(part) in others:
+                continue
+            if depth and _is_wrapper(type(part)):
+                _look_into(part, depth - 1, others, seen)
+            else:
                 seen.update((id(tensor), tensor) for tensor in _held_by(part))
-        yield from seen.values()
+
+
+def _is_wrapper(kind: type) -> bool:
+    """Return whether these have a state of their own to be stored. Data that a script keeps at hand have none."""
+    if issubclass(kind, torch.nn.Module | torch.optim.Optimizer | torch.optim.lr_scheduler.LRScheduler):
+        return False
+    names = {name for base in kind.__mro__ for name in vars(base)}
+    return {"state_dict", "load_state_dict"} <= names
 
 
 def _parts(values: Iterable[object], depth: int) -> Iterator[object]:
@@ -50,10 +67,22 @@ def _held_by(item: object) -> Iterator[torch.Tensor]:
     if isinstance(item, torch.Tensor):
         yield item
     elif isinstance(item, torch.nn.Module):
-        for module in item.modules():
+        for module in _modules_of(item):
             held = [*module._parameters.values(), *module._buffers.values()]
             yield from (tensor for tensor in held if tensor is not None)
     elif isinstance(item, torch.optim.Optimizer):
         for state in list(item.state.values()):
             values = list(state.values()) if isinstance(state, dict) else []
             yield from (value for value in values if isinstance(value, torch.Tensor))
+
+
+def _modules_of(item: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """Yield the module and all in it, each once. Not by modules(), which a script may have a form of its own of."""
+    found: dict[int, torch.nn.Module] = {}
+    rest = [item]
+    while rest:
+        module = rest.pop()
+        if id(module) not in found:
+            found[id(module)] = module
+            rest.extend(inner for inner in module._modules.values() if inner is not None)
+    yield from found.values()

@@ -63,13 +63,46 @@ class Optimizers:
         raise NotImplementedError
 
 
-@pytest.mark.parametrize("kind", [App, Average, Optimizers])
+class Whole:
+    """Wrappers in a wrapper, beside data that it does not store."""
+
+    def __init__(self) -> None:
+        self.app, self.averages, self.optimizers = App(), [Average()], Optimizers()
+        self.model = self.app.model  # by a second name
+        self.loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.ones(10_000_000)))
+
+    def state_dict(self) -> dict[str, Any]:
+        parts = {"app": self.app, "average": self.averages[0], "optimizers": self.optimizers}
+        return {name: part.state_dict() for name, part in parts.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize("kind", [App, Average, Optimizers, Whole])
 def test_what_a_wrapper_holds_is_counted_before_its_first_checkpoint(kind: type) -> None:
     tracked = TrackedState()
     tracked.add("all", kind())
     captured = tracked.capture(Step(1), DataPosition([1]))
     real_bytes = sum(tensor.nbytes for tensor in captured.tensors.values())
     assert tracked.estimate_bytes() == pytest.approx(real_bytes, rel=0.1)
+
+
+class Talking(torch.nn.Sequential):
+    """A model with code in every way to its parts."""
+
+    def _refuse(self, *_: object, **__: object) -> Any:
+        raise AssertionError("code of the script")
+
+    modules = named_modules = children = named_children = parameters = named_parameters = buffers = _refuse
+    state_dict = _refuse
+
+
+def test_no_code_of_a_model_is_called() -> None:
+    linear = torch.nn.Linear(400, 1000)
+    tracked = TrackedState()
+    tracked.add("model", Talking(linear, torch.nn.Sequential(torch.nn.BatchNorm1d(1000), linear)))
+    assert tracked.estimate_bytes() == 4 * (400 * 1000 + 1000 + 4 * 1000) + 8
 
 
 class Warmup:
