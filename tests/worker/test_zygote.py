@@ -340,14 +340,16 @@ def preload():
     pathlib.Path({str(seen)!r}).write_text(f"{{os.getpriority(os.PRIO_PROCESS, 0)}} {{session}}")
 def settle(environment): pass
 """
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE, start_new_session=True) as other:  # the tests' own may have none
+        ordinary = session_of(other.pid)
+        other.communicate()
     with nursery_in(tmp_path, {"looking": source}) as it:
-        expected = str(SESSION_NICENESS) if session_of("self") else ""
-        assert seen.read_text().split(" ") == [str(NICENESS), expected]
-        assert session_of(it.ready()) == session_of("self") == ("0" if expected else "")
+        assert seen.read_text().split(" ") == [str(NICENESS), str(SESSION_NICENESS) if ordinary else ""]
+        assert session_of(it.ready()) == ordinary
         rank = it.rank(WAITS).fork()
         started = rank.started()
         for pid in (started.keeper_pid, started.trainer_pid):
-            assert session_of(pid) == session_of("self")
+            assert session_of(pid) == ordinary
         os.kill(started.keeper_pid, signal.SIGQUIT)
         it.until("the keeper is gone", lambda: not alive(started.keeper_pid))
 
