@@ -52,6 +52,7 @@ DATA_PLANE = (
     "store cut off",
     "blob rots",
     "newest condemned",
+    "salvage disturbed",
 )
 STEADY = (
     "lost answers",

@@ -8,6 +8,7 @@ from tests.sim import people
 from tests.sim.etcd import Change, Waylaid
 from tests.sim.machines import Machine
 from tests.sim.network import Link
+from tests.sim.trainers import Entry
 from tests.sim.world import PREFIX
 
 if TYPE_CHECKING:
@@ -101,6 +102,52 @@ def _append_overtaken(storm: "Storm") -> Undo | None:
         world.loop.after(15.0, arrive)
 
     world.etcd.waylay = waylay
+    return undo
+
+
+def _salvage_disturbed(storm: "Storm") -> Undo | None:
+    """A trainer dies when all ranks have staged and nothing can be stored; the leader, once it waits for what they did.
+
+    Another must lead before it is settled what becomes of the checkpoint.
+    """
+    world, undo, lifted = storm.world, Later(), list[Undo | None]()
+
+    def lift() -> None:
+        for each in lifted:
+            if each is not None:
+                each()
+
+    undo.then = lift
+
+    def staged(entry: Entry) -> None:
+        if entry.what != "staged" or undo.due:
+            return
+        same = (entry.of.generation, entry.detail)
+        ranks = {e.of.rank for e in world.diary.entries if e.what == "staged" and (e.of.generation, e.detail) == same}
+        living = [t for node in world.nodes for t in node.living if t.of.generation == entry.of.generation]
+        if not living or len(ranks) < living[0].world_size:
+            return
+        world.diary.readers.remove(staged)
+        storm.say(f"all have staged attempt {entry.detail}: the store is away, and a trainer dies")
+        lifted.append(_store_away(storm))
+        world.etcd.on_change.append(decided)
+        world.loop.after(storm.rng.uniform(0.0, 0.02), dies)
+
+    def dies() -> None:
+        _trainer_ends(storm, -9, "")
+
+    def decided(change: Change) -> None:
+        kind, appended = world.log[-1] if world.log else ("", None)
+        host = world.leader
+        if kind == "SalvageStarted" and appended is change and host is not None and not undo.due:
+            world.etcd.on_change.remove(decided)
+            world.loop.after(storm.rng.choice((0.0, 0.01, 0.1)), strikes, host)
+
+    def strikes(host: Machine) -> None:
+        if not undo.due:
+            lifted.append(storm.rng.choice((_kill, _pause, _lose_etcd))(storm, host))
+
+    world.diary.readers.append(staged)
     return undo
 
 
@@ -355,6 +402,7 @@ FAULTS: dict[str, Callable[["Storm"], Undo | None]] = {
     "coordinator pauses": lambda storm: _pause(storm, storm.host()),
     "coordinator loses etcd": lambda storm: _lose_etcd(storm, storm.host()),
     "append overtaken": _append_overtaken,
+    "salvage disturbed": _salvage_disturbed,
     "append in doubt": _append_in_doubt,
     "coordinator loses workers": _coordinator_loses_workers,
     "command overtaken": _command_overtaken,

@@ -58,6 +58,12 @@ class Diary:
 
     entries: list[Entry] = field(default_factory=list)
     parents: dict[str, tuple[str, int, int]] = field(default_factory=dict)  # state -> (state before, step, generation)
+    readers: list[Callable[[Entry], None]] = field(default_factory=list)  # who lies in wait for an entry
+
+    def add(self, entry: Entry) -> None:
+        self.entries.append(entry)
+        for reader in list(self.readers):
+            reader(entry)
 
 
 @dataclass
@@ -115,7 +121,7 @@ class Trainer:
     def note(self, what: str, detail: str = "") -> None:
         world = self.node.world
         entry = Entry(world.loop.now_s, self.node.machine.name, self.of, what, self.step, self.state, detail)
-        world.diary.entries.append(entry)
+        world.diary.add(entry)
 
     def _later(self, delay_s: float, call: Callable[..., None], *args: object) -> None:
         def unless_dead() -> None:
