@@ -104,6 +104,8 @@ class SimLoop(asyncio.AbstractEventLoop):
     def create_task(
         self, coro: Coroutine[Any, Any, Any], *, name: str | None = None, context: contextvars.Context | None = None
     ) -> SimTask:
+        if self.over:
+            coro.close()  # or Python would say that nobody awaited it
         return SimTask(coro, loop=self, name=name, context=context)
 
     def call_soon(
@@ -202,6 +204,7 @@ class SimLoop(asyncio.AbstractEventLoop):
 
     def run_while(self, wanted: Callable[[], bool], *, until_s: float) -> None:
         """Run until ``wanted()`` is false, time is ``until_s``, or nothing is left to happen."""
+        outside = events._get_running_loop()
         events._set_running_loop(self)
         ready = self._ready
         try:
@@ -218,7 +221,7 @@ class SimLoop(asyncio.AbstractEventLoop):
                     except Exception as error:
                         self.errors.append(error)
         finally:
-            events._set_running_loop(None)
+            events._set_running_loop(outside)
 
     def _next_timer(self) -> bool:
         timers = self._timers

@@ -12,7 +12,7 @@ from pathlib import Path
 from dtrain.proto import agent_pb2 as wire
 from tests.sim import checkers, faults, situations
 from tests.sim.surroundings import installed
-from tests.sim.world import JOB, Shape, World, sweep
+from tests.sim.world import JOB, Shape, World, swept
 
 CPU_S = time.process_time
 CALM_S = 150.0  # after the storm the job ends within this, and what its steps take twice over
@@ -75,10 +75,8 @@ def job_of(shape: Shape) -> wire.Spec:
 
 def run(seed: int, *, watch: Callable[[World, faults.Storm], None] | None = None) -> Verdict:
     """Run the schedule of ``seed``. ``watch`` is called before it begins: for a trace."""
-    try:
+    with swept():
         return _run(seed, watch)
-    finally:
-        sweep()
 
 
 def _run(seed: int, watch: Callable[[World, faults.Storm], None] | None) -> Verdict:

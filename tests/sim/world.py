@@ -1,11 +1,14 @@
 """One world: machines, etcd, a store, a network, coordinators, workers, a client, and the clock they share."""
 
 import asyncio
+import contextlib
 import gc
 import random
 import re
 import shutil
 import sys
+from asyncio import events
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -194,17 +197,27 @@ class World:
             await asyncio.sleep(0.3)
 
     def close(self) -> None:
-        """End the world: what its processes had under way is thrown away, not wound up. Then call :func:`sweep`."""
+        """End the world: what its processes had under way is thrown away, not wound up."""
         self.loop.end()
         for node in self.nodes:
             node.close()
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def sweep() -> None:
-    """Collect what an ended world left, before it could be closed in the middle of the next one."""
-    heard, sys.unraisablehook = sys.unraisablehook, lambda _: None  # coroutines that would like to wind up
+@contextlib.contextmanager
+def swept() -> Iterator[None]:
+    """Have a world in here, and collect afterwards what it left, before it could be closed in the middle of the next.
+
+    Coroutines that would like to wind up find a loop that has ended. Else asyncio would make a real one for what they
+    begin, and keep their whole world in it: each schedule would be slower than the one before.
+    """
+    heard, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    nowhere = SimLoop()
+    nowhere.end()
+    events._set_running_loop(nowhere)
     try:
-        gc.collect()
+        yield
     finally:
+        gc.collect()
+        events._set_running_loop(None)
         sys.unraisablehook = heard

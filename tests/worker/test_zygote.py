@@ -340,7 +340,7 @@ def preload():
     pathlib.Path({str(seen)!r}).write_text(f"{{os.getpriority(os.PRIO_PROCESS, 0)}} {{session}}")
 def settle(environment): pass
 """
-    with subprocess.Popen(["cat"], stdin=subprocess.PIPE, start_new_session=True) as other:  # the tests' own may have none
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE, start_new_session=True) as other:  # the tests' may have none
         ordinary = session_of(other.pid)
         other.communicate()
     with nursery_in(tmp_path, {"looking": source}) as it:
