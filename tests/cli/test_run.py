@@ -112,7 +112,7 @@ def test_the_exit_code_is_the_jobs(tmp_path: Path) -> None:
 def test_a_script_that_raises_at_its_start_ends_the_run_with_its_words(tmp_path: Path) -> None:
     (tmp_path / "boom.py").write_text("raise RuntimeError('no such data set')\n")
     answer = dtrain("run", "boom.py", cwd=tmp_path)
-    assert answer.code == 2, answer
+    assert answer.code == 1, answer
     last = answer.stderr.splitlines()[-1]
     assert "RuntimeError: no such data set" in last
     assert "Traceback" not in answer.stderr

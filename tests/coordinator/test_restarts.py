@@ -120,10 +120,10 @@ def test_a_checkpoint_is_progress_too() -> None:
     assert not failed(cluster).counted
 
 
-def test_a_script_that_may_not_be_restarted_and_cannot_start_exits_with_2() -> None:
+def test_a_script_that_may_not_be_restarted_and_cannot_start_is_given_up_at_once() -> None:
     cluster = one_node(max_restarts=0)
     assert fails(cluster, step=0, error="SyntaxError") == GIVEN_UP
-    assert job_failed(cluster).exit_code == 2
+    assert job_failed(cluster).exit_code == 1
     assert "no restarts allowed" in job_failed(cluster).reason
 
 
@@ -188,12 +188,11 @@ def test_a_script_that_cannot_start_is_given_up_after_the_same_words_twice() -> 
     assert fails(cluster, step=0, error=error) == RESTARTED
     cluster.starts()
     assert fails(cluster, step=0, error=error) == GIVEN_UP
-    assert job_failed(cluster).exit_code == 2
+    assert job_failed(cluster).exit_code == 1
     assert "2 times in a row before it got anywhere" in job_failed(cluster).reason
 
 
 def test_a_script_that_got_somewhere_before_exits_with_its_own_code() -> None:
-    """It did start once, so it was no mistake to ask for it."""
     cluster = one_node(max_restarts=10)
     assert fails(cluster, step=5, code=-9) == RESTARTED
     cluster.starts()
@@ -356,7 +355,7 @@ def test_a_script_that_never_joined_does_not_put_the_checkpoint_in_doubt() -> No
     assert fails(cluster, step=0, error=error) == RESTARTED
     cluster.starts()
     assert fails(cluster, step=0, error=error) == GIVEN_UP
-    assert job_failed(cluster).exit_code == 2
+    assert job_failed(cluster).exit_code == 1
     assert not any(c.quarantined for c in cluster.job().committed.values())
 
 

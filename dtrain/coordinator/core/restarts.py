@@ -24,7 +24,6 @@ from dtrain.coordinator.core.states import JobState, LastFailure, Suspicion
 
 # Once may be chance. The same words at the same step from the same state are not.
 SAME_ERROR_LIMIT = 2
-CANNOT_START_EXIT_CODE = 2  # as for every other mistake in what was asked for
 BACKOFF_FIRST_S = 1.0  # before the second restart in a row without progress; doubled with each further one
 BACKOFF_MAX_S = 30.0  # longer would leave machines idle that may be well again
 
@@ -65,14 +64,14 @@ def verdict(job: JobState) -> Decision | None:
     if last is None:
         return None
     if job.suspicion is not None and _was_not_the_checkpoint(job.suspicion, last):
-        return _failed(job, last, _same_from_older(job.suspicion), cleared=job.suspicion)
+        return _failed(last, _same_from_older(job.suspicion), cleared=job.suspicion)
     if error is not None and error.repeats >= SAME_ERROR_LIMIT:
         if not _is_suspect(job, error):
-            return _failed(job, error, _same_again(error))
+            return _failed(error, _same_again(error))
         if job.restarts_used <= job.spec.max_restarts:
             return _left_aside(error)
     if job.restarts_used > job.spec.max_restarts:
-        return _failed(job, last, _budget_words(job))
+        return _failed(last, _budget_words(job))
     return None
 
 
@@ -109,20 +108,14 @@ def _left_aside(error: LastFailure) -> Decision:
     return Decision(event=event, cause=_cause("same_error_after_restore", error))
 
 
-def _failed(job: JobState, last: LastFailure, why: str, *, cleared: Suspicion | None = None) -> Decision:
+def _failed(last: LastFailure, why: str, *, cleared: Suspicion | None = None) -> Decision:
     event = JobFailed(
         reason=f"{last.reason}{why}",
-        exit_code=CANNOT_START_EXIT_CODE if _never_started(job, last) else last.exit_code,
+        exit_code=last.exit_code,
         cleared=cleared.checkpoint if cleared is not None else None,
     )
     fact = "same_error_again" if last.repeats >= SAME_ERROR_LIMIT or cleared is not None else "restarts_exhausted"
     return Decision(event=event, cause=_cause(fact, last))
-
-
-def _never_started(job: JobState, last: LastFailure) -> bool:
-    """Whether the script raised at its start in every generation of this run: a mistake in what was asked for."""
-    error = job.last_error if job.last_error is not None else last
-    return last.cannot_start and last.exit_code == 1 and job.restarts == error.repeats
 
 
 def _cause(fact: str, last: LastFailure) -> Cause:
