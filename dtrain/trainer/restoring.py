@@ -11,6 +11,8 @@ the worker's. They meet in files, so that neither waits in the other's code and 
    shared by the ranks of the node), and sets the mailbox's restore word to READY;
 4. each trainer copies them to where they belong. Every tensor it holds is its own: the files lie in memory that the
    worker takes back.
+
+A trainer that read everything itself says so, and goes on without the word: nothing is left for it to wait for.
 """
 
 import mmap
@@ -81,6 +83,8 @@ def restore_from_worker(
 
     def bring(needed: set[NeededRange]) -> Mapping[int, memoryview]:
         _write_whole(rank_dir / NEEDS_FILE, encode_needs(needed))
+        if not needed:
+            return {}
         wait_until(lambda: mailbox.restore is RestoreState.READY)
         return _map_shards(folder, needed)
 

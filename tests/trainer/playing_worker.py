@@ -14,7 +14,15 @@ from dtrain.common.names import AttemptNumber, CheckpointNumber, Generation, Ste
 from dtrain.storage.indexes import index_shard
 from dtrain.storage.keys import index_key, shard_key
 from dtrain.storage.manifests import Manifest, ShardEntry, encode
-from dtrain.storage.restore_files import INDEX_FILE, MANIFEST_FILE, RESTORE_FOLDER, SHARD_FILE
+from dtrain.storage.restore_files import (
+    INDEX_FILE,
+    MANIFEST_FILE,
+    RESTORE_FOLDER,
+    SHARD_FILE,
+    SOURCES_FILE,
+    Sources,
+    encode_sources,
+)
 
 DEADLINE_S = 60.0  # longest wait for a fact; a run here takes a few seconds
 ROOT = Path(__file__).parents[2]
@@ -36,10 +44,16 @@ def wait_for(fact: Callable[[], bool], what: str) -> None:
         time.sleep(0.005)
 
 
-def offer(ranks: Sequence["RankFolder"], shards: Sequence[bytes]) -> None:
-    """Give the ranks of one folder a checkpoint of these shards to start from, as a worker would."""
+def offer(ranks: Sequence["RankFolder"], shards: Sequence[bytes], *, at_hand: bool = False) -> None:
+    """Give the ranks of one folder a checkpoint of these shards to start from, as a worker would.
+
+    ``at_hand``: it only points out where on this node they lie, and has not verified anything yet.
+    """
     folder = ranks[0].path.parent / RESTORE_FOLDER
     folder.mkdir()
+    images = {rank: str(folder / SHARD_FILE.format(rank)) for rank in range(len(shards))}
+    if at_hand:
+        (folder / SOURCES_FILE).write_bytes(encode_sources(Sources(images=images)))
     job, checkpoint, attempt = job_name("played"), CheckpointNumber(1), AttemptNumber(1)
     entries = []
     for rank, data in enumerate(shards):
@@ -66,7 +80,7 @@ def offer(ranks: Sequence["RankFolder"], shards: Sequence[bytes]) -> None:
         shards=tuple(entries),
     )
     (folder / MANIFEST_FILE).write_bytes(encode(manifest))
-    for of in ranks:
+    for of in ranks if not at_hand else ():
         of.mailbox.restore = RestoreState.READY
 
 

@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from dtrain.common.mailbox import RestoreState, TrainerPhase, pack, unpack
+from dtrain.storage.restore_files import NEEDS_FILE
 from tests.trainer.playing_worker import RankFolder, offer
 
 SCRIPT = Path(__file__).parent / "ddp_script.py"
@@ -123,7 +124,8 @@ def test_more_ranks_than_before_start_from_the_shards_there_are(tmp_path: Path) 
     assert len(after) == len(set(after)) == 40 and not before & set(after)
 
 
-def test_a_checkpoint_of_the_last_step_leaves_nothing_to_do(tmp_path: Path) -> None:
+@pytest.mark.parametrize("at_hand", [False, True], ids=["brought", "read by itself, the worker's word not waited for"])
+def test_a_checkpoint_of_the_last_step_leaves_nothing_to_do(at_hand: bool, tmp_path: Path) -> None:
     with generation(tmp_path / "g1", world=1) as (rank,):
         start_from_nothing([rank])
         rank.mailbox.request = pack(1, 3)
@@ -131,8 +133,10 @@ def test_a_checkpoint_of_the_last_step_leaves_nothing_to_do(tmp_path: Path) -> N
         _, slot, size_bytes = rank.mailbox.staged
         shard = (rank.path / f"slot{slot}").read_bytes()[:size_bytes]
     with generation(tmp_path / "g2", world=1) as (rank,):
-        offer([rank], [shard])
+        offer([rank], [shard], at_hand=at_hand)
         (seen,) = finish([rank], tmp_path / "second", until=3)
+        assert rank.mailbox.restore is (RestoreState.PENDING if at_hand else RestoreState.READY)
+        assert (json.loads((rank.path / NEEDS_FILE).read_bytes()) == []) is at_hand, "the worker is told what is needed"
         assert seen == {"restored": True, "seen": []}
         assert rank.mailbox.completed_step == 3
     first, second = (load_file(tmp_path / name / "final.safetensors") for name in ("first", "second"))

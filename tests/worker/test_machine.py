@@ -16,6 +16,7 @@ from dtrain.worker.core.actions import (
     JournalTerm,
     OpenRestore,
     PrepareFolders,
+    RemoveRestore,
     SendSnapshot,
     SpawnTrainer,
     Upload,
@@ -344,6 +345,17 @@ def test_a_restore_is_fetched_while_trainers_start_and_opened_to_each_that_runs(
     assert [opened.rank for opened in of_kinds(actions, OpenRestore)] == [0]
     _, actions = run(state, started(1))
     assert [opened.rank for opened in of_kinds(actions, OpenRestore)] == [1]
+
+
+def test_what_was_brought_is_taken_back_from_each_rank_that_has_read_it() -> None:
+    """From the one that was told as soon as it trains, from the one that did not wait for the word with the word."""
+    state, _ = run(node_state(), start(restore=True), ready(), started(0), started(1), mailbox(0, phase="restoring"))
+    state, actions = run(state, mailbox(1, phase="training"))
+    assert of_kinds(actions, RemoveRestore) == [], "another may still need it"
+    state, actions = run(state, RestoreReady(job=JOB, generation=Generation(1)))
+    assert [removed.rank for removed in of_kinds(actions, RemoveRestore)] == [1]
+    _, actions = run(state, mailbox(0, phase="training"))
+    assert [removed.rank for removed in of_kinds(actions, RemoveRestore)] == [0]
 
 
 def test_a_damaged_checkpoint_is_told_and_nothing_else_is_decided() -> None:

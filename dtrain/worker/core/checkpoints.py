@@ -130,6 +130,8 @@ def restore_ready(turn: Turn, ready: RestoreReady) -> None:
     for run in assignment.ranks:
         if run.stage is RankStage.RUNNING:  # the others are told when they run
             turn.act(OpenRestore(job=ready.job, generation=ready.generation, rank=run.rank))
+        if run.phase in _RESTORED:  # it had everything at hand, and did not wait
+            turn.act(RemoveRestore(job=ready.job, generation=ready.generation, rank=run.rank))
 
 
 def restore_damaged(turn: Turn, damaged: RestoreDamaged) -> None:

@@ -44,13 +44,13 @@ def _one_stored(story: Story, told: Told) -> Iterator[str]:
 def whole(story: Story) -> Iterator[str]:
     """The parts that the shards of a committed checkpoint say they hold make up each tensor, once."""
     for told in story.events_of("CheckpointCommitted"):
+        images = [_as_committed(story, shard["key"], shard["digest"], told.at_s) for shard in told.data["shards"]]
+        if None in images:
+            continue  # another checker's
         parts: dict[str, list[tuple[int, int]]] = {}
         sizes: dict[str, int] = {}
-        for shard in told.data["shards"]:
-            found = story.object_at(shard["key"], told.at_s)
-            if found is None or found.data is None or digest(found.data) != shard["digest"]:
-                continue  # another checker's
-            header = json.loads(found.data[8 : 8 + int.from_bytes(found.data[:8], "little")])
+        for image in filter(None, images):
+            header = json.loads(image[8 : 8 + int.from_bytes(image[:8], "little")])
             for name, place in json.loads(header["__metadata__"]["dtrain.layout"]).items():
                 begin, length = place["offsets"][0], header[name]["shape"][0]
                 parts.setdefault(name, []).append((begin, begin + length))
@@ -59,6 +59,14 @@ def whole(story: Story) -> Iterator[str]:
             ends = [0, *(end for _, end in sorted(spans))]
             if [begin for begin, _ in sorted(spans)] != ends[:-1] or ends[-1] != sizes[name]:
                 yield f"checkpoint {told.data['checkpoint']}: {name} of {sizes[name]} is made of {sorted(spans)}"
+
+
+def _as_committed(story: Story, key: str, wanted: str, at_s: float) -> bytes | None:
+    """The bytes that the commit meant, if they were there: the store may have damaged them in the very same moment."""
+    for deed in story.deeds_of(key):
+        if deed.at_s <= at_s and deed.data is not None and digest(deed.data) == wanted:
+            return deed.data
+    return None
 
 
 def acknowledged(story: Story) -> Iterator[str]:
