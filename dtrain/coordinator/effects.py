@@ -8,7 +8,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cached_property, partial
 from typing import assert_never
 
 from dtrain.common import failpoints
@@ -36,7 +36,7 @@ from dtrain.storage.verify import read_index
 
 logger = logging.getLogger(__name__)
 
-THREADS_MAX = 8  # effects are small objects; more at once would only queue in storage
+THREADS_MAX = 8  # for each store: effects are small objects; more at once would only queue there
 READS_MAX = 16  # shards looked at together before a manifest: a commit of 1024 ranks waits for 64 turns, not 1024
 _RETRY_FIRST_S = 0.2
 _RETRY_MAX_S = 10.0
@@ -49,10 +49,7 @@ class EffectRunner:
         self._tell = tell
         self._is_owed = is_owed
         self._running: dict[tuple[str, str, int], asyncio.Task[None]] = {}
-        self._threads = ThreadPoolExecutor(THREADS_MAX, thread_name_prefix="effect")
-        # Their own: an effect that waited here for threads of its own pool could wait for ever.
-        self._reads = ThreadPoolExecutor(READS_MAX, thread_name_prefix="effect-read")
-        self._stores: dict[str, ObjectStore] = {}
+        self._desks: dict[str, _Desk] = {}  # by store: one that hangs holds up its own jobs only
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()  # an effect met a bug
 
     def perform(self, effects: list[Effect]) -> None:
@@ -74,8 +71,9 @@ class EffectRunner:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        self._threads.shutdown(wait=False, cancel_futures=True)
-        self._reads.shutdown(wait=False, cancel_futures=True)
+        for desk in self._desks.values():
+            desk.threads.shutdown(wait=False, cancel_futures=True)
+            desk.reads.shutdown(wait=False, cancel_futures=True)
 
     async def _run(self, effect: Effect) -> None:
         pause_s = _RETRY_FIRST_S
@@ -84,7 +82,8 @@ class EffectRunner:
             await asyncio.wait({writing})  # or the manifest of an aborted attempt would be written behind its sweep
         while True:
             try:
-                fact = await asyncio.get_running_loop().run_in_executor(self._threads, self._perform, effect)
+                desk = self._desk(effect.store)
+                fact = await asyncio.get_running_loop().run_in_executor(desk.threads, _perform, desk, effect)
                 break
             except RetryableError as error:
                 logger.warning("%s is still owed: %s", effect.key, error)
@@ -101,26 +100,40 @@ class EffectRunner:
         await self._tell(fact)
         del self._running[effect.key]
 
-    def _store(self, uri: str) -> ObjectStore:
-        if uri not in self._stores:
-            self._stores[uri] = open_store(uri)
-        return self._stores[uri]
+    def _desk(self, uri: str) -> "_Desk":
+        if uri not in self._desks:
+            self._desks[uri] = _Desk(uri)
+        return self._desks[uri]
 
-    def _perform(self, effect: Effect) -> Fact:
-        store = self._store(effect.store)
-        match effect:
-            case WriteManifest():
-                return _write_manifest(store, effect, self._reads)
-            case WriteMarker():
-                return _write_marker(store, effect)
-            case ReadMarkers():
-                return _read_markers(store, effect)
-            case DeleteAttempt():
-                return _delete_attempt(store, effect)
-            case DeletePacks():
-                return _delete_packs(store, effect)
-            case unreachable:
-                assert_never(unreachable)
+
+class _Desk:
+    """The threads that speak to one store."""
+
+    def __init__(self, uri: str) -> None:
+        self._uri = uri
+        self.threads = ThreadPoolExecutor(THREADS_MAX, thread_name_prefix="effect")
+        # Their own: an effect that waited here for threads of its own pool could wait for ever.
+        self.reads = ThreadPoolExecutor(READS_MAX, thread_name_prefix="effect-read")
+
+    @cached_property
+    def store(self) -> ObjectStore:
+        return open_store(self._uri)
+
+
+def _perform(desk: _Desk, effect: Effect) -> Fact:
+    match effect:
+        case WriteManifest():
+            return _write_manifest(desk.store, effect, desk.reads)
+        case WriteMarker():
+            return _write_marker(desk.store, effect)
+        case ReadMarkers():
+            return _read_markers(desk.store, effect)
+        case DeleteAttempt():
+            return _delete_attempt(desk.store, effect)
+        case DeletePacks():
+            return _delete_packs(desk.store, effect)
+        case unreachable:
+            assert_never(unreachable)
 
 
 def _put_once(store: ObjectStore, key: str, data: bytes) -> None:
@@ -205,16 +218,24 @@ def _delete_packs(store: ObjectStore, effect: DeletePacks) -> PacksGone:
 
 def _read_markers(store: ObjectStore, effect: ReadMarkers) -> MarkersRead:
     found = MarkersRead(job=effect.job, store=effect.store, position_seq=0, key="")
+    known = {keys.marker_key(effect.job, number) for number in effect.known}
     for info in store.list(keys.job_prefix(effect.job)):
-        if not info.key.endswith("/" + keys.MARKER_NAME):
+        key = info.key
+        if not key.endswith("/" + keys.MARKER_NAME) or key in known:
             continue
         try:
-            seq = manifests.decode_marker(store.get(info.key), key=info.key).position_seq
+            marker = manifests.decode_marker(store.get(key), key=key)
+        except NotFound:  # its checkpoint was deleted meanwhile
+            continue
         except ShardDamagedError as error:
             logger.warning("a commit marker says nothing about the log: %s", error)
             continue
-        if seq > found.position_seq:
-            found = MarkersRead(job=effect.job, store=effect.store, position_seq=seq, key=info.key)
+        if marker.position_seq > found.position_seq:
+            found = MarkersRead(job=effect.job, store=effect.store, position_seq=marker.position_seq, key=key)
+        # A manifest is there before its marker and longer than it, unless the marker was put behind the deletion.
+        if store.head(marker.manifest_key) is None:
+            logger.warning("a commit marker came behind the deletion of its checkpoint, and goes too: %s", key)
+            store.delete(key)
     return found
 
 

@@ -37,7 +37,7 @@ from dtrain.coordinator.core.facts import (
     Ticked,
 )
 from dtrain.coordinator.core.observed import Observed
-from dtrain.coordinator.core.reconcile import decide
+from dtrain.coordinator.core.reconcile import DECISIONS_MAX, decide
 from dtrain.coordinator.core.states import JobPhase, JobState
 from dtrain.coordinator.log import Deposed, EventLog
 
@@ -89,6 +89,7 @@ class LeaderLoop:
         self._inbox: asyncio.Queue[Fact | Asked] = asyncio.Queue(INBOX_MAX)
         self._waiting: set[asyncio.Future[JobState]] = set()
         self._over = False  # deposed: nobody takes from the inbox any more
+        self._unfinished: set[JobName] = set()  # jobs of which one round could not decide everything
         self._ticked_s = float("-inf")  # monotonic time at which all active jobs were last reconciled
 
     @property
@@ -151,7 +152,8 @@ class LeaderLoop:
     async def _round(self, batch: list[Fact | Asked]) -> None:
         now = self.now()
         this = Round(now=now)
-        touched = self._due(now)
+        touched = self._due(now) | self._unfinished
+        self._unfinished.clear()
         workers: set[WorkerId] = set()
         for item in batch:
             if isinstance(item, Asked):
@@ -210,7 +212,11 @@ class LeaderLoop:
         if job is None:
             return
         everything = {**self.jobs, **this.changed}
-        decide(job, self.observed, everything, this.now, lambda state, d: self._fold(this, state, name, d))
+        _, decisions = decide(
+            job, self.observed, everything, this.now, lambda state, d: self._fold(this, state, name, d)
+        )
+        if len(decisions) == DECISIONS_MAX:
+            self._unfinished.add(name)
 
     def _admit(self, this: Round, asked: Asked) -> None:
         everything = {**self.jobs, **this.changed}

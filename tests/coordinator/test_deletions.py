@@ -7,13 +7,15 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from dtrain.common.names import AttemptNumber, CheckpointNumber, JobName
+from dtrain.common.names import AttemptNumber, CheckpointNumber, JobName, Step
 from dtrain.common.specs import RetentionPolicy
 from dtrain.coordinator import effects as performing
-from dtrain.coordinator.core.effects import DeleteAttempt, Effect, WriteManifest
-from dtrain.coordinator.core.facts import Fact, ManifestWritten, ObjectsDeleted, ShardPhase
+from dtrain.coordinator.core.effects import DeleteAttempt, Effect, ReadMarkers, WriteManifest
+from dtrain.coordinator.core.facts import Fact, ManifestWritten, ObjectsDeleted, ShardPhase, Ticked
+from dtrain.coordinator.core.observed import AUDIT_EVERY_S
 from dtrain.coordinator.effects import EffectRunner
 from dtrain.storage import keys
+from dtrain.storage.manifests import CommitMarker, encode
 from dtrain.storage.objects import ObjectStore, StorageUnavailable
 from tests.coordinator.support.clusters import DIGEST, JOB, Cluster, spec
 from tests.support.memory_store import Fault, MemoryStore
@@ -235,3 +237,75 @@ def test_an_effect_that_is_not_owed_any_more_ends(store: MemoryStore, monkeypatc
 
     assert performed(ends, is_owed=lambda effect: False) == []
     assert [operation for operation, _ in store.calls] == ["put"]
+
+
+def test_a_marker_that_a_deposed_leader_put_behind_the_deletion_goes_too(store: MemoryStore) -> None:
+    cluster = two_saved(store)
+    marker = encode(
+        CommitMarker(
+            job=MNIST,
+            checkpoint=CheckpointNumber(1),
+            attempt=AttemptNumber(1),
+            step=Step(20),
+            manifest_key=keys.manifest_key(MNIST, CheckpointNumber(1), AttemptNumber(1)),
+            manifest_digest="xxh3-128:" + "0" * 32,
+            position_seq=4,
+            position_digest="0" * 64,
+        )
+    )
+
+    async def deletes(runner: EffectRunner, told: list[Fact]) -> None:
+        runner.perform(deletions(cluster))
+        await until(lambda: told != [])
+
+    [gone] = performed(deletes)
+    cluster.tells(gone)
+    assert cluster.decides() == ["CheckpointDeleted"]
+    store.put(keys.marker_key(MNIST, CheckpointNumber(1)), marker)
+    cluster.tells(Ticked())
+    assert audits(cluster) == []
+    cluster.passes(AUDIT_EVERY_S)
+    cluster.tells(Ticked())
+    owed = audits(cluster)
+    store.calls.clear()
+
+    async def reads(runner: EffectRunner, told: list[Fact]) -> None:
+        runner.perform(owed)
+        await until(lambda: told != [])
+
+    [fact] = performed(reads)
+    assert listed(store) == sorted(checkpoint_keys(2, 2))
+    known = keys.marker_key(MNIST, CheckpointNumber(2))
+    assert ("get", known) not in store.calls, "what the log says need not be read again"
+    cluster.tells(fact)
+    assert audits(cluster) == []
+
+
+def audits(cluster: Cluster) -> list[Effect]:
+    return [effect for effect in cluster.owes() if isinstance(effect, ReadMarkers)]
+
+
+def test_a_store_that_hangs_holds_up_no_other_stores_effects(monkeypatch: pytest.MonkeyPatch) -> None:
+    stores = {"file:///hangs": MemoryStore("hangs"), "file:///answers": MemoryStore("answers")}
+    monkeypatch.setattr(performing, "open_store", stores.__getitem__)
+    hung = threading.Event()
+    stores["file:///hangs"].fail_next(*(Fault(hold=hung) for _ in range(performing.THREADS_MAX)))
+
+    def doomed(store: str, attempt: int) -> DeleteAttempt:
+        return DeleteAttempt(
+            job=JobName(store.rpartition("/")[2]),
+            store=store,
+            checkpoint=CheckpointNumber(1),
+            attempt=AttemptNumber(attempt),
+            committed=False,
+        )
+
+    async def play(runner: EffectRunner, told: list[Fact]) -> None:
+        runner.perform([doomed("file:///hangs", attempt) for attempt in range(1, performing.THREADS_MAX + 1)])
+        await until(lambda: stores["file:///hangs"].faults_left == 0)
+        runner.perform([doomed("file:///answers", 1)])
+        await until(lambda: told != [])
+        hung.set()
+
+    [fact, *_] = performed(play)
+    assert fact == ObjectsDeleted(job=JobName("answers"), attempt=AttemptNumber(1))

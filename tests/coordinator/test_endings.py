@@ -7,7 +7,7 @@ import pytest
 from dtrain.common.errors import UserError
 from dtrain.coordinator.core.commands import CANCEL_GRACE_S, StageCheckpoint, StartTrainers, StopTrainers
 from dtrain.coordinator.core.facts import ShardPhase, SnapshotReceived
-from dtrain.coordinator.core.observed import LOST_AFTER_S
+from dtrain.coordinator.core.observed import LOST_AFTER_S, MUTE_AFTER_S
 from dtrain.coordinator.core.states import JobPhase
 from tests.coordinator.support.clusters import Cluster, spec
 
@@ -107,6 +107,19 @@ def test_a_lost_worker_holds_no_cancellation_up() -> None:
     assert cluster.decides() == []
     cluster.passes(LOST_AFTER_S)
     assert cluster.decides() == ["JobCancelled"]
+
+
+def test_a_worker_that_keeps_its_lease_and_says_nothing_holds_no_cancellation_up_for_ever() -> None:
+    cluster = running("w1")
+    cluster.cancels()
+    successor = cluster.fails_over()
+    successor.registers("w1")
+    successor.passes(MUTE_AFTER_S - 1)
+    assert successor.decides() == []
+    successor.passes(1)
+    assert successor.decides() == ["JobCancelled"]
+    successor.connects("w1")
+    assert ids(successor, "w1") == [STOP], "when it speaks again it is told"
 
 
 def test_a_worker_that_never_got_its_start_command_is_still_told_to_stop() -> None:

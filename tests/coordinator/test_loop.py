@@ -8,7 +8,7 @@ from typing import cast
 import pytest
 
 from dtrain.common.errors import LogDamagedError, UserError
-from dtrain.common.names import CheckpointNumber, Generation, JobName, Term, WorkerId
+from dtrain.common.names import AttemptNumber, CheckpointNumber, Generation, JobName, Term, WorkerId
 from dtrain.coordinator.codec import Entry
 from dtrain.coordinator.core.commands import Command
 from dtrain.coordinator.core.effects import Effect
@@ -16,19 +16,22 @@ from dtrain.coordinator.core.facts import (
     AssignmentReport,
     CancelAsked,
     MarkersRead,
+    ObjectsDeleted,
     QuarantineAsked,
     Registration,
     RestorePhase,
     RestoreReport,
+    ShardPhase,
     SnapshotReceived,
     SubmitAsked,
     Ticked,
     WorkerRegistered,
 )
+from dtrain.coordinator.core.reconcile import DECISIONS_MAX
 from dtrain.coordinator.core.states import JobPhase
 from dtrain.coordinator.log import Deposed, EventLog
 from dtrain.coordinator.loop import LeaderLoop
-from tests.coordinator.support.clusters import PREFIX, spec
+from tests.coordinator.support.clusters import PREFIX, Cluster, spec
 from tests.coordinator.support.nodes import Node
 
 DEADLINE_S = 30.0
@@ -245,3 +248,32 @@ def test_a_loop_that_is_ended_in_the_moment_in_which_a_fact_comes_ends(turns: in
         assert running.cancelled()
 
     in_a_loop(body)
+
+
+def test_what_one_round_could_not_decide_about_an_ended_job_the_next_ones_do() -> None:
+    count = 2 * DECISIONS_MAX + 1
+    cluster = Cluster()
+    cluster.joins("w1")
+    cluster.runs(spec(), step=10)
+    for _ in range(count):
+        cluster.asks_for_checkpoint()
+        cluster.shard(0, ShardPhase.FAILED, reason="disk full")
+        cluster.decides()
+    cluster.finish()
+    assert cluster.decides() == ["JobSucceeded"]
+
+    async def run() -> None:
+        journal = Journal()
+        loop = LeaderLoop(log=cast(EventLog, journal), prefix=PREFIX, jobs=cluster.jobs, outbox=journal)
+        for attempt in range(1, count + 1):
+            await loop.tell(ObjectsDeleted(job=JobName("mnist"), attempt=AttemptNumber(attempt)))
+        running = asyncio.create_task(loop.run())
+        try:
+            async with asyncio.timeout(DEADLINE_S):
+                while loop.jobs[JobName("mnist")].aborted:
+                    await asyncio.sleep(0.01)
+        finally:
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+
+    asyncio.run(run())

@@ -8,7 +8,7 @@ import pytest
 from dtrain.coordinator.core.commands import StopTrainers
 from dtrain.coordinator.core.events import CheckpointAborted, GenerationFailed, GenerationStarted, SalvageStarted
 from dtrain.coordinator.core.facts import ShardPhase, Transfer
-from dtrain.coordinator.core.observed import LOST_AFTER_S
+from dtrain.coordinator.core.observed import LOST_AFTER_S, MUTE_AFTER_S
 from dtrain.coordinator.core.paces import MIB
 from dtrain.coordinator.core.salvages import CLOCKS_DIFFER_S, MANIFEST_WAIT_S, WAIT_MAX_S
 from tests.coordinator.support.clusters import Cluster, spec
@@ -339,6 +339,23 @@ def test_a_new_leader_that_finds_a_dead_rank_hears_all_workers_before_it_gives_a
     successor.registers("w2")
     successor.connects("w2")
     assert successor.decides() == ["SalvageStarted"]
+
+
+def test_a_worker_that_keeps_its_lease_and_never_speaks_to_the_new_leader_is_not_waited_for_without_end() -> None:
+    cluster = in_flight("w1", "w2")
+    stages(cluster)
+    cluster.exits(0, -9)
+    successor = cluster.fails_over()
+    successor.markers_are_read()
+    for worker in ("w1", "w2"):
+        successor.registers(worker)
+    successor.connects("w1")
+    successor.passes(MUTE_AFTER_S - 1)
+    assert successor.decides() == []
+    successor.passes(1)
+    assert successor.decides()[:2] == ["CheckpointAborted", "GenerationFailed"]
+    aborted = successor.last("CheckpointAborted")
+    assert isinstance(aborted, CheckpointAborted) and "w2 has not said what it has" in aborted.reason
 
 
 def test_a_cancelled_job_waits_for_nothing() -> None:

@@ -44,10 +44,16 @@ class WriteMarker:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReadMarkers:
-    """Owed once a leadership for each active job: a marker from beyond the log's end shows that the log lost events."""
+    """Owed for each active job when a leadership begins, and every few minutes.
+
+    A marker from beyond the log's end shows that the log lost events. One without its manifest is a deposed leader's
+    late word about a checkpoint that was deleted meanwhile: it promises what is gone, and goes too.
+    """
 
     job: JobName
     store: str
+    # Checkpoints of which nothing need be read: the log says what their markers say. None are known so the first time.
+    known: frozenset[CheckpointNumber] = field(default=frozenset(), compare=False)
 
     @property
     def key(self) -> tuple[str, JobName, int]:
@@ -102,8 +108,10 @@ def effects_owed(job: JobState, observed: Observed) -> list[Effect]:
         for number, doomed in job.doomed.items()
         if (job.name, number) not in observed.packs_deleted
     ]
-    if job.spec.store and not job.ended and (job.name, job.spec.store) not in observed.audited:
-        owed.append(ReadMarkers(job=job.name, store=job.spec.store))
+    read = (job.name, job.spec.store)
+    if job.spec.store and not job.ended and (read not in observed.audited or read in observed.audits_due):
+        known = frozenset(job.committed) if read in observed.audited else frozenset()
+        owed.append(ReadMarkers(job=job.name, store=job.spec.store, known=known))
     inflight, generation = job.inflight, job.generation
     if inflight is not None and generation is not None and (job.name, inflight.attempt) not in observed.manifests:
         shards = acknowledged(job, generation, inflight, observed)

@@ -35,6 +35,11 @@ LOST_AFTER_S = 0.5
 UNSEEN_LOST_AFTER_S = 3.0
 # A stream that brings nothing for so long is none: six heartbeats. A node whose power fails closes no stream.
 STREAM_SILENT_S = 3.0
+# A worker that keeps its lease and tells this leader nothing for so long does not reach it, or hangs. It is not lost,
+# for its ranks may well train; but nothing that is to be decided may wait for its word any longer.
+MUTE_AFTER_S = 30.0
+# How long what the commit markers of a store say may be old: one listing of a job's keys.
+AUDIT_EVERY_S = 600.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +99,8 @@ class Observed:
     markers: set[tuple[JobName, CheckpointNumber]] = field(default_factory=set)
     deleted: set[tuple[JobName, AttemptNumber]] = field(default_factory=set)  # confirmed by storage
     packs_deleted: set[tuple[JobName, int]] = field(default_factory=set)  # confirmed, by the event that expired them
-    audited: set[tuple[JobName, str]] = field(default_factory=set)  # stores whose commit markers were read
+    audited: dict[tuple[JobName, str], float] = field(default_factory=dict)  # stores whose markers were read, and when
+    audits_due: set[tuple[JobName, str]] = field(default_factory=set)  # of those: read too long ago
     # When a run of a job began to wait for workers. By run: the wait of one that was cancelled is not the next one's.
     pending_since_s: dict[tuple[JobName, int], float] = field(default_factory=dict)
     advances: dict[tuple[JobName, AttemptNumber], Advance] = field(default_factory=dict)  # once its step is passed
@@ -119,6 +125,10 @@ class Observed:
             return now.mono_s - view.absent_since_s >= (LOST_AFTER_S if view.lease_ended else UNSEEN_LOST_AFTER_S)
         silent_s = now.mono_s - view.snapshot_at_s
         return view.registration is None and view.lease_ended and silent_s >= STREAM_SILENT_S
+
+    def mute(self, worker: WorkerId, now: Now) -> bool:
+        """True once the worker has told this leader nothing for so long that nothing may wait for its word."""
+        return now.mono_s - max(self.view(worker).snapshot_at_s, self.since_s) >= MUTE_AFTER_S
 
     def assignment(self, worker: WorkerId, job: JobName, generation: Generation) -> AssignmentReport | None:
         """The worker's report on exactly this generation of the job."""
@@ -155,7 +165,8 @@ class Observed:
                 self.markers.add((job, checkpoint))
                 return {job}
             case MarkersRead(job=job, store=store):
-                self.audited.add((job, store))
+                self.audited[job, store] = now.mono_s
+                self.audits_due.discard((job, store))
                 return {job}
             case ObjectsDeleted(job=job, attempt=attempt):
                 self.deleted.add((job, attempt))
@@ -164,6 +175,8 @@ class Observed:
                 self.packs_deleted.add((job, expired))
                 return {job}
             case Ticked():
+                read_by_s = now.mono_s - AUDIT_EVERY_S
+                self.audits_due.update(read for read, at_s in self.audited.items() if at_s <= read_by_s)
                 return set()
             case unreachable:
                 assert_never(unreachable)

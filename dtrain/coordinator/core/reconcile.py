@@ -106,7 +106,8 @@ def _cancelling(job: JobState, observed: Observed, now: Now) -> Decision | None:
         return Decision(event=aborted, cause=Cause(fact="client_request"))
     if job.generation is not None:
         for member in job.generation.members:
-            if not observed.lost(member.worker, now) and not _stopped(job, job.generation, member, observed):
+            gone = observed.lost(member.worker, now) or observed.mute(member.worker, now)  # told to stop when it comes
+            if not gone and not _stopped(job, job.generation, member, observed):
                 return None
     return Decision(event=JobCancelled(), cause=Cause(fact="all_ranks_ended"))
 

@@ -25,7 +25,7 @@ from dtrain.coordinator.core.checkpoints import acknowledged
 from dtrain.coordinator.core.events import Cause, CheckpointAborted, Decision, GenerationFailed, SalvageStarted
 from dtrain.coordinator.core.facts import Now, ShardPhase, ShardReport
 from dtrain.coordinator.core.failures import reports
-from dtrain.coordinator.core.observed import Observed
+from dtrain.coordinator.core.observed import MUTE_AFTER_S, Observed
 from dtrain.coordinator.core.states import GenerationState, InflightCheckpoint, JobState
 
 WAIT_MAX_S = 60.0  # storage that takes longer may well be down
@@ -66,7 +66,7 @@ def before_failure(
         return None
     match hope:
         case _Hope.UNKNOWN:
-            return None  # a new leader: each worker reports in a moment, or is lost after a while
+            return None  # a new leader: each worker reports in a moment, or is lost or mute after a while
         case _Hope.NONE:
             return _abort(inflight, f"and {lost}", failed)
         case _Hope.STORED | _Hope.STAGED:
@@ -125,6 +125,8 @@ def _hope(
         if report is None:
             if view.snapshot is not None or observed.lost(member.worker, now):
                 return _Hope.NONE, f"{member.worker} has nothing of it"
+            if observed.mute(member.worker, now):
+                return _Hope.NONE, f"{member.worker} has not said what it has for {MUTE_AFTER_S:.0f} s"
             unknown = True
             continue
         shards = {shard.rank: shard for shard in report.shards if shard.attempt == inflight.attempt}
