@@ -9,6 +9,7 @@ import random
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from tests.sim.ambushes import AMBUSHES
 from tests.sim.blobs import Deed
 from tests.sim.etcd import Change
 from tests.sim.machines import Machine
@@ -210,7 +211,7 @@ class Storm:
         """Have one fault happen, and its end be due."""
         if self.over or self.world.ended:
             return
-        undo = FAULTS[kind](self)
+        undo = (FAULTS | AMBUSHES)[kind](self)
         self._count += 1
         number = self._count
         if undo is None:

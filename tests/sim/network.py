@@ -65,7 +65,7 @@ class Network:
         self.servers: dict[str, Server] = {}
         self.machines: dict[str, Machine] = {}  # address -> machine
         self.seen = seen  # counts a situation
-        self.links: set[Link] = set()
+        self.links: dict[Link, None] = {}  # in the order in which they came, the same in every process
         self.hold: Callable[[Link, Any], bool] | None = None  # whether a message to a worker is kept on its way
         self.hears: Callable[[Process, Any], None] = lambda process, message: None  # what is sent up a stream
         self.spoke: dict[str, list[float]] = {}  # worker -> when it reached who had welcomed it
@@ -161,7 +161,7 @@ class Link:
         self._inbox: list[Any] = []
         self._waiter: asyncio.Future[None] | None = None
         self._last_s = [0.0, 0.0]  # arrival of the newest message, to the server and to the client
-        net.links.add(self)
+        net.links[self] = None
         client.at_end.append(self._client_died)
         connecting_s = net.delay_s()
         self._last_s[0] = net.loop.now_s + connecting_s  # nothing arrives before the connection
@@ -204,7 +204,7 @@ class Link:
         if not self.ended:
             self.ended = True
             self._error = error  # type: ignore[assignment]
-            self.net.links.discard(self)
+            self.net.links.pop(self, None)
             if self._client_died in self.client.at_end:
                 self.client.at_end.remove(self._client_died)
             self._wake()
@@ -273,7 +273,7 @@ class Link:
     def _client_died(self) -> None:
         """The kernel resets the connection, if a packet gets there."""
         self.ended = True
-        self.net.links.discard(self)
+        self.net.links.pop(self, None)
         there = self.net.open(self.client.machine, self.server_machine)
         delay_s = self.net.delay_s() if there else self.net.rng.uniform(*NOTICED_S)
         self.net.loop.after(delay_s, self._tell_server)

@@ -1,14 +1,10 @@
-"""The single faults: what each does to the world, and how it is undone."""
+"""The single faults: what each does to the world, and how it is undone. Those that lie in wait are in ambushes.py."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from dtrain.proto import agent_pb2 as wire
 from tests.sim import people
-from tests.sim.etcd import Change, Waylaid
 from tests.sim.machines import Machine
-from tests.sim.network import Link
-from tests.sim.trainers import Entry
 from tests.sim.world import PREFIX
 
 if TYPE_CHECKING:
@@ -16,23 +12,9 @@ if TYPE_CHECKING:
     from tests.sim.nodes import Node
 
 Undo = Callable[[], None]
-KEPT_S = 8.0  # a command that is kept on its way arrives then: long after it was sent again
 
 
-class Later:
-    """The undoing of what has not happened yet."""
-
-    def __init__(self) -> None:
-        self.due = False
-        self.then: Undo | None = None
-
-    def __call__(self) -> None:
-        self.due = True
-        if self.then is not None:
-            self.then()
-
-
-def _kill(storm: "Storm", host: Machine) -> Undo:
+def kill(storm: "Storm", host: Machine) -> Undo:
     storm.say(f"{host.name} is killed")
     storm.world.saw("leader killed" if host is storm.world.leader else "follower killed")
     for process in list(host.processes):
@@ -40,7 +22,7 @@ def _kill(storm: "Storm", host: Machine) -> Undo:
     return lambda: storm.world.start_coordinator(host)
 
 
-def _pause(storm: "Storm", host: Machine) -> Undo:
+def pause(storm: "Storm", host: Machine) -> Undo:
     storm.say(f"{host.name} pauses")
     storm.world.saw("coordinator paused")
     paused, led = list(host.processes), storm.world.leader is host
@@ -57,7 +39,7 @@ def _pause(storm: "Storm", host: Machine) -> Undo:
     return go_on
 
 
-def _lose_etcd(storm: "Storm", host: Machine) -> Undo:
+def lose_etcd(storm: "Storm", host: Machine) -> Undo:
     storm.say(f"{host.name} loses etcd")
     if host is storm.world.leader:
         storm.world.saw("leader cut off from etcd only")
@@ -70,123 +52,6 @@ def _coordinator_loses_workers(storm: "Storm") -> Undo | None:
     if host is storm.world.leader:
         storm.world.saw("leader cut off from workers only")
     return storm.cut(host.name, [node.machine.name for node in storm.world.nodes])
-
-
-def _append_overtaken(storm: "Storm") -> Undo | None:
-    """The leader's next append stays on its way until another leads; its sender dies, sleeps or is cut off by then."""
-    world, undo = storm.world, Later()
-
-    def waylay(append: Waylaid) -> None:
-        host = world.leader
-        if host is None or undo.due:
-            append.arrive()
-            return
-        storm.say(f"an append of {host.name} stays on its way, until another leads")
-        term = world.etcd.value(f"{PREFIX}/leader")
-        undo.then = storm.rng.choice((_kill, _pause, _lose_etcd))(storm, host)
-        arrived = False
-
-        def arrive() -> None:
-            nonlocal arrived
-            if not arrived:
-                arrived = True
-                append.arrive()
-
-        def look(change: Change) -> None:
-            another = change.key == f"{PREFIX}/leader" and change.value is not None and change is not term
-            if another and not arrived:
-                world.saw("append overtaken by another leader's election")
-                world.loop.after(storm.rng.choice((0.0, 0.002, 0.02, 0.5)), arrive)
-
-        world.etcd.on_change.append(look)
-        world.loop.after(15.0, arrive)
-
-    world.etcd.waylay = waylay
-    return undo
-
-
-def _salvage_disturbed(storm: "Storm") -> Undo | None:
-    """A trainer dies when all ranks have staged and nothing can be stored; the leader, once it waits for what they did.
-
-    Another must lead before it is settled what becomes of the checkpoint.
-    """
-    world, undo, lifted = storm.world, Later(), list[Undo | None]()
-
-    def lift() -> None:
-        for each in lifted:
-            if each is not None:
-                each()
-
-    undo.then = lift
-
-    def staged(entry: Entry) -> None:
-        if entry.what != "staged" or undo.due:
-            return
-        same = (entry.of.generation, entry.detail)
-        ranks = {e.of.rank for e in world.diary.entries if e.what == "staged" and (e.of.generation, e.detail) == same}
-        living = [t for node in world.nodes for t in node.living if t.of.generation == entry.of.generation]
-        if not living or len(ranks) < living[0].world_size:
-            return
-        world.diary.readers.remove(staged)
-        storm.say(f"all have staged attempt {entry.detail}: the store is away, and a trainer dies")
-        lifted.append(_store_away(storm))
-        world.etcd.on_change.append(decided)
-        world.loop.after(storm.rng.uniform(0.0, 0.02), dies)
-
-    def dies() -> None:
-        _trainer_ends(storm, -9, "")
-
-    def decided(change: Change) -> None:
-        kind, appended = world.log[-1] if world.log else ("", None)
-        host = world.leader
-        if kind == "SalvageStarted" and appended is change and host is not None and not undo.due:
-            world.etcd.on_change.remove(decided)
-            world.loop.after(storm.rng.choice((0.0, 0.01, 0.1)), strikes, host)
-
-    def strikes(host: Machine) -> None:
-        if not undo.due:
-            lifted.append(storm.rng.choice((_kill, _pause, _lose_etcd))(storm, host))
-
-    world.diary.readers.append(staged)
-    return undo
-
-
-def _append_in_doubt(storm: "Storm") -> Undo | None:
-    """The leader's next append is done, not done or done late, and no answer tells which."""
-    world = storm.world
-
-    def waylay(append: Waylaid) -> None:
-        late_s = storm.rng.choice((None, 0.0, storm.rng.uniform(0.01, 1.0), storm.rng.uniform(1.0, 8.0)))
-        storm.say("an append is lost" if late_s is None else f"an append gets no answer; done after {late_s:.2f} s")
-        world.saw("append in doubt and never done" if late_s is None else "append in doubt and done")
-        if late_s is not None:
-            world.loop.after(late_s, append.arrive_unheard)
-        world.loop.after(storm.rng.uniform(0.001, 0.3), append.fail)
-
-    world.etcd.waylay = waylay
-    return None
-
-
-def _command_overtaken(storm: "Storm") -> Undo | None:
-    """A command stays on its way until the worker has one of a newer generation, or for some seconds."""
-    world, net = storm.world, storm.world.net
-    kept: list[tuple[Link, wire.CoordinatorMessage]] = []
-
-    def hold(link: Link, message: wire.CoordinatorMessage) -> bool:
-        command = message.command
-        if not kept and command.WhichOneof("command") in ("start_trainers", "stop_trainers"):
-            storm.say(f"{command.id} stays on its way to {link.client.machine.name}")
-            kept.append((link, message))
-            world.loop.after(KEPT_S, link.deliver, message)
-            return True
-        if kept and link is kept[0][0] and command.generation > kept[0][1].command.generation:
-            world.saw("command arrived behind one of a newer generation")
-            world.loop.after(storm.rng.uniform(0.005, 0.5), link.deliver, kept[0][1])
-            net.hold = None
-        return False
-
-    net.hold = hold
-    return None
 
 
 def _agent_restarts(storm: "Storm") -> Undo | None:
@@ -260,7 +125,7 @@ def _lose_power(storm: "Storm", node: "Node", *, wipe: bool) -> Undo:
     return node.boot
 
 
-def _trainer_ends(storm: "Storm", code: int, error: str) -> Undo | None:
+def trainer_ends(storm: "Storm", code: int, error: str) -> Undo | None:
     trainer = storm.trainer()
     if trainer is not None:
         storm.say(f"{trainer.of} ends with {code}")
@@ -336,7 +201,7 @@ def _etcd_compacts(storm: "Storm") -> Undo | None:
     return None
 
 
-def _store_away(storm: "Storm") -> Undo | None:
+def store_away(storm: "Storm") -> Undo | None:
     weather = storm.world.blobs.weather
     storm.say("the store is away")
     storm.world.saw("store away")
@@ -398,22 +263,18 @@ def _clock_jumps(storm: "Storm") -> Undo | None:
 
 
 FAULTS: dict[str, Callable[["Storm"], Undo | None]] = {
-    "coordinator dies": lambda storm: _kill(storm, storm.host()),
-    "coordinator pauses": lambda storm: _pause(storm, storm.host()),
-    "coordinator loses etcd": lambda storm: _lose_etcd(storm, storm.host()),
-    "append overtaken": _append_overtaken,
-    "salvage disturbed": _salvage_disturbed,
-    "append in doubt": _append_in_doubt,
+    "coordinator dies": lambda storm: kill(storm, storm.host()),
+    "coordinator pauses": lambda storm: pause(storm, storm.host()),
+    "coordinator loses etcd": lambda storm: lose_etcd(storm, storm.host()),
     "coordinator loses workers": _coordinator_loses_workers,
-    "command overtaken": _command_overtaken,
     "agent restarts": _agent_restarts,
     "registration late": _registration_late,
     "agent dies": _agent_dies,
     "agent pauses": _agent_pauses,
     "machine loses power": lambda storm: _power(storm, wipe=False),
     "machine loses its disk": lambda storm: _power(storm, wipe=True),
-    "trainer dies": lambda storm: _trainer_ends(storm, -9, ""),
-    "trainer raises": lambda storm: _trainer_ends(storm, 1, f"ValueError: bad batch {storm.rng.random()}"),
+    "trainer dies": lambda storm: trainer_ends(storm, -9, ""),
+    "trainer raises": lambda storm: trainer_ends(storm, 1, f"ValueError: bad batch {storm.rng.random()}"),
     "trainer hangs": _trainer_hangs,
     "worker cut off": _worker_cut_off,
     "worker loses etcd": _worker_loses_etcd,
@@ -421,7 +282,7 @@ FAULTS: dict[str, Callable[["Storm"], Undo | None]] = {
     "etcd member down": _etcd_member_down,
     "etcd away": _etcd_away,
     "etcd compacts": _etcd_compacts,
-    "store away": _store_away,
+    "store away": store_away,
     "store full": _store_full,
     "store cut off": _store_cut_off,
     "blob rots": _blob_rots,

@@ -1,0 +1,155 @@
+"""Faults that lie in wait: for one append, one command, one moment of a salvage, and strike just then."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from dtrain.proto import agent_pb2 as wire
+from tests.sim.etcd import Change, Waylaid
+from tests.sim.machines import Machine
+from tests.sim.network import Link
+from tests.sim.strikes import Undo, kill, lose_etcd, pause, store_away, trainer_ends
+from tests.sim.trainers import Entry
+from tests.sim.world import PREFIX
+
+if TYPE_CHECKING:
+    from tests.sim.faults import Storm
+
+KEPT_S = 8.0  # a command that is kept on its way arrives then: long after it was sent again
+
+
+class Later:
+    """The undoing of what has not happened yet."""
+
+    def __init__(self) -> None:
+        self.due = False
+        self.then: Undo | None = None
+
+    def __call__(self) -> None:
+        self.due = True
+        if self.then is not None:
+            self.then()
+
+
+def _append_overtaken(storm: "Storm") -> Undo | None:
+    """The leader's next append stays on its way until another leads; its sender dies, sleeps or is cut off by then."""
+    world, undo = storm.world, Later()
+
+    def waylay(append: Waylaid) -> None:
+        host = world.leader
+        if host is None or undo.due:
+            append.arrive()
+            return
+        storm.say(f"an append of {host.name} stays on its way, until another leads")
+        term = world.etcd.value(f"{PREFIX}/leader")
+        undo.then = storm.rng.choice((kill, pause, lose_etcd))(storm, host)
+        arrived = False
+
+        def arrive() -> None:
+            nonlocal arrived
+            if not arrived:
+                arrived = True
+                append.arrive()
+
+        def look(change: Change) -> None:
+            another = change.key == f"{PREFIX}/leader" and change.value is not None and change is not term
+            if another and not arrived:
+                world.saw("append overtaken by another leader's election")
+                world.loop.after(storm.rng.choice((0.0, 0.002, 0.02, 0.5)), arrive)
+
+        world.etcd.on_change.append(look)
+        world.loop.after(15.0, arrive)
+
+    world.etcd.waylay = waylay
+    return undo
+
+
+def _salvage_disturbed(storm: "Storm") -> Undo | None:
+    """A trainer dies when all ranks have staged and nothing can be stored; the leader, once it waits for what they did.
+
+    Another must lead before it is settled what becomes of the checkpoint.
+    """
+    world, undo, lifted = storm.world, Later(), list[Undo | None]()
+
+    def lift() -> None:
+        for each in lifted:
+            if each is not None:
+                each()
+
+    undo.then = lift
+
+    def staged(entry: Entry) -> None:
+        if entry.what != "staged" or undo.due:
+            return
+        same = (entry.of.generation, entry.detail)
+        ranks = {e.of.rank for e in world.diary.entries if e.what == "staged" and (e.of.generation, e.detail) == same}
+        living = [t for node in world.nodes for t in node.living if t.of.generation == entry.of.generation]
+        if not living or len(ranks) < living[0].world_size:
+            return
+        world.diary.readers.remove(staged)
+        storm.say(f"all have staged attempt {entry.detail}: the store is away, and a trainer dies")
+        lifted.append(store_away(storm))
+        world.etcd.on_change.append(decided)
+        world.loop.after(storm.rng.uniform(0.0, 0.02), dies)
+
+    def dies() -> None:
+        trainer_ends(storm, -9, "")
+
+    def decided(change: Change) -> None:
+        kind, appended = world.log[-1] if world.log else ("", None)
+        host = world.leader
+        if kind == "SalvageStarted" and appended is change and host is not None and not undo.due:
+            world.etcd.on_change.remove(decided)
+            world.loop.after(storm.rng.choice((0.0, 0.01, 0.1)), strikes, host)
+
+    def strikes(host: Machine) -> None:
+        if not undo.due:
+            lifted.append(storm.rng.choice((kill, pause, lose_etcd))(storm, host))
+
+    world.diary.readers.append(staged)
+    return undo
+
+
+def _append_in_doubt(storm: "Storm") -> Undo | None:
+    """The leader's next append is done, not done or done late, and no answer tells which."""
+    world = storm.world
+
+    def waylay(append: Waylaid) -> None:
+        late_s = storm.rng.choice((None, 0.0, storm.rng.uniform(0.01, 1.0), storm.rng.uniform(1.0, 8.0)))
+        storm.say("an append is lost" if late_s is None else f"an append gets no answer; done after {late_s:.2f} s")
+        world.saw("append in doubt and never done" if late_s is None else "append in doubt and done")
+        if late_s is not None:
+            world.loop.after(late_s, append.arrive_unheard)
+        world.loop.after(storm.rng.uniform(0.001, 0.3), append.fail)
+
+    world.etcd.waylay = waylay
+    return None
+
+
+def _command_overtaken(storm: "Storm") -> Undo | None:
+    """A command stays on its way until the worker has one of a newer generation, or for some seconds."""
+    world, net = storm.world, storm.world.net
+    kept: list[tuple[Link, wire.CoordinatorMessage]] = []
+
+    def hold(link: Link, message: wire.CoordinatorMessage) -> bool:
+        command = message.command
+        if not kept and command.WhichOneof("command") in ("start_trainers", "stop_trainers"):
+            storm.say(f"{command.id} stays on its way to {link.client.machine.name}")
+            kept.append((link, message))
+            world.loop.after(KEPT_S, link.deliver, message)
+            return True
+        if kept and link is kept[0][0] and command.generation > kept[0][1].command.generation:
+            world.saw("command arrived behind one of a newer generation")
+            world.loop.after(storm.rng.uniform(0.005, 0.5), link.deliver, kept[0][1])
+            net.hold = None
+        return False
+
+    net.hold = hold
+    return None
+
+
+AMBUSHES: dict[str, Callable[["Storm"], Undo | None]] = {
+    "append overtaken": _append_overtaken,
+    "append in doubt": _append_in_doubt,
+    "command overtaken": _command_overtaken,
+    "salvage disturbed": _salvage_disturbed,
+}
