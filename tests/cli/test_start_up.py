@@ -18,7 +18,7 @@ HEAVY = ("grpc", "torch", "boto3", "numpy", "rich", "msgspec", "psutil", "google
 
 @pytest.mark.parametrize("arguments", [("--help",), ("run", "--help"), ("worker", "--help")])
 def test_help_comes_within_a_quarter_of_a_second(arguments: tuple[str, ...], tmp_path: Path) -> None:
-    """Or, where Python itself takes long to start just then, within four times that of a Python that only imports click."""
+    """Or, where Python itself takes long to start, within four times that of one that only imports click."""
     bare_s, took_s = [], []
     for _ in range(TRIES):
         bare_s.append(_seconds(lambda: subprocess.run([sys.executable, "-c", "import click"], check=True)))
