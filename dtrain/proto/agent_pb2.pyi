@@ -73,7 +73,7 @@ class LogPosition(_message.Message):
     def __init__(self, seq: _Optional[int] = ..., digest: _Optional[str] = ...) -> None: ...
 
 class Snapshot(_message.Message):
-    __slots__ = ("worker", "journal", "incarnation", "number", "term", "role", "version", "host", "address", "slots", "rendezvous_port", "phase", "assignments", "commands")
+    __slots__ = ("worker", "journal", "incarnation", "number", "term", "role", "version", "host", "address", "slots", "rendezvous_port", "phase", "assignments", "commands", "leaving")
     WORKER_FIELD_NUMBER: _ClassVar[int]
     JOURNAL_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
@@ -88,6 +88,7 @@ class Snapshot(_message.Message):
     PHASE_FIELD_NUMBER: _ClassVar[int]
     ASSIGNMENTS_FIELD_NUMBER: _ClassVar[int]
     COMMANDS_FIELD_NUMBER: _ClassVar[int]
+    LEAVING_FIELD_NUMBER: _ClassVar[int]
     worker: str
     journal: str
     incarnation: str
@@ -102,7 +103,8 @@ class Snapshot(_message.Message):
     phase: WorkerPhase
     assignments: _containers.RepeatedCompositeFieldContainer[Assignment]
     commands: _containers.RepeatedCompositeFieldContainer[CommandStatus]
-    def __init__(self, worker: _Optional[str] = ..., journal: _Optional[str] = ..., incarnation: _Optional[str] = ..., number: _Optional[int] = ..., term: _Optional[int] = ..., role: _Optional[str] = ..., version: _Optional[str] = ..., host: _Optional[str] = ..., address: _Optional[str] = ..., slots: _Optional[int] = ..., rendezvous_port: _Optional[int] = ..., phase: _Optional[_Union[WorkerPhase, str]] = ..., assignments: _Optional[_Iterable[_Union[Assignment, _Mapping]]] = ..., commands: _Optional[_Iterable[_Union[CommandStatus, _Mapping]]] = ...) -> None: ...
+    leaving: bool
+    def __init__(self, worker: _Optional[str] = ..., journal: _Optional[str] = ..., incarnation: _Optional[str] = ..., number: _Optional[int] = ..., term: _Optional[int] = ..., role: _Optional[str] = ..., version: _Optional[str] = ..., host: _Optional[str] = ..., address: _Optional[str] = ..., slots: _Optional[int] = ..., rendezvous_port: _Optional[int] = ..., phase: _Optional[_Union[WorkerPhase, str]] = ..., assignments: _Optional[_Iterable[_Union[Assignment, _Mapping]]] = ..., commands: _Optional[_Iterable[_Union[CommandStatus, _Mapping]]] = ..., leaving: _Optional[bool] = ...) -> None: ...
 
 class Assignment(_message.Message):
     __slots__ = ("job", "generation", "phase", "ranks", "shards", "restore", "position")

@@ -110,7 +110,7 @@ def test_ranks_that_their_worker_fenced_were_preempted_though_a_signal_ended_the
 
 def test_ranks_of_a_worker_that_is_shut_down_were_preempted() -> None:
     cluster = two_nodes()
-    cluster.nodes["w2"].phase = "stopping"
+    cluster.nodes["w2"].leaving = True
     cluster.exits(0, 1, error=LOST, at_s=50.0)
     cluster.exits(3, 143, error="caught SIGTERM", at_s=50.1)
     assert "GenerationFailed" in cluster.decides()

@@ -1,6 +1,6 @@
 """When a generation starts, on which workers, why it fails, and when its job may not go on."""
 
-from dtrain.coordinator.core.events import GenerationStarted
+from dtrain.coordinator.core.events import FailureKind, GenerationStarted
 from dtrain.coordinator.core.facts import RestorePhase, StreamClosed, WorkerUnregistered
 from dtrain.coordinator.core.observed import LOST_AFTER_S, UNSEEN_LOST_AFTER_S
 from dtrain.coordinator.core.placement import GATHER_S, waiting_for
@@ -79,13 +79,50 @@ def test_two_jobs_share_the_slots_of_a_worker_and_never_the_same_slot() -> None:
     cluster.joins("w1", slots=4)
     for name in ("a", "b", "c"):
         cluster.submits(spec(name))
-    assert cluster.decides() == ["GenerationStarted", "GenerationStarted"]
-    assert cluster.job("c").phase is JobPhase.PENDING
+    assert cluster.decides() == ["GenerationStarted"]
+    assert cluster.decides() == [], "the port that w1 holds ready is a's"
     cluster.starts("a")
+    assert cluster.decides() == ["GenerationStarted"]
+    assert cluster.generation("a").master_port != cluster.generation("b").master_port
+    assert cluster.job("c").phase is JobPhase.PENDING
     cluster.starts("b")
     cluster.finish("a")
     assert cluster.decides() == ["JobSucceeded", "GenerationStarted"]
     assert cluster.job("c").phase is JobPhase.RUNNING
+
+
+def test_two_jobs_that_start_at_once_on_the_same_workers_meet_at_different_ports() -> None:
+    cluster = Cluster()
+    cluster.joins("w1", "w2", slots=4)
+    for name in ("a", "b", "c"):
+        cluster.submits(spec(name, nnodes_min=2, nnodes_max=2))
+    assert cluster.decides() == ["GenerationStarted", "GenerationStarted"]
+    masters = [cluster.generation(name).members[0].worker for name in ("a", "b")]
+    assert masters == ["w1", "w2"], "the second has its rank 0 where a port is free"
+    assert cluster.decides() == [] and cluster.job("c").phase is JobPhase.PENDING
+
+
+def test_a_worker_that_is_about_to_leave_gets_nothing_to_run() -> None:
+    cluster = Cluster()
+    cluster.joins("w1", "w2")
+    cluster.runs(spec("a", nnodes_max=1), step=10)
+    cluster.nodes["w1"].leaving = True
+    cluster.exits(0, 143, name="a")
+    assert cluster.decides() == RESTARTED
+    assert [member.worker for member in cluster.generation("a").members] == ["w2"]
+    cluster.submits(spec("b"))
+    assert cluster.decides() == [], "it waits for another"
+
+
+def test_a_refusal_of_a_worker_that_leaves_is_nobodys_fault() -> None:
+    cluster = Cluster()
+    cluster.joins("w1", "w2")
+    cluster.submits(spec(nnodes_max=1))
+    assert cluster.decides() == ["GenerationStarted"]
+    cluster.nodes["w1"].leaving = True
+    cluster.answers("w1", "mnist/g1/start", "refused", reason="this worker is shutting down")
+    assert cluster.decides() == RESTARTED
+    assert (failed(cluster).counted, failed(cluster).kind) == (False, FailureKind.PREEMPTED)
 
 
 def test_a_slot_counts_as_taken_while_an_ended_job_still_runs_in_it() -> None:

@@ -142,6 +142,8 @@ def test_what_is_decided_in_one_round_about_several_jobs_is_one_append() -> None
         first = asyncio.create_task(loop.ask(submission("a")))
         await journal.appending.wait()  # the loop is busy: what comes now is the next round's
         others = [asyncio.create_task(loop.ask(submission(name))) for name in "ihgfedcb"]
+        another_port = dataclasses.replace(W1.snapshot(Term(7)), number=2, rendezvous_port=30000)
+        await loop.tell(SnapshotReceived(snapshot=another_port, stream=1))
         refused = asyncio.create_task(loop.ask(CancelAsked(job=JobName("nobody"))))
         await asyncio.sleep(0)
         journal.durable.set()

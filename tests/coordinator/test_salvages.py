@@ -259,7 +259,7 @@ def test_a_worker_that_dies_while_it_is_waited_for_ends_the_wait() -> None:
 def test_a_worker_that_is_shut_down_uploads_nothing_more() -> None:
     cluster = in_flight("w1", "w2")
     stages(cluster)
-    cluster.nodes["w2"].phase = "stopping"
+    cluster.nodes["w2"].leaving = True
     cluster.exits(3, -15)
     assert cluster.decides()[:2] == ["CheckpointAborted", "GenerationFailed"]
 

@@ -335,6 +335,18 @@ def test_mere_progress_waits_for_the_heartbeat_and_a_new_phase_does_not() -> Non
     assert actions == [SendSnapshot()]
 
 
+# ---- leaving -------------------------------------------------------------------------------------------------
+
+
+def test_a_job_that_is_stopped_is_not_the_end_of_the_agent() -> None:
+    """Who looks at another job of this node must not take it for preempted."""
+    state, _ = run(training(), stop())
+    said = project(state)
+    assert (said.phase, said.leaving) == (Phase.STOPPING, False)
+    state, _ = run(state, StopRequested(grace_s=5.0))
+    assert project(state).leaving
+
+
 # ---- restores --------------------------------------------------------------------------------------------
 
 

@@ -141,6 +141,7 @@ class WorkerSnapshot:
     phase: str
     assignments: tuple[AssignmentReport, ...]
     commands: tuple[CommandReport, ...]
+    leaving: bool = False  # its agent was asked to end: it ends what it runs, and starts nothing any more
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -94,10 +94,13 @@ def _refused(job: JobState, generation: GenerationState, observed: Observed) -> 
                 cause = Cause(
                     fact="command_refused", worker=member.worker, snapshot=snapshot.number, detail=command.reason
                 )
-                reason = f"worker {member.worker} refused to start it: {command.reason}"
-                return Decision(
-                    event=GenerationFailed(generation=generation.number, reason=reason, counted=True), cause=cause
+                failed = GenerationFailed(
+                    generation=generation.number,
+                    reason=f"worker {member.worker} refused to start it: {command.reason}",
+                    counted=not snapshot.leaving,  # who is asked to leave when it was chosen already is nobody's fault
+                    kind=FailureKind.PREEMPTED if snapshot.leaving else FailureKind.UNKNOWN,
                 )
+                return Decision(event=failed, cause=cause)
     return None
 
 

@@ -73,8 +73,7 @@ def failed_ranks(reported: Iterable[tuple[Member, AssignmentReport]], observed: 
     """All failed ranks, the first cause first."""
     found = []
     for member, report in reported:
-        snapshot = observed.view(member.worker).snapshot
-        leaving = snapshot is not None and snapshot.phase == "stopping"
+        leaving = observed.view(member.worker).leaving
         for rank in report.ranks:
             if rank.failed:
                 found.append(FailedRank(member=member, report=rank, kind=kind_of(rank, leaving=leaving)))

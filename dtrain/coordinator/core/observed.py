@@ -73,6 +73,11 @@ class WorkerView:
             return self.snapshot.journal
         return self.registration.journal if self.registration is not None else ""
 
+    @property
+    def leaving(self) -> bool:
+        """Whether its agent is ending in order: what it runs is no longer its to keep."""
+        return self.snapshot is not None and self.snapshot.leaving
+
     def assignment(self, job: JobName) -> AssignmentReport | None:
         if self.snapshot is None:
             return None

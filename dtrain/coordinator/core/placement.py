@@ -1,8 +1,8 @@
 """Which workers a generation runs on.
 
-A worker is a candidate if it is connected to this leader, its lease is alive, and it has a free slot for each
-of its ranks. A slot counts as taken while desired state gives it to another job or while the worker reports a
-trainer of another job in it, so that no slot ever runs two trainers. Trainers of the same job's older
+A worker is a candidate if it is connected to this leader, its lease is alive, it is not about to leave, and it has a
+free slot for each of its ranks. A slot counts as taken while desired state gives it to another job or while the worker
+reports a trainer of another job in it, so that no slot ever runs two trainers. Trainers of the same job's older
 generations do not count: the worker ends them before it starts the new ones.
 """
 
@@ -40,7 +40,7 @@ def candidates(job: JobState, observed: Observed, jobs: Mapping[JobName, JobStat
     """Workers this job could run on, best first: those that ran it last, then by name."""
     found = []
     for view in observed.workers.values():
-        if view.snapshot is None or not view.connected or view.registration is None:
+        if view.snapshot is None or not view.connected or view.registration is None or view.leaving:
             continue
         if view.snapshot.slots - taken_slots(view, job.name, jobs) >= job.spec.nproc_per_node:
             found.append(view)
@@ -65,6 +65,23 @@ def _all_back(job: JobState, found: list[WorkerView]) -> bool:
     return job.restarts > 0 and len(found) >= before
 
 
+def _with_a_port(chosen: list[WorkerView], jobs: Mapping[JobName, JobState]) -> list[WorkerView]:
+    """Return them with one first whose port no other job was given; none at all if there is no such one.
+
+    A worker holds another port ready once rank 0 of a generation was spawned, and says so in its next snapshot. Until
+    then the one that it said before belongs to that generation.
+    """
+    given = {
+        (job.generation.members[0].worker, job.generation.master_port)
+        for job in jobs.values()
+        if job.generation is not None
+    }
+    for view in chosen:
+        if view.snapshot is not None and (view.worker, view.snapshot.rendezvous_port) not in given:
+            return [view, *(other for other in chosen if other is not view)]
+    return []
+
+
 def start(job: JobState, observed: Observed, jobs: Mapping[JobName, JobState], now: Now) -> Decision | None:
     """GenerationStarted for a pending job, or None while it must wait."""
     if job.spec.store and (job.name, job.spec.store) not in observed.audited:
@@ -77,7 +94,9 @@ def start(job: JobState, observed: Observed, jobs: Mapping[JobName, JobState], n
         return None
     if len(found) < job.spec.nnodes_max and now.mono_s - since < GATHER_S and not _all_back(job, found):
         return None
-    chosen = found[: job.spec.nnodes_max]
+    chosen = _with_a_port(found[: job.spec.nnodes_max], jobs)
+    if not chosen:
+        return None
     nproc = job.spec.nproc_per_node
     members = tuple(
         Member(

@@ -155,6 +155,6 @@ def _why_lost(shard: ShardReport | None, inflight: InflightCheckpoint, *, upload
 def _gone(observed: Observed, worker: WorkerId, journal: str, now: Now, *, patient: bool) -> bool:
     """Whether this worker will not finish its uploads; ``patient``: a broken stream may be a worker that restarts."""
     view = observed.view(worker)
-    if view.snapshot is None or view.journal != journal or view.snapshot.phase == "stopping":
+    if view.snapshot is None or view.journal != journal or view.leaving:
         return True
     return observed.lost(worker, now) if patient else not view.connected

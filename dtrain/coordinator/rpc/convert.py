@@ -47,6 +47,7 @@ def snapshot_from_wire(message: wire.Snapshot) -> WorkerSnapshot:
         slots=message.slots,
         rendezvous_port=message.rendezvous_port,
         phase=wire.WorkerPhase.Name(message.phase).lower(),
+        leaving=message.leaving,
         assignments=tuple(_assignment(assignment) for assignment in message.assignments),
         commands=tuple(
             CommandReport(

@@ -45,6 +45,7 @@ class AssignmentSnapshot:
 class NodeSnapshot:
     term: Term
     phase: Phase
+    leaving: bool  # the agent was asked to end
     slots: int
     assignments: tuple[AssignmentSnapshot, ...]
     commands: tuple[CommandRecord, ...]
@@ -91,7 +92,11 @@ def project(state: NodeState) -> NodeSnapshot:
         for assignment in state.assignments.values()
     )
     busy = [assignment.phase for assignment in assignments if assignment.phase is not Phase.IDLE]
-    phase = Phase.STOPPING if state.stopping else (busy[0] if busy else Phase.IDLE)
     return NodeSnapshot(
-        term=state.term, phase=phase, slots=state.slots, assignments=assignments, commands=state.commands
+        term=state.term,
+        phase=Phase.STOPPING if state.stopping else (busy[0] if busy else Phase.IDLE),
+        leaving=state.stopping,
+        slots=state.slots,
+        assignments=assignments,
+        commands=state.commands,
     )

@@ -109,6 +109,7 @@ def to_snapshot(
         slots=node.slots,
         rendezvous_port=rendezvous_port,
         phase=_PHASES[node.phase],
+        leaving=node.leaving,
         assignments=[_assignment(assignment, transfers) for assignment in node.assignments],
         commands=[_command(record) for record in node.commands],
     )

@@ -33,6 +33,7 @@ class Node:
     journal: str
     incarnation: str
     phase: str = "idle"
+    leaving: bool = False
     stream: int = 0
     number: int = 0  # of its last snapshot
     held: dict[str, Held] = field(default_factory=dict)
@@ -62,8 +63,9 @@ class Node:
             host=self.name,
             address=f"{self.name}.example:4000",
             slots=self.slots,
-            rendezvous_port=29500,
+            rendezvous_port=29500 + sum(held.generation for held in self.held.values()),  # another for each
             phase=self.phase,
+            leaving=self.leaving,
             assignments=assignments,
             commands=tuple(self.commands),
         )
