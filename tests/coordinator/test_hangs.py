@@ -8,7 +8,7 @@ from dtrain.coordinator import codec
 from dtrain.coordinator.core.commands import TakeStacks
 from dtrain.coordinator.core.events import FailureKind, GenerationFailed, HangFound, HangSuspected, Victim
 from dtrain.coordinator.core.hangs import AUTO_FACTOR, AUTO_FLOOR_S, STACKS_WAIT_S
-from dtrain.coordinator.core.step_clocks import REPORT_GAP_MAX_S
+from dtrain.coordinator.core.step_clocks import LATER_STEPS_MIN, REPORT_GAP_MAX_S
 from tests.coordinator.support.clusters import JOB, Cluster, spec
 
 TIMEOUT_S = 20.0
@@ -233,15 +233,39 @@ def test_without_a_timeout_long_steps_raise_it() -> None:
     assert event.timeout_s == pytest.approx(AUTO_FACTOR * AUTO_FLOOR_S / 2)
 
 
-def test_a_long_first_step_does_not_raise_it() -> None:
+def first_step_takes(seconds: float) -> Cluster:
     cluster = Cluster()
     cluster.joins("w1")
     cluster.runs(spec())
-    cluster.trains(step=0)
+    cluster.trains(step=0, step_s=0.0)
+    cluster.stands_still(seconds)
+    cluster.trains(step=1, step_s=seconds)
+    return cluster
+
+
+@pytest.mark.parametrize(("later", "decided"), [(LATER_STEPS_MIN - 1, []), (LATER_STEPS_MIN, ["HangSuspected"])])
+def test_a_long_first_step_raises_it_only_until_a_few_later_ones_were_seen(later: int, decided: list[str]) -> None:
+    cluster = first_step_takes(AUTO_FLOOR_S)
+    for step in range(2, 2 + later):
+        cluster.trains(step=step)
     cluster.stands_still(AUTO_FLOOR_S)
-    cluster.trains(step=1, step_s=AUTO_FLOOR_S)
-    cluster.trains(step=2)
-    cluster.stands_still(AUTO_FLOOR_S)
+    assert cluster.decides() == decided
+
+
+def test_steps_longer_than_the_floor_are_no_hang() -> None:
+    cluster = first_step_takes(AUTO_FLOOR_S + 100)
+    for step in range(2, LATER_STEPS_MIN + 4):
+        cluster.stands_still(AUTO_FLOOR_S + 100)
+        assert cluster.decides() == [], f"step {step}"
+        cluster.trains(step=step, step_s=AUTO_FLOOR_S + 100)
+
+
+def test_a_new_leader_knows_long_steps_from_the_first_report_that_it_gets() -> None:
+    cluster = first_step_takes(AUTO_FLOOR_S + 100).fails_over()
+    cluster.reconnect()
+    cluster.stands_still(AUTO_FLOOR_S + 100)
+    assert cluster.decides() == []
+    cluster.stands_still(AUTO_FACTOR * (AUTO_FLOOR_S + 100))
     assert cluster.decides() == ["HangSuspected"]
 
 
