@@ -10,6 +10,8 @@ this order:
 
 A signal or an exception of its own is a cause: it decides at once. While nothing but lost connections is known,
 the decision waits a bounded moment for the cause to be reported.
+
+Who could not join because a peer never came lost a connection too: what kept that peer is the cause.
 """
 
 from collections.abc import Iterable
@@ -50,6 +52,10 @@ _LOST_CONNECTION = (
     "sendbytes failed",
     "timed out waiting",
     "wait timeout after",
+    ": wait timeout",  # a file store's whole words; "Lock wait timeout" is a database's
+    "waiting for clients",  # a rank 0 to whose store not everybody came
+    "does not listen at",  # dtrain's own, of a rank 0 that is stuck before it opens its store
+    "application timeout caused pair closure",
     "collective operation timeout",
     "transport endpoint is not connected",
 )
