@@ -63,7 +63,7 @@ _LOST_CONNECTION = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FailedRank:
-    """A rank that ended otherwise than well."""
+    """A rank that ended otherwise than well, or well but too early."""
 
     member: Member
     report: RankReport
@@ -79,12 +79,26 @@ def failed_ranks(reported: Iterable[tuple[Member, AssignmentReport]], observed: 
     """All failed ranks, the first cause first."""
     found = []
     for member, report in reported:
-        snapshot = observed.view(member.worker).snapshot
-        leaving = snapshot is not None and snapshot.phase == "stopping"
+        leaving = agent_leaves(observed, member)
         for rank in report.ranks:
-            if rank.failed:
+            if rank.failed or (leaving and cut_short(rank)):
                 found.append(FailedRank(member=member, report=rank, kind=kind_of(rank, leaving=leaving)))
     return sorted(found, key=_precedence)
+
+
+def agent_leaves(observed: Observed, member: Member) -> bool:
+    """Whether this worker is being shut down, and so ends what it runs."""
+    snapshot = observed.view(member.worker).snapshot
+    return snapshot is not None and snapshot.phase == "stopping"
+
+
+def cut_short(rank: RankReport) -> bool:
+    """Whether a rank ended well before it had done its steps.
+
+    By itself it may: a script that has converged stops. But where its worker is leaving, it was told to: a script that
+    catches SIGTERM saves its state and exits with 0. Of a script that counts no steps nobody knows; its 0 stands.
+    """
+    return rank.succeeded and rank.completed_step < rank.until_step
 
 
 def _precedence(failed: FailedRank) -> tuple[bool, bool, float, int]:
