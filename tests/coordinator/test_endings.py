@@ -6,10 +6,12 @@ import pytest
 
 from dtrain.common.errors import UserError
 from dtrain.coordinator.core.commands import CANCEL_GRACE_S, StageCheckpoint, StartTrainers, StopTrainers
+from dtrain.coordinator.core.events import FailureKind
 from dtrain.coordinator.core.facts import ShardPhase, SnapshotReceived
 from dtrain.coordinator.core.observed import LOST_AFTER_S, MUTE_AFTER_S
 from dtrain.coordinator.core.states import JobPhase
 from tests.coordinator.support.clusters import Cluster, spec
+from tests.coordinator.support.endings import failed
 
 START, STOP = "mnist/g1/start", "mnist/g1/stop"
 
@@ -51,6 +53,37 @@ def test_an_exit_that_nobody_saw_is_a_failure_whatever_its_code() -> None:
     cluster.exits(0, 0)
     cluster.exits(1, 0)
     assert cluster.decides() == ["GenerationFailed", "GenerationStarted"]
+
+
+def drained(*, step: int, until: int, leaving: bool = True) -> Cluster:
+    """The job's worker is shut down; its ranks catch SIGTERM, save, and exit with 0. Another worker is there."""
+    cluster = running("w1")
+    cluster.joins("w2")
+    cluster.trains(step=step, until=until)
+    cluster.nodes["w1"].leaving = leaving
+    for rank in (0, 1):
+        cluster.says(rank, phase="finished")
+        cluster.exits(rank, 0)
+    cluster.loses("w1")
+    return cluster
+
+
+def test_ranks_that_end_with_0_before_their_last_step_because_their_worker_leaves_were_preempted() -> None:
+    cluster = drained(step=500, until=10_000)
+    assert cluster.decides() == ["GenerationFailed", "GenerationStarted"]
+    event = failed(cluster)
+    assert (event.kind, event.counted, event.exit_code) == (FailureKind.PREEMPTED, False, 1)
+    assert event.reason == ("rank 0 on w1 was told to end after step 500 of 10000: its worker is being shut down")
+    assert [member.worker for member in cluster.generation().members] == ["w2"]
+
+
+@pytest.mark.parametrize(
+    ("step", "until", "leaving"),
+    [(10_000, 10_000, True), (0, 0, True), (500, 10_000, False)],
+    ids=["all steps done", "a script that counts none", "ended by itself"],
+)
+def test_ranks_that_end_with_0_have_succeeded_otherwise(step: int, until: int, leaving: bool) -> None:
+    assert drained(step=step, until=until, leaving=leaving).decides() == ["JobSucceeded"]
 
 
 def test_an_ended_job_decides_nothing_more() -> None:

@@ -7,11 +7,14 @@ import pytest
 from dtrain.coordinator.core.events import FailureKind
 from dtrain.coordinator.core.facts import RankState
 from dtrain.coordinator.core.first_causes import FIRST_CAUSE_WAIT_S, VICTIMS_MAX
+from dtrain.coordinator.core.restarts import BACKOFF_FIRST_S
+from dtrain.coordinator.core.states import JobPhase
 from tests.coordinator.support.clusters import Cluster, spec
 from tests.coordinator.support.endings import failed
 
 RESTARTED = ["GenerationFailed", "GenerationStarted"]
 LOST = "RuntimeError: [pair.cc:534] Connection closed by peer [127.0.0.1]:29500"
+NOT_JOINED = "PermanentError: rank 1 could not join the process group of 4 within 600 s"
 TRACE = 'Traceback (most recent call last):\n  File "train.py", line 7, in <module>\nValueError: no such sample'
 
 
@@ -128,6 +131,17 @@ def test_ranks_of_a_worker_that_is_shut_down_were_preempted() -> None:
         (-15, "", FailureKind.KILLED),
         (137, "", FailureKind.KILLED),
         (1, "BrokenPipeError: [Errno 32] Broken pipe", FailureKind.CONNECTION),
+        (1, f"{NOT_JOINED}: Wait timeout", FailureKind.CONNECTION),
+        (1, f"{NOT_JOINED}: wait timeout after 600000ms, keys: /default_pg/0//cpu//0/0", FailureKind.CONNECTION),
+        (
+            1,
+            f"{NOT_JOINED}: Timed out after 601 seconds waiting for clients. 1/2 clients joined.",
+            FailureKind.CONNECTION,
+        ),
+        (1, f"{NOT_JOINED}: rank 0 does not listen at 10.0.0.1:29500", FailureKind.CONNECTION),
+        (1, f"{NOT_JOINED}: rank 0 cannot listen on port 29500: [Errno 98] Address in use", FailureKind.SCRIPT),
+        (1, "OperationalError: (1205, 'Lock wait timeout exceeded')", FailureKind.SCRIPT),
+        (1, "RuntimeError: [pair.cc:598] Application timeout caused pair closure", FailureKind.CONNECTION),
     ],
 )
 def test_an_end_is_of_the_kind_that_its_code_and_words_say(code: int, error: str, kind: FailureKind) -> None:
@@ -137,6 +151,20 @@ def test_an_end_is_of_the_kind_that_its_code_and_words_say(code: int, error: str
     cluster.passes(FIRST_CAUSE_WAIT_S)
     cluster.decides()
     assert failed(cluster).kind is kind
+
+
+def test_a_rank_that_waited_in_vain_for_its_peers_start_is_not_the_scripts_bug() -> None:
+    cluster = two_nodes(step=0)
+    for _ in range(2):
+        cluster.exits(0, 1, error=f"{NOT_JOINED}: Wait timeout", at_s=50.0)
+        cluster.decides()
+        cluster.passes(FIRST_CAUSE_WAIT_S)
+        assert cluster.decides()[0] == "GenerationFailed"
+        assert failed(cluster).kind is FailureKind.CONNECTION
+        cluster.passes(BACKOFF_FIRST_S)
+        cluster.decides()
+        assert cluster.job().phase is JobPhase.RUNNING, "the same words twice ended the job"
+        cluster.starts()
 
 
 KNOWN = "its process held 812 MiB at most, and the limit of the control group /job is 1024 MiB"

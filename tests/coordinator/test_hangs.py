@@ -6,14 +6,21 @@ from dtrain.common.errors import UserError
 from dtrain.common.names import Step, WorkerId
 from dtrain.coordinator import codec
 from dtrain.coordinator.core.commands import TakeStacks
-from dtrain.coordinator.core.events import FailureKind, GenerationFailed, HangFound, HangSuspected, Victim
+from dtrain.coordinator.core.events import FailureKind, HangFound, HangSuspected, Victim
 from dtrain.coordinator.core.hangs import AUTO_FACTOR, AUTO_FLOOR_S, STACKS_WAIT_S
-from dtrain.coordinator.core.step_clocks import REPORT_GAP_MAX_S
+from dtrain.coordinator.core.step_clocks import LATER_STEPS_MIN, REPORT_GAP_MAX_S
 from tests.coordinator.support.clusters import JOB, Cluster, spec
+from tests.coordinator.support.endings import failed
 
 TIMEOUT_S = 20.0
 IN_COLLECTIVE = 'File "/torch/distributed/c10d.py", line 3 in all_reduce\nFile "/a/train.py", line 40 in <module>'
 IN_BACKWARD = 'File "/torch/autograd/graph.py", line 9 in _engine_run_backward\nFile "/a/train.py", line 41 in <module>'
+IN_BUFFERS = (
+    'File "/torch/nn/parallel/distributed.py", line 5 in _sync_buffers\n'
+    'File "/torch/nn/parallel/distributed.py", line 4 in _pre_forward\n'
+    'File "/torch/nn/parallel/distributed.py", line 3 in forward\nFile "/a/train.py", line 38 in <module>'
+)
+IN_ITEM = 'File "/a/train.py", line 42 in <module>'  # loss.item() waits for the GPU
 IN_USER_CODE = 'File "/a/train.py", line 17 in read_file\nFile "/a/train.py", line 39 in <module>'
 
 
@@ -57,11 +64,10 @@ def test_a_generation_in_which_no_rank_completes_a_step_is_asked_where_it_stands
     assert cluster.decides() == ["HangFound", "GenerationFailed", "GenerationStarted"]
     assert (found(cluster).culprit, found(cluster).victims) == (1, (0,))
     assert [stack.rank for stack in found(cluster).stacks] == [1, 0], "the culprit's comes first"
-    failed = cluster.last("GenerationFailed")
-    assert isinstance(failed, GenerationFailed)
-    assert failed.counted and failed.progressed and failed.kind is FailureKind.HANG and failed.step == 50
-    assert failed.victims == (Victim(rank=0, worker=WorkerId("w1")),)
-    assert failed.reason == (
+    event = failed(cluster)
+    assert event.counted and event.progressed and event.kind is FailureKind.HANG and event.step == 50
+    assert event.victims == (Victim(rank=0, worker=WorkerId("w1")),)
+    assert event.reason == (
         "it hung: no rank completed a step for 20 s; rank 1 on w1 seems to be stuck: read_file, /a/train.py:17"
     )
     assert cluster.cause("GenerationFailed") == "hang"
@@ -233,15 +239,39 @@ def test_without_a_timeout_long_steps_raise_it() -> None:
     assert event.timeout_s == pytest.approx(AUTO_FACTOR * AUTO_FLOOR_S / 2)
 
 
-def test_a_long_first_step_does_not_raise_it() -> None:
+def first_step_takes(seconds: float) -> Cluster:
     cluster = Cluster()
     cluster.joins("w1")
     cluster.runs(spec())
-    cluster.trains(step=0)
+    cluster.trains(step=0, step_s=0.0)
+    cluster.stands_still(seconds)
+    cluster.trains(step=1, step_s=seconds)
+    return cluster
+
+
+@pytest.mark.parametrize(("later", "decided"), [(LATER_STEPS_MIN - 1, []), (LATER_STEPS_MIN, ["HangSuspected"])])
+def test_a_long_first_step_raises_it_only_until_a_few_later_ones_were_seen(later: int, decided: list[str]) -> None:
+    cluster = first_step_takes(AUTO_FLOOR_S)
+    for step in range(2, 2 + later):
+        cluster.trains(step=step)
     cluster.stands_still(AUTO_FLOOR_S)
-    cluster.trains(step=1, step_s=AUTO_FLOOR_S)
-    cluster.trains(step=2)
-    cluster.stands_still(AUTO_FLOOR_S)
+    assert cluster.decides() == decided
+
+
+def test_steps_longer_than_the_floor_are_no_hang() -> None:
+    cluster = first_step_takes(AUTO_FLOOR_S + 100)
+    for step in range(2, LATER_STEPS_MIN + 4):
+        cluster.stands_still(AUTO_FLOOR_S + 100)
+        assert cluster.decides() == [], f"step {step}"
+        cluster.trains(step=step, step_s=AUTO_FLOOR_S + 100)
+
+
+def test_a_new_leader_knows_long_steps_from_the_first_report_that_it_gets() -> None:
+    cluster = first_step_takes(AUTO_FLOOR_S + 100).fails_over()
+    cluster.reconnect()
+    cluster.stands_still(AUTO_FLOOR_S + 100)
+    assert cluster.decides() == []
+    cluster.stands_still(AUTO_FACTOR * (AUTO_FLOOR_S + 100))
     assert cluster.decides() == ["HangSuspected"]
 
 
@@ -268,8 +298,15 @@ def test_a_timeout_that_cannot_be_meant_is_refused(value: float) -> None:
         ((IN_USER_CODE, IN_COLLECTIVE, IN_USER_CODE, IN_COLLECTIVE), (51, 51, 50, 50), 2),
         ((IN_COLLECTIVE, IN_COLLECTIVE, "no stack: the process is stopped", IN_COLLECTIVE), (50, 50, 50, 50), 2),
         ((IN_COLLECTIVE, IN_COLLECTIVE, IN_COLLECTIVE, IN_COLLECTIVE), (50, 50, 50, 50), -1),
+        ((IN_BUFFERS, IN_USER_CODE, IN_BUFFERS, IN_BUFFERS), (50, 50, 50, 50), 1),
+        ((IN_ITEM, IN_ITEM, IN_ITEM, IN_COLLECTIVE), (50, 50, 50, 50), -1),
+        ((IN_ITEM, IN_ITEM, IN_ITEM, IN_USER_CODE), (50, 50, 50, 50), 3),
+        (("no stack: its worker did not answer",) * 3 + (IN_COLLECTIVE,), (50, 50, 50, 50), 0),
     ],
-    ids=["elsewhere", "behind", "behind and elsewhere", "stopped", "all alike"],
+    ids=[
+        *("elsewhere", "behind", "behind and elsewhere", "stopped", "all alike"),
+        *("buffers", "most wait for the GPU", "one does not", "silent worker"),
+    ],
 )
 def test_the_culprit_is_the_rank_that_the_others_wait_for(
     stacks: tuple[str, ...], steps: tuple[int, ...], culprit: int
@@ -284,3 +321,32 @@ def test_the_culprit_is_the_rank_that_the_others_wait_for(
     assert cluster.decides()[0] == "HangFound"
     assert found(cluster).culprit == culprit
     assert found(cluster).victims == tuple(rank for rank in range(4) if rank != culprit)
+
+
+@pytest.mark.parametrize("exited", [True, False], ids=["ended with 0", "finished"])
+def test_a_rank_that_ended_its_steps_before_its_peers_is_what_they_wait_for(exited: bool) -> None:
+    cluster = training(workers=2)
+    cluster.says(2, phase="finished", until_step=Step(100), stack_number=1, stack=IN_USER_CODE)
+    if exited:
+        cluster.exits(2, 0)
+    cluster.stands_still(TIMEOUT_S)
+    assert cluster.decides() == ["HangSuspected"]
+    for rank in (0, 1, 3):
+        cluster.says(rank, stack=IN_COLLECTIVE, stack_number=1)
+    assert cluster.decides()[:2] == ["HangFound", "GenerationFailed"]
+    assert (found(cluster).culprit, found(cluster).victims) == (2, (0, 1, 3))
+    assert failed(cluster).reason == (
+        "it hung: no rank completed a step for 20 s; rank 2 on w2 ended its steps after step 50, and its peers go on"
+    )
+
+
+@pytest.mark.parametrize(("step", "until"), [(51, 100), (50, 50)], ids=["further", "all steps done"])
+def test_a_rank_that_has_ended_and_keeps_nobody_waiting_is_not_named(step: int, until: int) -> None:
+    cluster = training()
+    cluster.says(1, phase="finished", completed_step=Step(step), until_step=Step(until))
+    cluster.exits(1, 0)
+    cluster.stands_still(TIMEOUT_S)
+    assert cluster.decides() == ["HangSuspected"]
+    cluster.says(0, stack=IN_USER_CODE, stack_number=1)
+    assert cluster.decides()[0] == "HangFound"
+    assert (found(cluster).culprit, found(cluster).victims) == (0, ())

@@ -210,7 +210,7 @@ def how_it_ended(rank: RankReport) -> str:
     if rank.exit_unknown:
         return "ended unseen"
     if rank.exit_code == 0:
-        return "finished"
+        return f"was told to end after step {rank.completed_step} of {rank.until_step}: its worker is being shut down"
     if rank.out_of_memory and rank.exit_code == -_SIGKILL:
         return f"was killed by the kernel, which was out of memory: {rank.out_of_memory}"
     beside = " (just then the kernel, out of memory, killed a process beside it)" if rank.out_of_memory else ""
@@ -220,7 +220,7 @@ def how_it_ended(rank: RankReport) -> str:
 
 
 def _exit_code(rank: RankReport) -> int:
-    if rank.exit_unknown:
+    if rank.exit_unknown or rank.exit_code == 0:
         return 1
     return rank.exit_code if rank.exit_code > 0 else SIGNAL_EXIT_BASE - rank.exit_code
 

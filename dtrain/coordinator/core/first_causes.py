@@ -10,6 +10,8 @@ this order:
 
 A signal or an exception of its own is a cause: it decides at once. While nothing but lost connections is known,
 the decision waits a bounded moment for the cause to be reported.
+
+Who could not join because a peer never came lost a connection too: what kept that peer is the cause.
 """
 
 from collections.abc import Iterable
@@ -50,6 +52,10 @@ _LOST_CONNECTION = (
     "sendbytes failed",
     "timed out waiting",
     "wait timeout after",
+    ": wait timeout",  # a file store's whole words; "Lock wait timeout" is a database's
+    "waiting for clients",  # a rank 0 to whose store not everybody came
+    "does not listen at",  # dtrain's own, of a rank 0 that is stuck before it opens its store
+    "application timeout caused pair closure",
     "collective operation timeout",
     "transport endpoint is not connected",
 )
@@ -57,7 +63,7 @@ _LOST_CONNECTION = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FailedRank:
-    """A rank that ended otherwise than well."""
+    """A rank that ended otherwise than well, or well but too early."""
 
     member: Member
     report: RankReport
@@ -75,9 +81,18 @@ def failed_ranks(reported: Iterable[tuple[Member, AssignmentReport]], observed: 
     for member, report in reported:
         leaving = observed.view(member.worker).leaving
         for rank in report.ranks:
-            if rank.failed:
+            if rank.failed or (leaving and cut_short(rank)):
                 found.append(FailedRank(member=member, report=rank, kind=kind_of(rank, leaving=leaving)))
     return sorted(found, key=_precedence)
+
+
+def cut_short(rank: RankReport) -> bool:
+    """Whether a rank ended well before it had done its steps.
+
+    By itself it may: a script that has converged stops. But where its worker is leaving, it was told to: a script that
+    catches SIGTERM saves its state and exits with 0. Of a script that counts no steps nobody knows; its 0 stands.
+    """
+    return rank.succeeded and rank.completed_step < rank.until_step
 
 
 def _precedence(failed: FailedRank) -> tuple[bool, bool, float, int]:

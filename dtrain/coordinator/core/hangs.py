@@ -16,13 +16,14 @@ What is no hang is told apart by the trainers' own words (their phases) and by t
 While any rank is in one of these, the generation is not judged: the others may well wait for it. What such a phase
 may take is bounded elsewhere: by the timeouts of the process group, and of checkpoints.
 
-A rank that has done its last step (holding, finished) excuses nobody, and is not waited for itself.
+A rank that has done its last step (holding, finished) excuses nobody, and is not waited for itself. Nor is one that
+ended with code 0; but if it ended its steps before its peers had done theirs, it is what they wait for.
 """
 
 from dataclasses import dataclass
 
 from dtrain.common.names import Step
-from dtrain.coordinator.core.culprits import Standing, culprit_of, top_of
+from dtrain.coordinator.core.culprits import LEFT, Standing, culprit_of, top_of
 from dtrain.coordinator.core.events import (
     Cause,
     Decision,
@@ -54,9 +55,10 @@ _DONE = frozenset({"holding", "finished"})
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Seen:
-    """All ranks of the generation that have not exited, as they were last reported."""
+    """All ranks of the generation, as they were last reported."""
 
-    ranks: tuple[tuple[str, RankReport], ...]  # (worker, report), by rank
+    ranks: tuple[tuple[str, RankReport], ...]  # (worker, report), by rank; those that have not exited
+    exited: tuple[tuple[str, RankReport], ...]  # the others: with code 0, or the generation would have failed
 
     @property
     def steps_sum(self) -> int:
@@ -110,8 +112,10 @@ def _look(job: JobState, generation: GenerationState, observed: Observed) -> _Se
     found = [(member.worker, rank) for member, report in reports(job, generation, observed) for rank in report.ranks]
     if len(found) != generation.world_size:
         return None
+    found.sort(key=lambda pair: pair[1].rank)
     return _Seen(
-        ranks=tuple(sorted((pair for pair in found if pair[1].state is not RankState.EXITED), key=lambda p: p[1].rank))
+        ranks=tuple(pair for pair in found if pair[1].state is not RankState.EXITED),
+        exited=tuple(pair for pair in found if pair[1].state is RankState.EXITED),
     )
 
 
@@ -151,6 +155,7 @@ def _find(generation: GenerationState, suspicion: HangSuspected, seen: _Seen) ->
         for worker, rank in seen.ranks
         if rank.phase not in _DONE
     ]
+    standings += _left(seen, step=min(standing.step for standing in standings))
     culprit = culprit_of(standings)
     order = sorted(standings, key=lambda s: (culprit is None or s.rank != culprit.rank, s.rank))[:STACKS_KEPT]
     event = HangFound(
@@ -166,6 +171,24 @@ def _find(generation: GenerationState, suspicion: HangSuspected, seen: _Seen) ->
     return Decision(event=event, cause=Cause(fact="no_progress"))
 
 
+def _left(seen: _Seen, *, step: int) -> list[Standing]:
+    """The ranks that ended their steps no later than after ``step``, the last that all others completed."""
+    return [
+        Standing(
+            rank=rank.rank,
+            worker=worker,
+            step=rank.completed_step,
+            stack=f"{LEFT} after step {rank.completed_step}, and its peers go on"
+            + (f"\n{rank.stack}" if rank.state is not RankState.EXITED else ""),
+            left=True,
+        )
+        for worker, rank in (*seen.exited, *seen.ranks)
+        if (rank.state is RankState.EXITED or rank.phase in _DONE)
+        and rank.completed_step <= step
+        and rank.completed_step != rank.until_step  # who has done all of its steps keeps nobody from theirs
+    ]
+
+
 def _victims(generation: GenerationState, found: HangFound) -> tuple[Victim, ...]:
     if found.culprit < 0:
         return ()
@@ -179,9 +202,10 @@ def _failed(generation: GenerationState, found: HangFound) -> Decision:
     error = ""
     if found.culprit >= 0:
         first = found.stacks[0]
-        error = f"stuck: {top_of(first.stack)}"
+        left = first.stack.startswith(LEFT)
+        error = top_of(first.stack) if left else f"stuck: {top_of(first.stack)}"
         cause = Cause(fact="hang", worker=first.worker, rank=first.rank, detail=error, traceback=first.stack)
-        reason += f"; rank {first.rank} on {first.worker} seems to be {error}"
+        reason += f"; rank {first.rank} on {first.worker} {error if left else f'seems to be {error}'}"
     event = GenerationFailed(
         generation=generation.number,
         reason=reason,
