@@ -126,6 +126,19 @@ def test_a_stream_that_stays_open_and_says_nothing_is_no_sign_of_life() -> None:
     assert cluster.decides() == ["GenerationFailed"]
 
 
+def test_a_key_that_comes_back_at_once_was_not_lost_even_where_nothing_is_heard_of_its_worker() -> None:
+    """A late put of an earlier life binds the key to a lease that ends just then; its owner puts it anew."""
+    cluster = running("w1", "w2")
+    cluster.passes(STREAM_SILENT_S * 10)
+    cluster.reports("w2")
+    cluster.tells(WorkerUnregistered(worker=cluster.nodes["w1"].name))
+    assert cluster.decides() == []
+    cluster.passes(LOST_AFTER_S - 0.1)
+    cluster.registers("w1")
+    cluster.passes(STREAM_SILENT_S * 10)
+    assert cluster.decides() == []
+
+
 def test_a_worker_without_a_lease_that_goes_on_reporting_is_not_lost() -> None:
     cluster = running("w1", "w2")
     cluster.tells(WorkerUnregistered(worker=cluster.nodes["w1"].name))

@@ -29,7 +29,8 @@ from dtrain.coordinator.core.facts import (
 from dtrain.coordinator.core.step_clocks import StepClocks
 
 # A worker counts as lost when it has neither a lease nor a stream for a while. Where this leader saw the lease end,
-# the worker has had the lease's whole time to live to come back, and only a stream that is opened again is waited for.
+# the worker has had the lease's whole time to live to come back, and only a stream that is opened again is waited for,
+# or a key that a late put of an earlier life took along with its own lease: its owner puts that right at once.
 LOST_AFTER_S = 0.5
 # Where a leader never saw the lease, the worker may not have found this leader yet.
 UNSEEN_LOST_AFTER_S = 3.0
@@ -61,7 +62,7 @@ class WorkerView:
     snapshot: WorkerSnapshot | None = None  # the newest that reached this leader
     snapshot_at_s: float = 0.0  # monotonic
     absent_since_s: float | None = None  # monotonic; since when neither lease nor stream was there
-    lease_ended: bool = False  # this leader saw its lease end, and no newer one since
+    lease_ended_s: float | None = None  # monotonic; when this leader saw its lease end, with no newer one since
 
     @property
     def connected(self) -> bool:
@@ -127,9 +128,11 @@ class Observed:
         """True once the worker has been without lease and stream for long enough."""
         view = self.view(worker)
         if view.absent_since_s is not None:
-            return now.mono_s - view.absent_since_s >= (LOST_AFTER_S if view.lease_ended else UNSEEN_LOST_AFTER_S)
-        silent_s = now.mono_s - view.snapshot_at_s
-        return view.registration is None and view.lease_ended and silent_s >= STREAM_SILENT_S
+            seen = view.lease_ended_s is not None
+            return now.mono_s - view.absent_since_s >= (LOST_AFTER_S if seen else UNSEEN_LOST_AFTER_S)
+        if view.registration is not None or view.lease_ended_s is None:
+            return False
+        return now.mono_s - view.lease_ended_s >= LOST_AFTER_S and now.mono_s - view.snapshot_at_s >= STREAM_SILENT_S
 
     def mute(self, worker: WorkerId, now: Now) -> bool:
         """True once the worker has told this leader nothing for so long that nothing may wait for its word."""
@@ -146,11 +149,12 @@ class Observed:
             case WorkerRegistered(registration=registration):
                 view = self.view(registration.worker)
                 view.registration = registration
-                view.lease_ended = False
+                view.lease_ended_s = None
                 return self._presence_changed(view, now)
             case WorkerUnregistered(worker=worker):
                 view = self.view(worker)
-                view.lease_ended = view.lease_ended or view.registration is not None
+                if view.registration is not None:
+                    view.lease_ended_s = now.mono_s
                 view.registration = None
                 return self._presence_changed(view, now)
             case StreamClosed(worker=worker, stream=stream):
