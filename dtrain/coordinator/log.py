@@ -25,7 +25,7 @@ from dtrain.coordinator.core.events import CheckpointCommitted
 from dtrain.coordinator.core.evolve import evolve
 from dtrain.coordinator.core.states import JobState
 from dtrain.coordinator.election import Leadership
-from dtrain.coordinator.history import read_all
+from dtrain.coordinator.history import in_slices, read_all
 from dtrain.etcd.client import EtcdClient
 from dtrain.etcd.errors import EtcdRefused
 from dtrain.etcd.transactions import absent, create_revision_is, put
@@ -133,15 +133,15 @@ def _batches(entries: Sequence[Entry]) -> list[list[Entry]]:
 
 
 async def replay(client: EtcdClient, prefix: str) -> dict[JobName, JobState]:
-    """Fold every job's log. Raises LogDamagedError naming the key of the first event that does not fit."""
+    """Fold every job's log, and let others run meanwhile: a lease must live through a log of any length.
+
+    Raises LogDamagedError naming the key of the first event that does not fit, and Compacted.
+    """
+    found = await read_all(client, prefix)
     jobs: dict[JobName, JobState] = {}
-    for name, events in (await read_all(client, prefix)).items():
-        state: JobState | None = None
-        for event in events:
-            try:
-                state = evolve(state, event)
-            except InvariantError as error:
-                raise LogDamagedError(event.key, str(error)) from error
-        if state is not None:
-            jobs[name] = state
+    async for name, event in in_slices((name, event) for name, events in found.items() for event in events):
+        try:
+            jobs[name] = evolve(jobs.get(name), event)
+        except InvariantError as error:
+            raise LogDamagedError(event.key, str(error)) from error
     return jobs
