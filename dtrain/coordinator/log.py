@@ -2,7 +2,10 @@
 
 One transaction carries everything decided in a round, for all jobs. It succeeds only while the leader key's
 create revision is still this leader's term and the first new sequence number of each job is still free; the
-numbers after it are then free too, because events are only ever appended in whole transactions.
+numbers after it are then free too, because events are only ever appended in order and in whole transactions.
+What is too much for one transaction is cut into several, if need be between two events of a job: each event folds
+on its own, so a successor that finds only the first of them goes on from there. Nothing is acted upon before all
+are durable.
 
 A lost answer is resolved by reading back: the transaction is atomic, so if the first event is there with
 exactly these bytes, all of it is; if the key is absent it was not applied, or not yet, and trying again is
@@ -13,7 +16,7 @@ bytes of another mean that another leads.
 import asyncio
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 
 from dtrain.common import failpoints
@@ -115,13 +118,31 @@ class EventLog:
             raise Deposed(f"the lease of term {self.term} is over")
 
 
+def _size_bytes(events: Sequence[Entry]) -> int:
+    return sum(len(entry.value) + len(entry.record.key) for entry in events)
+
+
+def _pieces(entries: Sequence[Entry]) -> Iterator[list[Entry]]:
+    """Each job's events, cut where they are too many or too large for any transaction."""
+    for _, group in groupby(entries, key=lambda entry: entry.record.job):
+        piece: list[Entry] = []
+        piece_bytes = 0
+        for entry in group:
+            entry_bytes = _size_bytes([entry])
+            if piece and (len(piece) == TXN_EVENTS_MAX or piece_bytes + entry_bytes > TXN_BYTES_MAX):
+                yield piece
+                piece, piece_bytes = [], 0
+            piece.append(entry)
+            piece_bytes += entry_bytes
+        yield piece
+
+
 def _batches(entries: Sequence[Entry]) -> list[list[Entry]]:
     """Cut into transactions within etcd's limits. A job's events stay in one where they fit."""
     batches: list[list[Entry]] = [[]]
     jobs = size_bytes = 0
-    for _, group in groupby(entries, key=lambda entry: entry.record.job):
-        events = list(group)
-        group_bytes = sum(len(entry.value) + len(entry.record.key) for entry in events)
+    for events in _pieces(entries):
+        group_bytes = _size_bytes(events)
         full = len(batches[-1]) + len(events) > TXN_EVENTS_MAX
         if batches[-1] and (full or jobs == TXN_JOBS_MAX or size_bytes + group_bytes > TXN_BYTES_MAX):
             batches.append([])

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator
+from typing import Any
 
 import pytest
 
@@ -12,8 +13,8 @@ from dtrain.coordinator.core.events import CancelRequested, JobCancelled, JobSub
 from dtrain.coordinator.core.states import JobPhase
 from dtrain.coordinator.election import leader_key
 from dtrain.coordinator.history import follow_history, read_all, read_history
-from dtrain.coordinator.log import TXN_EVENTS_MAX, TXN_JOBS_MAX, Deposed, EventLog, replay
-from dtrain.etcd.client import EtcdClient
+from dtrain.coordinator.log import TXN_BYTES_MAX, TXN_EVENTS_MAX, TXN_JOBS_MAX, Deposed, EventLog, replay
+from dtrain.etcd.client import EtcdClient, TxnResult
 from tests.coordinator.support.clusters import PREFIX, spec
 from tests.coordinator.support.logs import DEADLINE_S, entries, leading, story
 from tests.support.etcd_server import EtcdServer
@@ -83,6 +84,68 @@ def test_more_than_fits_into_one_transaction_is_appended_in_order(etcd: EtcdServ
         kvs, _ = await client.range_prefix(f"{PREFIX}/jobs/")
         revisions = [kv.create_revision for kv in kvs]
         assert revisions == sorted(revisions) and len(set(revisions)) > 2
+
+    with_client(etcd, body)
+
+
+def test_a_jobs_events_that_fit_into_one_transaction_are_never_parted(etcd: EtcdServer) -> None:
+    async def body(client: EtcdClient) -> None:
+        async with leading(client) as leadership:
+            first = entries(leadership.term, story(20, job="a"), job="a")
+            whole = entries(leadership.term, story(TXN_EVENTS_MAX // 3))
+            await EventLog(client, leadership).append(first + whole)
+        kvs, _ = await client.range_prefix(events_prefix(PREFIX, MNIST))
+        assert (len(kvs), len({kv.create_revision for kv in kvs})) == (TXN_EVENTS_MAX // 3 * 3, 1)
+
+    with_client(etcd, body)
+
+
+@pytest.mark.parametrize(
+    ("runs", "detail_bytes", "transactions"),
+    [(TXN_EVENTS_MAX, 0, 3), (10, TXN_BYTES_MAX // 10, 4)],
+    ids=["too many", "too large"],
+)
+def test_what_was_decided_about_one_job_is_cut_where_it_is_too_much_for_a_transaction(
+    etcd: EtcdServer, runs: int, detail_bytes: int, transactions: int
+) -> None:
+    async def body(client: EtcdClient) -> None:
+        async with leading(client) as leadership:
+            made = entries(leadership.term, story(runs), detail="x" * detail_bytes)
+            await EventLog(client, leadership).append(made)
+            more = entries(leadership.term, story(runs + 1)[-3:], after=made[-1])
+            await EventLog(client, leadership).append(more)
+        kvs, _ = await client.range_prefix(events_prefix(PREFIX, MNIST))
+        assert [kv.value for kv in kvs] == [entry.value for entry in made + more]
+        assert len({kv.create_revision for kv in kvs}) == transactions + 1
+        assert (await replay(client, PREFIX))[MNIST].run == runs + 1
+
+    with_client(etcd, body)
+
+
+def test_a_leader_that_is_deposed_between_two_transactions_leaves_a_prefix_that_its_successor_goes_on_from(
+    etcd: EtcdServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body(client: EtcdClient) -> None:
+        async with leading(client) as old:
+            made = entries(old.term, story(TXN_EVENTS_MAX))
+            real = client.txn
+
+            async def then_lose_the_key(*parts: Any) -> TxnResult:
+                result = await real(*parts)
+                await client.delete(leader_key(PREFIX))
+                return result
+
+            monkeypatch.setattr(client, "txn", then_lose_the_key)
+            with pytest.raises(Deposed):
+                await EventLog(client, old).append(made)
+        monkeypatch.undo()
+        found = (await replay(client, PREFIX))[MNIST]
+        last = made[TXN_EVENTS_MAX - 1]
+        assert found.position == last.record.position
+        async with leading(client) as new:
+            rest = [entry.record.event for entry in made[TXN_EVENTS_MAX : TXN_EVENTS_MAX + 2]]
+            await EventLog(client, new).append(entries(new.term, rest, after=last))
+        assert (await replay(client, PREFIX))[MNIST].position.seq == TXN_EVENTS_MAX + 2
 
     with_client(etcd, body)
 
