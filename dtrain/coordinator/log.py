@@ -63,6 +63,23 @@ class EventLog:
         """Newest revision of this etcd. Raises RetryableError."""
         return (await self._client.status()).revision
 
+    async def require_newest(self) -> None:
+        """Return if the leader key in etcd is still of this term; raise Deposed otherwise.
+
+        The local clock cannot say so: it stood still while this machine did.
+        """
+        while True:
+            self._require_leadership()
+            try:
+                kv = await self._client.get(self._leadership.key)
+            except RetryableError as error:
+                logger.warning("cannot read who leads: %s", error)
+                await asyncio.sleep(_RETRY_FIRST_S)
+                continue
+            if kv is None or kv.create_revision != self.term:
+                raise Deposed(f"the leader key is not of term {self.term} any more")
+            return
+
     async def append(self, entries: Sequence[Entry]) -> None:
         """Make all entries durable, in order. Raises Deposed; then some, and only a prefix, may be durable."""
         for batch in _batches(entries):

@@ -201,6 +201,24 @@ def test_a_leader_cannot_append_once_another_leads(etcd: EtcdServer) -> None:
     with_client(etcd, body)
 
 
+@pytest.mark.parametrize("succeeded", [True, False])
+def test_a_leader_learns_from_etcd_that_it_is_none_any_more_though_its_clock_stood_still(
+    etcd: EtcdServer, succeeded: bool
+) -> None:
+    async def body(client: EtcdClient) -> None:
+        async with leading(client) as old:
+            log = EventLog(client, old)
+            await log.require_newest()
+            await client.delete(leader_key(PREFIX))
+            if succeeded:
+                await client.put(leader_key(PREFIX), b"another's")
+            assert old.alive()
+            with pytest.raises(Deposed):
+                await log.require_newest()
+
+    with_client(etcd, body)
+
+
 def test_a_sequence_number_that_is_taken_is_never_written_again(etcd: EtcdServer) -> None:
     async def body(client: EtcdClient) -> None:
         async with leading(client) as leadership:
