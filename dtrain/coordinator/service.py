@@ -27,7 +27,7 @@ from dtrain.coordinator.rpc.jobs import JobRequests
 from dtrain.coordinator.workers import follow_registrations
 from dtrain.etcd.client import EtcdClient
 from dtrain.etcd.errors import Compacted
-from dtrain.proto import agent_pb2_grpc
+from dtrain.proto import MESSAGE_MAX_BYTES, agent_pb2_grpc
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +39,8 @@ _SERVER_OPTIONS = (
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.keepalive_time_ms", 6000),
     ("grpc.http2.ping_timeout_ms", 3000),
+    ("grpc.max_receive_message_length", MESSAGE_MAX_BYTES),
+    ("grpc.max_send_message_length", MESSAGE_MAX_BYTES),
     ("grpc.so_reuseport", 0),  # a second coordinator on the same port must fail, not share it
 )
 _ANY_HOST = ("0.0.0.0", "::", "[::]", "")
