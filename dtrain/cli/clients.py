@@ -17,6 +17,7 @@ import grpc.aio
 
 from dtrain.common.errors import RetryableError, UserError
 from dtrain.etcd.client import EtcdClient
+from dtrain.proto import MESSAGE_MAX_BYTES
 from dtrain.proto import agent_pb2 as wire
 from dtrain.standalone.data_folder import DataFolder
 
@@ -28,7 +29,7 @@ PROBE_S = 3.0  # how long etcd may take to answer a first question
 CHANNEL_OPTIONS = (
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.http2.ping_timeout_ms", 3_000),  # what counts in grpcio; keepalive_timeout_ms is ignored
-    ("grpc.max_receive_message_length", 64 * 1024 * 1024),  # status of a cluster with thousands of ranks
+    ("grpc.max_receive_message_length", MESSAGE_MAX_BYTES),
 )
 
 

@@ -13,8 +13,12 @@ from dtrain.common.digests import chain_digest
 from dtrain.common.errors import LogDamagedError, UserError
 from dtrain.common.names import JobName
 from dtrain.coordinator.core.events import Cause, Decision, Event, RecordedEvent
+from dtrain.etcd.transactions import REQUEST_MAX_BYTES
 
 SEQ_DIGITS = 12
+# What of an event grows with its job, encoded. An event must fit into one request to etcd: what is larger has to be
+# refused before it is decided, since no leader could ever append it. The room is for the rest of the event and its key.
+DATA_BYTES_MAX = REQUEST_MAX_BYTES - 64 * 1024
 _TYPES: dict[str, type] = {kind.__name__: kind for kind in get_args(Event)}
 GENESIS_DIGEST = chain_digest(b"")  # what the first event names as the one before it
 

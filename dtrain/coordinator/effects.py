@@ -11,11 +11,14 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
 from typing import assert_never
 
+import msgspec
+
 from dtrain.common import failpoints
 from dtrain.common.digests import blob_digest
 from dtrain.common.errors import DtrainError, PermanentError, RetryableError, ShardDamagedError
 from dtrain.common.failpoints import Point
 from dtrain.common.packs import Pack
+from dtrain.coordinator.codec import DATA_BYTES_MAX
 from dtrain.coordinator.core.effects import DeleteAttempt, DeletePacks, Effect, ReadMarkers, WriteManifest, WriteMarker
 from dtrain.coordinator.core.events import ShardRecord
 from dtrain.coordinator.core.facts import (
@@ -155,6 +158,12 @@ def _see(store: ObjectStore, shard: ShardRecord | Pack) -> None:
 
 def _write_manifest(store: ObjectStore, effect: WriteManifest, reads: ThreadPoolExecutor) -> ManifestWritten:
     inflight = effect.inflight
+    record_bytes = len(msgspec.json.encode(effect.shards))
+    if record_bytes > DATA_BYTES_MAX:  # its commit could never be appended
+        raise PermanentError(
+            f"the log would have to hold {record_bytes} bytes about its {len(effect.shards)} shards in one event, "
+            f"and etcd takes {DATA_BYTES_MAX}"
+        )
     named = {pack.key: pack for shard in effect.shards for pack in shard.packs}
     for _ in reads.map(lambda part: _see(store, part), (*effect.shards, *named.values())):
         pass  # the first that is missing raises

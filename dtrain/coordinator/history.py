@@ -4,7 +4,9 @@ A log that was edited, reordered or lost an event in the middle is refused at th
 fit, by the name of its key. Nothing is skipped and nothing is guessed.
 """
 
+import asyncio
 from collections.abc import AsyncIterator, Iterable, Iterator
+from typing import TypeVar
 
 from dtrain.common.errors import LogDamagedError, UserError
 from dtrain.common.names import JobName, job_name
@@ -12,6 +14,10 @@ from dtrain.coordinator.codec import GENESIS_DIGEST, decode, event_key, events_p
 from dtrain.coordinator.core.events import RecordedEvent
 from dtrain.etcd.client import EtcdClient, KeyValue
 from dtrain.etcd.watches import ChangeKind, watch
+
+# Events checked or folded before the loop may run again: at 0.1 ms each, far less than a lease's beat may be late.
+SLICE_EVENTS = 256
+_Item = TypeVar("_Item")
 
 
 class ChainReader:
@@ -62,12 +68,20 @@ async def read_history(client: EtcdClient, prefix: str, job: JobName) -> list[Re
     return [reader.read(kv) for kv in kvs]
 
 
+async def in_slices(items: Iterable[_Item]) -> AsyncIterator[_Item]:
+    """Yield the items and let the loop run after each slice of them, or a long log would cost the lease."""
+    for number, item in enumerate(items, 1):
+        yield item
+        if number % SLICE_EVENTS == 0:
+            await asyncio.sleep(0)
+
+
 async def read_all(client: EtcdClient, prefix: str) -> dict[JobName, list[RecordedEvent]]:
-    """Return the checked events of all jobs, at one revision."""
+    """Return the checked events of all jobs, at one revision. Others may run meanwhile, however many there are."""
     kvs, _ = await client.range_prefix(f"{prefix}/jobs/")
     readers: dict[JobName, ChainReader] = {}
     found: dict[JobName, list[RecordedEvent]] = {}
-    for job, kv in split_by_job(prefix, kvs):
+    async for job, kv in in_slices(split_by_job(prefix, kvs)):
         reader = readers.setdefault(job, ChainReader(prefix, job))
         found.setdefault(job, []).append(reader.read(kv))
     return found

@@ -2,7 +2,10 @@
 
 One transaction carries everything decided in a round, for all jobs. It succeeds only while the leader key's
 create revision is still this leader's term and the first new sequence number of each job is still free; the
-numbers after it are then free too, because events are only ever appended in whole transactions.
+numbers after it are then free too, because events are only ever appended in order and in whole transactions.
+What is too much for one transaction is cut into several, if need be between two events of a job: each event folds
+on its own, so a successor that finds only the first of them goes on from there. Nothing is acted upon before all
+are durable.
 
 A lost answer is resolved by reading back: the transaction is atomic, so if the first event is there with
 exactly these bytes, all of it is; if the key is absent it was not applied, or not yet, and trying again is
@@ -13,7 +16,7 @@ bytes of another mean that another leads.
 import asyncio
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 
 from dtrain.common import failpoints
@@ -25,7 +28,7 @@ from dtrain.coordinator.core.events import CheckpointCommitted
 from dtrain.coordinator.core.evolve import evolve
 from dtrain.coordinator.core.states import JobState
 from dtrain.coordinator.election import Leadership
-from dtrain.coordinator.history import read_all
+from dtrain.coordinator.history import in_slices, read_all
 from dtrain.etcd.client import EtcdClient
 from dtrain.etcd.errors import EtcdRefused
 from dtrain.etcd.transactions import absent, create_revision_is, put
@@ -59,6 +62,23 @@ class EventLog:
     async def revision(self) -> int:
         """Newest revision of this etcd. Raises RetryableError."""
         return (await self._client.status()).revision
+
+    async def require_newest(self) -> None:
+        """Return if the leader key in etcd is still of this term; raise Deposed otherwise.
+
+        The local clock cannot say so: it stood still while this machine did.
+        """
+        while True:
+            self._require_leadership()
+            try:
+                kv = await self._client.get(self._leadership.key)
+            except RetryableError as error:
+                logger.warning("cannot read who leads: %s", error)
+                await asyncio.sleep(_RETRY_FIRST_S)
+                continue
+            if kv is None or kv.create_revision != self.term:
+                raise Deposed(f"the leader key is not of term {self.term} any more")
+            return
 
     async def append(self, entries: Sequence[Entry]) -> None:
         """Make all entries durable, in order. Raises Deposed; then some, and only a prefix, may be durable."""
@@ -115,13 +135,31 @@ class EventLog:
             raise Deposed(f"the lease of term {self.term} is over")
 
 
+def _size_bytes(events: Sequence[Entry]) -> int:
+    return sum(len(entry.value) + len(entry.record.key) for entry in events)
+
+
+def _pieces(entries: Sequence[Entry]) -> Iterator[list[Entry]]:
+    """Each job's events, cut where they are too many or too large for any transaction."""
+    for _, group in groupby(entries, key=lambda entry: entry.record.job):
+        piece: list[Entry] = []
+        piece_bytes = 0
+        for entry in group:
+            entry_bytes = _size_bytes([entry])
+            if piece and (len(piece) == TXN_EVENTS_MAX or piece_bytes + entry_bytes > TXN_BYTES_MAX):
+                yield piece
+                piece, piece_bytes = [], 0
+            piece.append(entry)
+            piece_bytes += entry_bytes
+        yield piece
+
+
 def _batches(entries: Sequence[Entry]) -> list[list[Entry]]:
     """Cut into transactions within etcd's limits. A job's events stay in one where they fit."""
     batches: list[list[Entry]] = [[]]
     jobs = size_bytes = 0
-    for _, group in groupby(entries, key=lambda entry: entry.record.job):
-        events = list(group)
-        group_bytes = sum(len(entry.value) + len(entry.record.key) for entry in events)
+    for events in _pieces(entries):
+        group_bytes = _size_bytes(events)
         full = len(batches[-1]) + len(events) > TXN_EVENTS_MAX
         if batches[-1] and (full or jobs == TXN_JOBS_MAX or size_bytes + group_bytes > TXN_BYTES_MAX):
             batches.append([])
@@ -133,15 +171,15 @@ def _batches(entries: Sequence[Entry]) -> list[list[Entry]]:
 
 
 async def replay(client: EtcdClient, prefix: str) -> dict[JobName, JobState]:
-    """Fold every job's log. Raises LogDamagedError naming the key of the first event that does not fit."""
+    """Fold every job's log, and let others run meanwhile: a lease must live through a log of any length.
+
+    Raises LogDamagedError naming the key of the first event that does not fit, and Compacted.
+    """
+    found = await read_all(client, prefix)
     jobs: dict[JobName, JobState] = {}
-    for name, events in (await read_all(client, prefix)).items():
-        state: JobState | None = None
-        for event in events:
-            try:
-                state = evolve(state, event)
-            except InvariantError as error:
-                raise LogDamagedError(event.key, str(error)) from error
-        if state is not None:
-            jobs[name] = state
+    async for name, event in in_slices((name, event) for name, events in found.items() for event in events):
+        try:
+            jobs[name] = evolve(jobs.get(name), event)
+        except InvariantError as error:
+            raise LogDamagedError(event.key, str(error)) from error
     return jobs

@@ -160,11 +160,15 @@ class LeaderLoop:
                 self._admit(this, item)
                 continue
             touched |= self.observed.apply(item, now)
-            if isinstance(item, MarkersRead):
-                self._check_markers(item)
-            if isinstance(item, SnapshotReceived):
-                self._check_snapshot(item)
-                workers.add(item.snapshot.worker)
+            try:
+                if isinstance(item, MarkersRead):
+                    self._check_markers(item)
+                if isinstance(item, SnapshotReceived):
+                    self._check_snapshot(item)
+                    workers.add(item.snapshot.worker)
+            except LogDamagedError:
+                await self._log.require_newest()  # what it does not know may be its successor's
+                raise
         for name in sorted(touched | this.changed.keys()):
             self._decide(this, name)
         if this.entries:

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 import grpc.aio
 
 from dtrain.common.errors import InvariantError, RetryableError, UserError
-from dtrain.common.names import WorkerId
+from dtrain.common.names import JobName, WorkerId
 from dtrain.coordinator.core.commands import Command
 from dtrain.coordinator.core.effects import Effect
+from dtrain.coordinator.core.states import JobState
 from dtrain.coordinator.effects import EffectRunner
 from dtrain.coordinator.election import LeaderRecord, Leadership, campaign, started_now, this_process
 from dtrain.coordinator.log import Deposed, EventLog, replay
@@ -25,7 +26,8 @@ from dtrain.coordinator.rpc.agents import AgentStreams
 from dtrain.coordinator.rpc.jobs import JobRequests
 from dtrain.coordinator.workers import follow_registrations
 from dtrain.etcd.client import EtcdClient
-from dtrain.proto import agent_pb2_grpc
+from dtrain.etcd.errors import Compacted
+from dtrain.proto import MESSAGE_MAX_BYTES, agent_pb2_grpc
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +39,8 @@ _SERVER_OPTIONS = (
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.keepalive_time_ms", 6000),
     ("grpc.http2.ping_timeout_ms", 3000),
+    ("grpc.max_receive_message_length", MESSAGE_MAX_BYTES),
+    ("grpc.max_send_message_length", MESSAGE_MAX_BYTES),
     ("grpc.so_reuseport", 0),  # a second coordinator on the same port must fail, not share it
 )
 _ANY_HOST = ("0.0.0.0", "::", "[::]", "")
@@ -111,15 +115,7 @@ class Coordinator:
         await self._server.stop(_STOP_GRACE_S)
 
     async def _lead(self, leadership: Leadership) -> None:
-        jobs = None
-        while jobs is None:
-            if not leadership.alive():
-                raise Deposed("the lease ended before the log was replayed")
-            try:
-                jobs = await replay(self._client, self._config.prefix)
-            except RetryableError as error:
-                logger.warning("replay is tried again: %s", error)
-                await asyncio.sleep(_REPLAY_RETRY_S)
+        jobs = await _replay_while_leading(self._client, self._config.prefix, leadership)
         logger.info("leading in term %d with %d jobs replayed", leadership.term, len(jobs))
         outbox = _Outbox(streams=self._streams)
         loop = LeaderLoop(log=EventLog(self._client, leadership), prefix=self._config.prefix, jobs=jobs, outbox=outbox)
@@ -142,6 +138,32 @@ class Coordinator:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             await outbox.effects.close()
+
+
+async def _replay_while_leading(client: EtcdClient, prefix: str, leadership: Leadership) -> dict[JobName, JobState]:
+    """The whole log, folded. Raises Deposed as soon as the lease is gone, however far the replay is."""
+    replaying = asyncio.create_task(_replay_at_last(client, prefix), name="replay")
+    deposed = asyncio.create_task(leadership.lost(), name="leadership")
+    try:
+        await asyncio.wait({replaying, deposed}, return_when=asyncio.FIRST_COMPLETED)
+        if replaying.done():
+            jobs = replaying.result()  # raises what ended it
+            if leadership.alive():
+                return jobs
+        raise Deposed(f"the lease of term {leadership.term} ended before the log was replayed")
+    finally:
+        for task in (replaying, deposed):
+            task.cancel()
+        await asyncio.gather(replaying, deposed, return_exceptions=True)
+
+
+async def _replay_at_last(client: EtcdClient, prefix: str) -> dict[JobName, JobState]:
+    while True:
+        try:
+            return await replay(client, prefix)
+        except (RetryableError, Compacted) as error:  # Compacted: between two pages of what it reads
+            logger.warning("replay is tried again: %s", error)
+            await asyncio.sleep(_REPLAY_RETRY_S)
 
 
 async def serve(config: CoordinatorConfig) -> int:

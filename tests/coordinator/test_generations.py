@@ -1,8 +1,8 @@
 """When a generation starts, on which workers, why it fails, and when its job may not go on."""
 
 from dtrain.coordinator.core.events import FailureKind, GenerationStarted
-from dtrain.coordinator.core.facts import RestorePhase, StreamClosed, WorkerUnregistered
-from dtrain.coordinator.core.observed import LOST_AFTER_S, UNSEEN_LOST_AFTER_S
+from dtrain.coordinator.core.facts import RegistrationsListed, RestorePhase, StreamClosed, WorkerUnregistered
+from dtrain.coordinator.core.observed import LOST_AFTER_S, UNSEEN_LOST_AFTER_S, Observed
 from dtrain.coordinator.core.placement import GATHER_S, waiting_for
 from dtrain.coordinator.core.states import JobPhase
 from tests.coordinator.support.clusters import Cluster, spec
@@ -245,6 +245,21 @@ def test_a_new_leader_gives_every_worker_time_to_find_it_before_it_calls_one_los
     assert successor.decides() == []
     successor.passes(UNSEEN_LOST_AFTER_S - 0.1)
     assert successor.decides() == []
+    successor.passes(0.1)
+    assert successor.decides() == ["GenerationFailed"]
+
+
+def test_a_leader_that_has_not_read_yet_who_is_registered_takes_nobody_for_lost() -> None:
+    cluster = Cluster()
+    cluster.joins("w1")
+    cluster.runs(step=5)
+    successor = cluster.fails_over()
+    successor.observed = Observed(term=successor.term, since_s=successor.now_s)  # etcd does not answer it
+    successor.passes(UNSEEN_LOST_AFTER_S * 10)
+    assert successor.decides() == []
+    successor.tells(RegistrationsListed())
+    successor.passes(UNSEEN_LOST_AFTER_S - 0.1)
+    assert successor.decides() == [], "a worker that etcd was away from could not find it either"
     successor.passes(0.1)
     assert successor.decides() == ["GenerationFailed"]
 

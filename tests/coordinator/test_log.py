@@ -1,21 +1,22 @@
-"""The event log on a real etcd: appends are fenced, atomic and never doubled, and a damaged log is refused."""
+"""The event log on a real etcd: appends are fenced, atomic and never doubled."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
-from dtrain.common.errors import InvariantError, LogDamagedError
+from dtrain.common.errors import InvariantError
 from dtrain.common.names import JobName
-from dtrain.coordinator.codec import Entry, event_key, events_prefix
-from dtrain.coordinator.core.events import CancelRequested, JobCancelled, JobSubmitted, JobSucceeded
+from dtrain.coordinator.codec import events_prefix
+from dtrain.coordinator.core.events import CancelRequested, JobSubmitted
 from dtrain.coordinator.core.states import JobPhase
 from dtrain.coordinator.election import leader_key
-from dtrain.coordinator.history import follow_history, read_all, read_history
-from dtrain.coordinator.log import TXN_EVENTS_MAX, TXN_JOBS_MAX, Deposed, EventLog, replay
-from dtrain.etcd.client import EtcdClient
+from dtrain.coordinator.history import read_all, read_history
+from dtrain.coordinator.log import TXN_BYTES_MAX, TXN_EVENTS_MAX, TXN_JOBS_MAX, Deposed, EventLog, replay
+from dtrain.etcd.client import EtcdClient, TxnResult
 from tests.coordinator.support.clusters import PREFIX, spec
-from tests.coordinator.support.logs import DEADLINE_S, entries, leading, story
+from tests.coordinator.support.logs import DEADLINE_S, entries, leading, story, with_client
 from tests.support.etcd_server import EtcdServer
 from tests.support.tcp_proxy import TcpProxy
 
@@ -26,14 +27,6 @@ MNIST = JobName("mnist")
 def proxy(etcd: EtcdServer) -> Iterator[TcpProxy]:
     with TcpProxy(etcd.endpoint) as link:
         yield link
-
-
-def with_client(etcd: EtcdServer, body: Callable[[EtcdClient], Awaitable[None]]) -> None:
-    async def run() -> None:
-        async with EtcdClient([etcd.endpoint]) as client:
-            await body(client)
-
-    asyncio.run(run())
 
 
 async def values(client: EtcdClient, job: str = "mnist") -> list[bytes]:
@@ -87,6 +80,68 @@ def test_more_than_fits_into_one_transaction_is_appended_in_order(etcd: EtcdServ
     with_client(etcd, body)
 
 
+def test_a_jobs_events_that_fit_into_one_transaction_are_never_parted(etcd: EtcdServer) -> None:
+    async def body(client: EtcdClient) -> None:
+        async with leading(client) as leadership:
+            first = entries(leadership.term, story(20, job="a"), job="a")
+            whole = entries(leadership.term, story(TXN_EVENTS_MAX // 3))
+            await EventLog(client, leadership).append(first + whole)
+        kvs, _ = await client.range_prefix(events_prefix(PREFIX, MNIST))
+        assert (len(kvs), len({kv.create_revision for kv in kvs})) == (TXN_EVENTS_MAX // 3 * 3, 1)
+
+    with_client(etcd, body)
+
+
+@pytest.mark.parametrize(
+    ("runs", "detail_bytes", "transactions"),
+    [(TXN_EVENTS_MAX, 0, 3), (10, TXN_BYTES_MAX // 10, 4)],
+    ids=["too many", "too large"],
+)
+def test_what_was_decided_about_one_job_is_cut_where_it_is_too_much_for_a_transaction(
+    etcd: EtcdServer, runs: int, detail_bytes: int, transactions: int
+) -> None:
+    async def body(client: EtcdClient) -> None:
+        async with leading(client) as leadership:
+            made = entries(leadership.term, story(runs), detail="x" * detail_bytes)
+            await EventLog(client, leadership).append(made)
+            more = entries(leadership.term, story(runs + 1)[-3:], after=made[-1])
+            await EventLog(client, leadership).append(more)
+        kvs, _ = await client.range_prefix(events_prefix(PREFIX, MNIST))
+        assert [kv.value for kv in kvs] == [entry.value for entry in made + more]
+        assert len({kv.create_revision for kv in kvs}) == transactions + 1
+        assert (await replay(client, PREFIX))[MNIST].run == runs + 1
+
+    with_client(etcd, body)
+
+
+def test_a_leader_that_is_deposed_between_two_transactions_leaves_a_prefix_that_its_successor_goes_on_from(
+    etcd: EtcdServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body(client: EtcdClient) -> None:
+        async with leading(client) as old:
+            made = entries(old.term, story(TXN_EVENTS_MAX))
+            real = client.txn
+
+            async def then_lose_the_key(*parts: Any) -> TxnResult:
+                result = await real(*parts)
+                await client.delete(leader_key(PREFIX))
+                return result
+
+            monkeypatch.setattr(client, "txn", then_lose_the_key)
+            with pytest.raises(Deposed):
+                await EventLog(client, old).append(made)
+        monkeypatch.undo()
+        found = (await replay(client, PREFIX))[MNIST]
+        last = made[TXN_EVENTS_MAX - 1]
+        assert found.position == last.record.position
+        async with leading(client) as new:
+            rest = [entry.record.event for entry in made[TXN_EVENTS_MAX : TXN_EVENTS_MAX + 2]]
+            await EventLog(client, new).append(entries(new.term, rest, after=last))
+        assert (await replay(client, PREFIX))[MNIST].position.seq == TXN_EVENTS_MAX + 2
+
+    with_client(etcd, body)
+
+
 def test_nothing_to_append_is_nothing(etcd: EtcdServer) -> None:
     async def body(client: EtcdClient) -> None:
         async with leading(client) as leadership:
@@ -134,6 +189,24 @@ def test_a_leader_cannot_append_once_another_leads(etcd: EtcdServer) -> None:
                 second = entries(new.term, [CancelRequested()], after=first[-1])
                 await EventLog(client, new).append(second)
         assert [event.term for event in await read_history(client, PREFIX, MNIST)] == [new.term, new.term]
+
+    with_client(etcd, body)
+
+
+@pytest.mark.parametrize("succeeded", [True, False])
+def test_a_leader_learns_from_etcd_that_it_is_none_any_more_though_its_clock_stood_still(
+    etcd: EtcdServer, succeeded: bool
+) -> None:
+    async def body(client: EtcdClient) -> None:
+        async with leading(client) as old:
+            log = EventLog(client, old)
+            await log.require_newest()
+            await client.delete(leader_key(PREFIX))
+            if succeeded:
+                await client.put(leader_key(PREFIX), b"another's")
+            assert old.alive()
+            with pytest.raises(Deposed):
+                await log.require_newest()
 
     with_client(etcd, body)
 
@@ -221,180 +294,3 @@ def test_a_leader_without_etcd_steps_down_when_its_lease_is_over(etcd: EtcdServe
             proxy.forward()
 
     asyncio.run(run())
-
-
-# -- replay -------------------------------------------------------------------------------------------
-
-
-async def rewrite(client: EtcdClient, key: str, value: bytes) -> None:
-    """Put ``value`` as if it had always been there: at version 1."""
-    await client.delete(key)
-    await client.put(key, value)
-
-
-async def lose(client: EtcdClient, made: list[Entry]) -> str:
-    await client.delete(made[2].record.key)
-    return made[2].record.key
-
-
-async def lose_the_first(client: EtcdClient, made: list[Entry]) -> str:
-    await client.delete(made[0].record.key)
-    return made[0].record.key
-
-
-async def edit(client: EtcdClient, made: list[Entry]) -> str:
-    await rewrite(client, made[1].record.key, made[1].value.replace(b'"fact":"test"', b'"fact":"tess"'))
-    return made[2].record.key  # the edited one is readable; the next does not follow it
-
-
-async def garble(client: EtcdClient, made: list[Entry]) -> str:
-    await rewrite(client, made[1].record.key, made[1].value[:-10])
-    return made[1].record.key
-
-
-async def swap(client: EtcdClient, made: list[Entry]) -> str:
-    await rewrite(client, made[1].record.key, made[2].value)
-    await rewrite(client, made[2].record.key, made[1].value)
-    return made[1].record.key
-
-
-async def write_again(client: EtcdClient, made: list[Entry]) -> str:
-    await client.put(made[1].record.key, made[1].value)
-    return made[1].record.key
-
-
-async def add_a_stranger(client: EtcdClient, made: list[Entry]) -> str:
-    stranger = event_key(PREFIX, MNIST, 2) + "x"
-    await client.put(stranger, made[2].value)
-    return made[2].record.key  # where this one should be, the stranger is
-
-
-async def forge_illegal(client: EtcdClient, made: list[Entry]) -> str:
-    (forged,) = entries(made[-1].record.term, [JobSucceeded()], after=made[-1])
-    await client.put(forged.record.key, forged.value)
-    return forged.record.key
-
-
-async def forge_older_term(client: EtcdClient, made: list[Entry]) -> str:
-    (forged,) = entries(1, [JobSubmitted(spec=spec(), run=3, request="r")], after=made[-1])
-    await client.put(forged.record.key, forged.value)
-    return forged.record.key
-
-
-async def forge_number(client: EtcdClient, made: list[Entry]) -> str:
-    """The right event in the right place, which says that it is another one."""
-    (forged,) = entries(made[-1].record.term, [JobSubmitted(spec=spec(), run=3, request="r")], after=made[-1])
-    await client.put(forged.record.key, forged.value.replace(b'"seq":7', b'"seq":8'))
-    return forged.record.key
-
-
-async def copy_to_another_job(client: EtcdClient, made: list[Entry]) -> str:
-    for entry in made:
-        await client.put(event_key(PREFIX, JobName("other"), entry.record.seq), entry.value)
-    return event_key(PREFIX, JobName("other"), 1)
-
-
-Damage = Callable[[EtcdClient, list[Entry]], Awaitable[str]]
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lose,
-        lose_the_first,
-        edit,
-        garble,
-        swap,
-        write_again,
-        add_a_stranger,
-        forge_illegal,
-        forge_older_term,
-        forge_number,
-        copy_to_another_job,
-    ],
-)
-def test_a_damaged_log_is_refused_by_the_name_of_the_key_and_left_as_it_is(etcd: EtcdServer, damage: Damage) -> None:
-    async def body(client: EtcdClient) -> None:
-        async with leading(client) as leadership:
-            made = entries(leadership.term, story(2))
-            await EventLog(client, leadership).append(made)
-        assert MNIST in await replay(client, PREFIX)
-        key = await damage(client, made)
-        before, _ = await client.range_prefix(f"{PREFIX}/jobs/")
-        with pytest.raises(LogDamagedError) as caught:
-            await replay(client, PREFIX)
-        assert caught.value.key == key
-        after, _ = await client.range_prefix(f"{PREFIX}/jobs/")
-        assert after == before
-
-    with_client(etcd, body)
-
-
-def test_whoever_only_reads_a_history_is_told_of_its_damage_as_well(etcd: EtcdServer) -> None:
-    async def body(client: EtcdClient) -> None:
-        async with leading(client) as leadership:
-            made = entries(leadership.term, story(2))
-            await EventLog(client, leadership).append(made)
-        key = await forge_number(client, made)
-        with pytest.raises(LogDamagedError, match=key):
-            await read_history(client, PREFIX, MNIST)
-
-    with_client(etcd, body)
-
-
-def test_keys_of_a_job_that_are_no_events_are_not_read_as_such(etcd: EtcdServer) -> None:
-    async def body(client: EtcdClient) -> None:
-        await client.put(f"{PREFIX}/jobs/mnist/notes", b"by a person")
-        assert await replay(client, PREFIX) == {}
-
-    with_client(etcd, body)
-
-
-def test_whoever_follows_a_history_sees_old_and_new_events_once_and_in_order(etcd: EtcdServer) -> None:
-    async def body(client: EtcdClient) -> None:
-        async with leading(client) as leadership:
-            log = EventLog(client, leadership)
-            first = entries(leadership.term, story(1)[:1])
-            await log.append(first)
-            seen = []
-            async with asyncio.timeout(DEADLINE_S):
-                async for event in follow_history(client, PREFIX, MNIST):
-                    seen.append(event)
-                    if len(seen) == 1:
-                        rest = entries(leadership.term, [CancelRequested(), JobCancelled()], after=first[-1])
-                        await log.append(rest)
-                    if len(seen) == 3:
-                        break
-            assert seen == [entry.record for entry in first + rest]
-
-    with_client(etcd, body)
-
-
-def test_a_log_survives_a_killed_etcd(etcd: EtcdServer) -> None:
-    async def run() -> None:
-        async with EtcdClient([etcd.endpoint]) as client:
-            leadership_context = leading(client)
-            leadership = await leadership_context.__aenter__()
-            made = entries(leadership.term, story(3))
-            await EventLog(client, leadership).append(made)
-            etcd.kill()
-            await etcd.up()
-            assert await read_history(client, PREFIX, MNIST) == [entry.record for entry in made]
-            await leadership_context.__aexit__(None, None, None)
-
-    asyncio.run(run())
-
-
-def test_a_log_of_many_events_is_replayed_in_pages(etcd: EtcdServer) -> None:
-    async def body(client: EtcdClient) -> None:
-        async with leading(client) as leadership:
-            log, last = EventLog(client, leadership), None
-            told = story(400)  # 1200 events: more than a page of keys
-            for start in range(0, len(told), 90):
-                made = entries(leadership.term, told[start : start + 90], after=last)
-                await log.append(made)
-                last = made[-1]
-        jobs = await replay(client, PREFIX)
-        assert jobs[MNIST].run == 400
-
-    with_client(etcd, body)

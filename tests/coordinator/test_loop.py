@@ -55,6 +55,10 @@ class Journal:
     async def revision(self) -> int:
         return self.newest_revision
 
+    async def require_newest(self) -> None:
+        if self.deposed:
+            raise Deposed("another leads")
+
     async def append(self, entries: Sequence[Entry]) -> None:
         self.appending.set()
         await self.durable.wait()
@@ -210,6 +214,22 @@ def test_a_worker_that_has_seen_another_event_at_the_logs_end_shows_that_the_log
         with pytest.raises(LogDamagedError, match="another event than the one worker w1 has seen") as damage:
             await running
         assert damage.value.key.endswith(f"{job.position.seq:012d}")
+
+    in_a_loop(body)
+
+
+@pytest.mark.parametrize("deposed", [True, False])
+def test_what_a_leader_does_not_know_is_its_successors_if_it_has_one_and_else_a_lost_end(deposed: bool) -> None:
+    """A machine that stood still wakes with its clock, and so with its lease, but another may lead by then."""
+
+    async def body(loop: LeaderLoop, journal: Journal, running: "asyncio.Task[None]") -> None:
+        await with_worker(loop)
+        job = await loop.ask(submission())
+        journal.deposed = deposed
+        seq = job.position.seq + 1
+        await loop.tell(MarkersRead(job=job.name, store="file:///store", position_seq=seq, key="m"))
+        with pytest.raises(Deposed if deposed else LogDamagedError):
+            await running
 
     in_a_loop(body)
 

@@ -5,17 +5,22 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 
+import msgspec
 import pytest
 
 from dtrain.common.errors import ShardDamagedError
 from dtrain.common.names import AttemptNumber
+from dtrain.coordinator import codec
 from dtrain.coordinator import effects as performing
+from dtrain.coordinator.codec import DATA_BYTES_MAX
 from dtrain.coordinator.core.effects import WriteManifest
-from dtrain.coordinator.core.events import ShardRecord
+from dtrain.coordinator.core.events import Cause, CheckpointCommitted, Decision, ShardRecord
 from dtrain.coordinator.core.facts import Fact, ManifestRefused, ManifestWritten
 from dtrain.coordinator.effects import EffectRunner
+from dtrain.etcd.transactions import REQUEST_MAX_BYTES
+from dtrain.storage.keys import manifest_key
 from dtrain.storage.retrying import DAMAGED_READS
-from tests.coordinator.support.clusters import Cluster, spec
+from tests.coordinator.support.clusters import PREFIX, Cluster, spec
 from tests.support.checkpoints import put_shard, shard_of
 from tests.support.memory_store import Fault, MemoryStore
 
@@ -76,6 +81,48 @@ def test_an_index_that_its_way_damaged_is_read_again_before_the_attempt_is_given
     store.fail_next(*(Fault(operation="get", key_part=last.index_key, error=damaged) for _ in range(reads)))
     assert isinstance(performed(monkeypatch, store, owed, lambda: None), kind)
     assert not store.faults_left
+
+
+def test_a_checkpoint_that_no_event_could_hold_is_refused_before_anything_of_it_is_written(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store = MemoryStore()
+    owed = owed_manifest(store)
+    [shard, *_] = owed.shards
+    owed = replace(owed, shards=tuple(replace(shard, rank=rank) for rank in range(8000)))
+    fact = performed(monkeypatch, store, owed, lambda: None)
+    assert isinstance(fact, ManifestRefused)
+    assert "8000 shards" in fact.reason and str(DATA_BYTES_MAX) in fact.reason
+    assert store.head(manifest_key(owed.job, owed.inflight.number, owed.inflight.attempt)) is None
+
+
+@pytest.mark.parametrize("over_bytes", [0, 1])
+def test_a_commit_that_is_not_refused_fits_into_one_request_to_etcd(
+    monkeypatch: pytest.MonkeyPatch, over_bytes: int
+) -> None:
+    store = MemoryStore()
+    owed = owed_manifest(store)
+    monkeypatch.setattr(performing, "DATA_BYTES_MAX", len(msgspec.json.encode(owed.shards)) - over_bytes)
+    kind = ManifestRefused if over_bytes else ManifestWritten
+    fact = performed(monkeypatch, store, owed, lambda: None)
+    assert isinstance(fact, kind)
+    if isinstance(fact, ManifestWritten):
+        inflight = owed.inflight
+        event = CheckpointCommitted(
+            checkpoint=inflight.number,
+            attempt=inflight.attempt,
+            generation=inflight.generation,
+            step=inflight.step,
+            world_size=owed.world_size,
+            shards=owed.shards,
+            store=owed.store,
+            manifest_key=fact.manifest_key,
+            manifest_digest=fact.manifest_digest,
+        )
+        decision = Decision(event=event, cause=Cause(fact="manifest_written", detail=fact.manifest_key))
+        made = codec.record(decision, prefix=PREFIX, job=owed.job, seq=1, term=1, time_s=0.0, prev="")
+        rest_bytes = len(made.value) + len(made.record.key) - len(msgspec.json.encode(owed.shards))
+        assert DATA_BYTES_MAX + 4 * rest_bytes < REQUEST_MAX_BYTES, "no room is left for the rest of the event"
 
 
 def performed(

@@ -95,12 +95,15 @@ def test_an_acknowledgement_that_is_not_true_aborts_the_attempt_and_training_goe
     on_a_stage(etcd, tmp_path, play)
 
 
-def test_words_of_a_trainer_without_end_do_not_bring_the_coordinator_down(etcd: EtcdServer, tmp_path: Path) -> None:
+@pytest.mark.parametrize("length", [1_000_000, 3_000_000], ids=["below", "above gRPC's own limit of a message"])
+def test_words_of_a_trainer_without_end_do_not_bring_the_coordinator_down(
+    etcd: EtcdServer, tmp_path: Path, length: int
+) -> None:
     async def play(stage: Stage) -> None:
         await submit(stage)
         await submitted(stage)
         for rank in stage.worker.assignment.ranks:
-            rank.error = "\x00" * 1_000_000
+            rank.error = "\x00" * length
         stage.worker.ends(1)
         await stage.until_decided("GenerationFailed")
         assert stage.coordinator.alive()

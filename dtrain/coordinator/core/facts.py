@@ -259,6 +259,11 @@ class MarkersRead:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RegistrationsListed:
+    """All workers that are registered now have been told of. Of the others, none has a lease."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Ticked:
     """Time passed."""
 
@@ -268,6 +273,7 @@ Request = SubmitAsked | CancelAsked | CheckpointAsked | PinAsked | QuarantineAsk
 Fact = (
     WorkerRegistered
     | WorkerUnregistered
+    | RegistrationsListed
     | StreamClosed
     | SnapshotReceived
     | ManifestWritten

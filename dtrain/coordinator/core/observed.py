@@ -19,6 +19,7 @@ from dtrain.coordinator.core.facts import (
     ObjectsDeleted,
     PacksGone,
     Registration,
+    RegistrationsListed,
     SnapshotReceived,
     StreamClosed,
     Ticked,
@@ -100,6 +101,8 @@ class Observed:
 
     term: Term  # of this leadership
     since_s: float  # monotonic time at which this leadership began
+    # Monotonic time at which this leadership first knew every registration; None: an absent lease means nothing yet.
+    listed_at_s: float | None = None
     workers: dict[WorkerId, WorkerView] = field(default_factory=dict)
     manifests: dict[tuple[JobName, AttemptNumber], ManifestFact] = field(default_factory=dict)
     markers: set[tuple[JobName, CheckpointNumber]] = field(default_factory=set)
@@ -125,11 +128,13 @@ class Observed:
         return self.workers[worker]
 
     def lost(self, worker: WorkerId, now: Now) -> bool:
-        """True once the worker has been without lease and stream for long enough."""
+        """True once the worker has been without lease and stream for long enough, as far as etcd could say so."""
+        if self.listed_at_s is None:
+            return False
         view = self.view(worker)
         if view.absent_since_s is not None:
-            seen = view.lease_ended_s is not None
-            return now.mono_s - view.absent_since_s >= (LOST_AFTER_S if seen else UNSEEN_LOST_AFTER_S)
+            since_s = max(view.absent_since_s, self.listed_at_s)
+            return now.mono_s - since_s >= (UNSEEN_LOST_AFTER_S if view.lease_ended_s is None else LOST_AFTER_S)
         if view.registration is not None or view.lease_ended_s is None:
             return False
         return now.mono_s - view.lease_ended_s >= LOST_AFTER_S and now.mono_s - view.snapshot_at_s >= STREAM_SILENT_S
@@ -157,6 +162,9 @@ class Observed:
                     view.lease_ended_s = now.mono_s
                 view.registration = None
                 return self._presence_changed(view, now)
+            case RegistrationsListed():
+                self.listed_at_s = now.mono_s if self.listed_at_s is None else self.listed_at_s
+                return set()
             case StreamClosed(worker=worker, stream=stream):
                 view = self.view(worker)
                 if view.stream == stream:

@@ -21,6 +21,7 @@ import grpc.aio
 from dtrain.common import failpoints
 from dtrain.common.failpoints import Point
 from dtrain.common.names import Term
+from dtrain.proto import MESSAGE_MAX_BYTES
 from dtrain.proto import agent_pb2 as wire
 from dtrain.proto.agent_pb2_grpc import AgentsStub
 from dtrain.worker.core.inputs import CommandReceived, CoordinatorSeen, TermSeen
@@ -32,7 +33,6 @@ logger = logging.getLogger(__name__)
 RECONNECT_FIRST_S = 0.05  # a coordinator that was restarted is back within tenths of a second
 RECONNECT_MAX_S = 1.0
 FLUSH_S = 1.0  # how long a leaving agent waits for its last snapshot to be taken
-MESSAGE_MAX_BYTES = 64 << 20
 CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.keepalive_time_ms", 6000),
     ("grpc.http2.ping_timeout_ms", 3000),  # the name that grpcio reads; a dead link is noticed in about 6 s

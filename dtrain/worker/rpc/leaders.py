@@ -1,4 +1,4 @@
-"""Knows who leads: the leader key in etcd, followed for as long as the agent lives.
+"""Knows who leads: the leader key in etcd, read every few seconds and watched in between, while the agent lives.
 
 The key's create revision is the leader's term, so of two leaders that both believe in themselves the agent
 follows the one that etcd made last. While etcd is away the last known leader stays: the stream to it may be as
@@ -16,7 +16,7 @@ from dtrain.common.errors import PermanentError, RetryableError
 from dtrain.common.names import Term
 from dtrain.etcd.client import EtcdClient
 from dtrain.etcd.keyvalues import KeyValue
-from dtrain.etcd.watches import ChangeKind, watch
+from dtrain.etcd.watches import ChangeKind, watch_a_while
 
 logger = logging.getLogger(__name__)
 
@@ -49,13 +49,13 @@ class Leaders:
                 found, revision = await self._etcd.range_prefix(self._key)
                 for kv in found:
                     self._note(kv)
-                async for batch in watch(self._etcd, self._key, from_revision=revision + 1):
+                async for batch in watch_a_while(self._etcd, self._key, from_revision=revision + 1):
                     for event in batch.events:
                         if event.kind is ChangeKind.PUT:
                             self._note(event.kv)
             except (RetryableError, PermanentError) as error:  # also Compacted: read again, then watch from there
                 logger.info("the leader is not known from etcd now: %s", error)
-            await asyncio.sleep(RETRY_S * (0.5 + random.random()))
+                await asyncio.sleep(RETRY_S * (0.5 + random.random()))
 
     def _note(self, kv: KeyValue) -> None:
         if kv.key != self._key:

@@ -35,6 +35,7 @@ from dtrain.coordinator.core.facts import (
     RankReport,
     RankState,
     Registration,
+    RegistrationsListed,
     RestorePhase,
     RestoreReport,
     ShardPhase,
@@ -82,6 +83,7 @@ class Cluster:
         self.observed = Observed(term=self.term, since_s=now_s)
         self.nodes: dict[str, Node] = {}
         self._streams = itertools.count(1)
+        self.tells(RegistrationsListed())
 
     # -- time and leadership -------------------------------------------------------------------------
 

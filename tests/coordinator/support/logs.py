@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
 from dtrain.common.names import JobName
 from dtrain.coordinator import codec
@@ -11,12 +11,23 @@ from dtrain.coordinator.core.events import CancelRequested, Cause, Decision, Eve
 from dtrain.coordinator.election import LeaderRecord, Leadership, campaign, this_process
 from dtrain.etcd.client import EtcdClient
 from tests.coordinator.support.clusters import PREFIX, WALL_START_S, spec
+from tests.support.etcd_server import EtcdServer
 
 DEADLINE_S = 30.0
 
 
 def leader_record(name: str = "test") -> LeaderRecord:
     return LeaderRecord(id=name, address="127.0.0.1:1", started=WALL_START_S, process=this_process())
+
+
+def with_client(etcd: EtcdServer, body: Callable[[EtcdClient], Awaitable[None]]) -> None:
+    """Do this with a client of the etcd."""
+
+    async def run() -> None:
+        async with EtcdClient([etcd.endpoint]) as client:
+            await body(client)
+
+    asyncio.run(run())
 
 
 @contextlib.asynccontextmanager

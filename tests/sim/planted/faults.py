@@ -98,8 +98,9 @@ PLANTED = (
     Planted("ignore a stop", "worker/core/commands.py",
             'end_generation(turn, assignment, stop.grace_s, "stopped before it was started")', "turn.put(assignment)"),
     Planted("take a watch for complete", "coordinator/workers.py",
-            "            async for batch in watch(client, start, from_revision=revision + 1):",
-            "            async for batch in watch(client, start, from_revision=revision + 9):"),
+            "import ChangeKind, watch_a_while\n",
+            "import ChangeKind, watch\n\n\ndef watch_a_while(client, prefix, *, from_revision):\n"
+            "    return watch(client, prefix, from_revision=from_revision + 8)\n\n\n"),
     Planted("wait for a deposed leader's loop", "coordinator/service.py",
             "            for task in tasks:\n                task.cancel()\n            await asyncio.gather",
             "            await asyncio.gather"),
@@ -115,15 +116,15 @@ PLANTED = (
             "            await asyncio.to_thread(self._journal.write, entries)\n",
             "            self._state = state\n            await asyncio.to_thread(self._journal.write, entries)\n"),
     Planted("take every marker for put at a change of leader", _LOG,
-            "            jobs[name] = state\n",
-            "            jobs[name] = state\n            for c in state.committed.values():\n"
-            "                object.__setattr__(c, 'marked', True)\n"),
+            "    return jobs",
+            "    for c in (c for state in jobs.values() for c in state.committed.values()):\n"
+            "        object.__setattr__(c, 'marked', True)\n    return jobs"),
     Planted("give the workers of a new leader no time", "coordinator/core/observed.py",
             "UNSEEN_LOST_AFTER_S = 3.0", "UNSEEN_LOST_AFTER_S = 0.0"),
     Planted("forget quarantines at a change of leader", _LOG,
-            "            jobs[name] = state\n",
-            "            jobs[name] = state\n            for c in state.committed.values():\n"
-            "                object.__setattr__(c, 'quarantined', '')\n"),
+            "    return jobs",
+            "    for c in (c for state in jobs.values() for c in state.committed.values()):\n"
+            "        object.__setattr__(c, 'quarantined', '')\n    return jobs"),
     Planted("delete packs that others name", _EFFECTS, "if info.key not in effect.keep:", "if True:"),
     Planted("take a new data folder for the old one", "coordinator/core/failures.py",
             "if view.journal and view.journal != member.journal:", "if False:"),
