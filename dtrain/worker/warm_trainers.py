@@ -17,6 +17,7 @@ import os
 import shutil
 import stat
 import sys
+import tempfile
 import threading
 import time
 import types
@@ -29,11 +30,13 @@ from dtrain.worker.exec_memory import show_arguments, show_environment
 # Read once, by a library when it is loaded. A zygote can be given what a job wants of these.
 READ_BY_LIBRARIES = (
     *("OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "GOTO_", "BLIS_", "NPY_", "NUMPY_"),
-    *("TORCH", "PYTORCH_", "ATEN_", "C10_"),
+    *("TORCH", "PYTORCH_", "ATEN_", "C10_", "KINETO_", "INDUCTOR_", "AOT_INDUCTOR_"),
+    *("ONEDNN_", "DNNL_", "MKLDNN_"),
 )
 # Read once, by them or by the dynamic loader, the C library or the interpreter: what is wrong there harms the zygote.
 READ_AT_START = ("LD_", "GLIBC_", "MALLOC_", "PYTHON", "LC_", *READ_BY_LIBRARIES)
-READ_AT_START_NAMES = frozenset({"LANG", "LANGUAGE", "HOME"})  # HOME leads to the user's site-packages
+# HOME leads to the user's site-packages.
+READ_AT_START_NAMES = frozenset({"LANG", "LANGUAGE", "HOME", "OPENSSL_CONF"})
 READ_LATER = ("TORCHELASTIC_", "TORCH_NCCL_", "TORCHINDUCTOR_CACHE_DIR")  # or put right by ``become``
 THREADS = "OMP_NUM_THREADS"
 SITE_FOLDERS = ("site-packages", "dist-packages")
@@ -60,6 +63,8 @@ class Origin:
         for name in sorted(environment.keys() | self.environment.keys()):
             if _is_read_at_start(name) and environment.get(name) != self.environment.get(name):
                 return f"{name} differs from the worker's, and is read when a process starts"
+        if path := _unfinished(environment.get("PYTHONPATH", "")):
+            return f"PYTHONPATH has the entry {path!r}, which is another folder where the script runs"
         threads = environment.get(THREADS, "1")
         if not (threads.isascii() and threads.isdecimal() and int(threads) > 0):
             return f"{THREADS} is {threads!r}, and is read when a process starts"
@@ -91,6 +96,12 @@ class Origin:
         return ""
 
 
+def _unfinished(python_path: str) -> str | None:
+    """An entry that an interpreter completes by the folder in which it starts; None if there is none."""
+    entries = python_path.split(os.pathsep) if python_path else ()
+    return next((entry or "." for entry in entries if not os.path.isabs(entry)), None)
+
+
 def needs_of(environment: Mapping[str, str]) -> dict[str, str]:
     """What a zygote must have in its environment to serve a job that sets these variables."""
     return {
@@ -111,6 +122,7 @@ def become(plan: Plan, settle: Settle) -> tuple[types.CodeType, dict[str, Any]]:
     show_arguments(argv)
     time.tzset()
     _refresh_multiprocessing()
+    tempfile.tempdir = None  # chosen by the zygote's environment, if anybody asked
     threading.main_thread()._set_native_id()  # type: ignore[attr-defined]
     settle(environment)
     gc.enable()

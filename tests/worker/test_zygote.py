@@ -15,7 +15,7 @@ import pytest
 from dtrain.worker import keeper, zygotes
 from dtrain.worker.keepers import mark_of
 from dtrain.worker.rank_dirs import read_exited, read_started
-from dtrain.worker.warm_trainers import needs_of
+from dtrain.worker.warm_trainers import Origin, needs_of
 from dtrain.worker.zygote import NICENESS, SESSION_NICENESS
 from tests.support.processes import MARK, end_all, new_mark
 from tests.worker.nodes import alive
@@ -169,6 +169,11 @@ COLD = {
     "PYTHONHASHSEED": ({"PYTHONHASHSEED": "1"}, None, "PYTHONHASHSEED differs"),
     "PYTHONPATH": ({"PYTHONPATH": "/x"}, None, "PYTHONPATH differs"),
     "GLIBC_TUNABLES": ({"GLIBC_TUNABLES": "glibc.malloc.perturb=1"}, None, "GLIBC_TUNABLES differs"),
+    "ONEDNN_DEFAULT_FPMATH_MODE": (
+        {"ONEDNN_DEFAULT_FPMATH_MODE": "BF16"},
+        None,
+        "ONEDNN_DEFAULT_FPMATH_MODE differs",
+    ),
     "TORCH_LOGS": ({"TORCH_LOGS": "+dynamo"}, None, "TORCH_LOGS differs"),
     "threads by level": ({"OMP_NUM_THREADS": "2,1"}, None, "OMP_NUM_THREADS is '2,1'"),
     "no file": ({}, [sys.executable, "-u", "-c", "print('ran')"], "not started from a Python file"),
@@ -185,6 +190,22 @@ def test_what_the_zygote_cannot_serve_starts_cold_and_the_log_says_why(nursery: 
     assert words in first
     if argv is None:
         assert (code, rest) == (0, "ran False\n")
+
+
+@pytest.mark.parametrize("path", ["src", "/lib::/usr", "/lib:src", "./x"])
+def test_a_python_path_that_depends_on_the_folder_is_no_warm_processs(path: str, tmp_path: Path) -> None:
+    """The zygote stands in another folder, where the same words mean other places."""
+    (tmp_path / "script.py").write_text("")
+    plan = {"argv": [sys.executable, "-u", str(tmp_path / "script.py")], "env": {"PYTHONPATH": path}}
+    why = Origin(environment={"PYTHONPATH": path}, cold_modules=frozenset()).why_cold(plan)
+    assert "PYTHONPATH has the entry" in why
+    plan["env"] = {"PYTHONPATH": "/lib:/usr"}
+    assert "entry" not in Origin(environment={"PYTHONPATH": "/lib:/usr"}, cold_modules=frozenset()).why_cold(plan)
+
+
+def test_temporary_files_of_a_warm_rank_go_where_its_environment_says(nursery: Nursery, tmp_path: Path) -> None:
+    code, said = nursery.rank("import tempfile; print(tempfile.gettempdir())", env={"TMPDIR": str(tmp_path)}).end()
+    assert (code, said) == (0, f"{tmp_path}\n")
 
 
 def test_a_module_beside_the_script_is_never_hidden_by_a_preloaded_one(nursery: Nursery) -> None:
