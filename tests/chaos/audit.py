@@ -134,7 +134,7 @@ def audit_storage(audit: Audit, events: list[Json], objects: Objects, job: str) 
     committed = {e["data"]["checkpoint"]: e["data"] for e in events if e["type"] == "CheckpointCommitted"}
     ended = {
         kind: {e["data"]["checkpoint"] for e in events if e["type"] == kind}
-        for kind in ("CheckpointExpired", "CheckpointDeleted", "CheckpointMarked")
+        for kind in ("CheckpointExpired", "CheckpointDeleted")
     }
     started = {(e["data"]["checkpoint"], e["data"]["attempt"]) for e in events if e["type"] == "CheckpointStarted"}
     swept = {e["data"]["attempt"] for e in events if e["type"] == "AttemptSwept"}
@@ -160,11 +160,29 @@ def audit_storage(audit: Audit, events: list[Json], objects: Objects, job: str) 
             continue
         _audit_checkpoint(audit, data, objects, there)
         marker_key = f"{data['manifest_key'].split('/attempt-')[0]}/COMMITTED"
-        audit.require(number in ended["CheckpointMarked"], f"checkpoint {number}: never marked")
         audit.require(marker_key in there, f"checkpoint {number}: its marker is not there")
         if marker_key in there:
             marker = json.loads(objects.read(marker_key))
             audit.require(marker["manifest_digest"] == data["manifest_digest"], f"{marker_key}: of another manifest")
+
+
+def owed(events: list[Json]) -> list[str]:
+    """What the log still owes to storage. The log of an ended job owes nothing, after a while."""
+
+    def told(kind: str, name: str) -> set[int]:
+        return {e["data"][name] for e in events if e["type"] == kind}
+
+    expired = told("CheckpointExpired", "checkpoint")
+    unmarked = told("CheckpointCommitted", "checkpoint") - told("CheckpointMarked", "checkpoint") - expired
+    undeleted = expired - told("CheckpointDeleted", "checkpoint")
+    unswept = told("CheckpointAborted", "attempt") - told("AttemptSwept", "attempt")
+    packs = {e["seq"] for e in events if e["type"] == "PacksExpired"} - told("PacksDeleted", "expired")
+    return [
+        *(f"checkpoint {number}: never marked" for number in sorted(unmarked)),
+        *(f"checkpoint {number}: expired and never deleted" for number in sorted(undeleted)),
+        *(f"attempt {number}: aborted and never swept" for number in sorted(unswept)),
+        *(f"packs of event {number}: expired and never deleted" for number in sorted(packs)),
+    ]
 
 
 def _lost_packs(events: list[Json]) -> set[str]:

@@ -34,6 +34,7 @@ from tests.chaos.audit import (
     audit_records,
     audit_storage,
     audit_story,
+    owed,
     read_log,
 )
 from tests.chaos.faults import FAULTS, NothingToStrike
@@ -49,12 +50,14 @@ FROZEN_KIB = 4096  # of tensors that seldom change: they are sent apart from the
 QUIET_S = 600.0
 END_S = 480.0  # after everything was mended; a machine that does much else needs minutes for the steps that are left
 SETTLE_S = 60.0  # for markers and deletions that are still owed
+SETTLE_POLL_S = 0.5
 POLL_S = 0.05
 RESTART_MAX_S = 2.0  # how long a supervisor takes to notice
 FAULTS_FLOOR_PER_MINUTE = 8.0
 COMMITS_FLOOR_PER_MINUTE = 2.0  # over the whole run
 STORM_COMMITS_FLOOR_PER_MINUTE = 1.0  # under faults, for each whole minute: a short storm may pass over a start
 GENERATIONS_FLOOR_PER_MINUTE = 0.3  # or no rank was lost, and nothing was restored
+STORM_GENERATIONS_FLOOR_PER_MINUTE = 0.2  # that committed under faults, for each whole minute: not the first alone
 EVIDENCE_FROM = 8  # so many faults of one kind, and not one of them met any traffic: too little happened
 INTERRUPTIONS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 INTERRUPTED_CODE = 130  # of a process that Ctrl-C ended, as shells have it
@@ -77,6 +80,7 @@ class Ledger:
     storm_s: float = 0.0
     storm_steps: int = 0  # the furthest that was begun when the storm ended
     storm_commits: int = 0  # by then
+    storm_generations: int = 0  # that these commits are of
     job_s: float = 0.0  # from its submission to its end
     findings: list[str] = field(default_factory=list)
 
@@ -89,6 +93,8 @@ class Ledger:
             found.append(f"too little happened: {committed} commits")
         if self.storm_commits < STORM_COMMITS_FLOOR_PER_MINUTE * int(self.minutes):
             found.append(f"too little happened: {self.storm_commits} commits under faults")
+        if self.storm_generations < STORM_GENERATIONS_FLOOR_PER_MINUTE * int(self.minutes):
+            found.append(f"too little happened: {self.storm_generations} generations committed under faults")
         if self.events["GenerationStarted"] < GENERATIONS_FLOOR_PER_MINUTE * self.minutes:
             found.append(f"too little happened: {self.events['GenerationStarted']} generations")
         for ending, count in self.met.items():
@@ -104,7 +110,8 @@ class Ledger:
         lines += [f"  {count:5}  {kind}" for kind, count in sorted(self.faults.items())]
         lines += [
             f"generations {self.events['GenerationStarted']}, terms {self.terms}, "
-            f"commits {self.events['CheckpointCommitted']} ({self.storm_commits} under faults), "
+            f"commits {self.events['CheckpointCommitted']} ({self.storm_commits} under faults, "
+            f"of {self.storm_generations} generations), "
             f"aborted {self.events['CheckpointAborted']}, "
             f"quarantined {self.events['CheckpointQuarantined']}, deleted {self.events['CheckpointDeleted']}, "
             f"salvages {self.events['SalvageStarted']}, packs expired {self.events['PacksExpired']}",
@@ -196,31 +203,15 @@ def read_log_patiently(it: World, job: str) -> list[tuple[str, str, bytes]]:
     return []
 
 
-def settle(it: World) -> list[Json]:
-    """Wait until nothing is owed to storage; return the events."""
-    end = time.monotonic() + SETTLE_S
+def settle(read: Callable[[], list[Json]], within_s: float = SETTLE_S) -> list[str]:
+    """Wait until the log owes nothing to storage any more; return what it still owes, or that nobody could read it."""
+    end = time.monotonic() + within_s
     while True:
-        events = [json.loads(value) for _, _, value in read_log_patiently(it, JOB)]
-        numbers = {
-            kind: {e["data"].get("checkpoint") for e in events if e["type"] == kind}
-            for kind in ("CheckpointCommitted", "CheckpointMarked", "CheckpointExpired", "CheckpointDeleted")
-        }
-        attempts = {
-            kind: {e["data"].get("attempt") for e in events if e["type"] == kind}
-            for kind in ("CheckpointAborted", "AttemptSwept")
-        }
-        owed = numbers["CheckpointCommitted"] - numbers["CheckpointMarked"] - numbers["CheckpointExpired"]
-        owed |= numbers["CheckpointExpired"] - numbers["CheckpointDeleted"]
-        packs = Counter(e["type"] for e in events)
-        if (
-            not owed
-            and attempts["CheckpointAborted"] == attempts["AttemptSwept"]
-            and packs["PacksExpired"] == packs["PacksDeleted"]
-        ):
-            return events
-        if time.monotonic() > end:
-            return events
-        time.sleep(0.5)
+        events = read()
+        left = owed(events) if events else ["the log cannot be read"]
+        if not left or time.monotonic() > end:
+            return left
+        time.sleep(SETTLE_POLL_S)
 
 
 def weigh(it: World, ledger: Ledger) -> None:
@@ -232,13 +223,16 @@ def weigh(it: World, ledger: Ledger) -> None:
     ledger.met["lose answers"] = sum(link.answers_lost for link in links)
     ledger.met["corrupt"] = sum(link.chunks_corrupted for link in links)
     records = (it.folder / f"{JOB}-records").glob("rank*.jsonl")
-    types = [json.loads(value)["type"] for _, _, value in read_log_patiently(it, JOB)]
-    ledger.storm_commits = types.count("CheckpointCommitted")
+    events = [json.loads(value) for _, _, value in read_log_patiently(it, JOB)]
+    commits = [event["data"] for event in events if event["type"] == "CheckpointCommitted"]
+    ledger.storm_commits = len(commits)
+    ledger.storm_generations = len({commit["generation"] for commit in commits})
     ledger.storm_steps = max((json.loads(line)["step"] for path in records for line in path.open()), default=0)
 
 
 def audit(it: World, ledger: Ledger, steps: int) -> None:
-    settle(it)
+    left = settle(lambda: [json.loads(value) for _, _, value in read_log_patiently(it, JOB)])
+    ledger.findings += [f"{what}, {SETTLE_S:g} s after the job's end" for what in left]
     found = Audit()
     events = audit_chain(found, read_log_patiently(it, JOB))
     audit_story(found, events)

@@ -1,6 +1,7 @@
 """A worker's machine: its disk, its shared memory, its trainers, and the agents that live on it one after another."""
 
 import asyncio
+import itertools
 import random
 import shutil
 import sqlite3
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 HEARTBEAT_S = 1.0
 LEASE_TTL_S = 5.0
+PORTS = (20_001, 20_002)  # that a machine has free, so that ranks of an older generation still know the newest's
 SPAWNED = "spawned"  # in a rank's folder: its trainer was started
 FORBIDDEN = "forbidden"  # it never will be
 
@@ -178,7 +180,7 @@ class Zygotes:
 
 
 class HeldPort:
-    """Stands for the port that an agent holds: a number that is never held twice."""
+    """Stands for the port that an agent holds: another one each time, and soon the same again."""
 
     def __init__(self) -> None:
         process = CURRENT.get()
@@ -209,7 +211,7 @@ class Node:
         self.trainers: dict[RankId, Trainer] = {}
         self.agent: Process | None = None
         self.left = False  # its agent ended by itself
-        self._port = 20_000
+        self._ports = itertools.cycle(PORTS)
         self._incarnations = 0
 
     def wall(self) -> float:
@@ -221,8 +223,7 @@ class Node:
         return disk.rows(self.folder / "data" / "journal.sqlite", statement, parameters)
 
     def next_port(self) -> int:
-        self._port += 1
-        return self._port
+        return next(self._ports)
 
     @property
     def living(self) -> list[Trainer]:

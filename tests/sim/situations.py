@@ -1,6 +1,6 @@
 """Which rare situations a schedule met, as its histories tell afterwards. One that never comes is a gap to close."""
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Any
 
 from tests.sim.checkers.stories import Story
@@ -66,6 +66,11 @@ EXPECTED = (
     "checkpoint named an older one's pack",
     "pack deleted",
 )
+
+
+def never_met(seen: Container[str]) -> list[str]:
+    """What was expected and did not come."""
+    return [situation for situation in EXPECTED if situation not in seen]
 
 
 def met(story: Story) -> Iterator[str]:

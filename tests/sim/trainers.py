@@ -1,7 +1,6 @@
 """Trainers: processes that step together, stage what their mailbox asks for, fail, hang, and tell what they did.
 
-A gang is what a process group is: all ranks that met at one rendezvous. A step is done when all of them live, none
-hangs and the network lets them talk. The state of a rank is one number that names all steps it came from, so that
+How they meet and step is in `gangs.py`. The state of a rank is one number that names all steps it came from, so that
 the whole ancestry of a finished run can be followed afterwards. What trainers do is written down in `Diary`, which
 the checkers read and the system never sees.
 """
@@ -23,6 +22,7 @@ from dtrain.storage.restore_files import MANIFEST_FILE, NEEDS_FILE, RESTORE_FOLD
 from dtrain.storage.shards import parse_header
 from dtrain.worker.core.states import ExitFact
 from dtrain.worker.rank_dirs import RankId
+from tests.sim.gangs import Gang, Store
 from tests.sim.loop import SimLoop
 from tests.support.checkpoints import shard_of
 
@@ -35,8 +35,6 @@ GRADUAL_STEPS = 40
 NO_STATE = "genesis"
 WAIT_S = 0.05  # between two looks at a file or a word
 HOLD_S = 7200.0  # as in production: how long a trainer waits for its last state to be asked for
-STALLED_S = 4.0  # a collective that gets nowhere raises after this, in the words of gloo:
-TIMED_OUT = "RuntimeError: Timed out waiting 4000ms for recv operation to complete"
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +107,8 @@ class Trainer:
         env: dict[str, str] = plan["env"]
         self.world_size = int(env["WORLD_SIZE"])
         self.rendezvous = env["DTRAIN_RENDEZVOUS"]
+        self.meets_in_file = self.rendezvous.startswith("file:")
+        self.prefix = "" if self.meets_in_file else f"dtrain/{env['DTRAIN_JOB']}/{env['DTRAIN_GENERATION']}"
         self.saves_last = "DTRAIN_SAVE_LAST" in env
         with (folder / "mailbox").open("r+b") as file:
             self._page = mmap.mmap(file.fileno(), MAILBOX_BYTES)
@@ -137,19 +137,21 @@ class Trainer:
         self._later(self.rng.uniform(*self.node.world.habits.start_s), self._join)
 
     def _join(self) -> None:
-        """Meet the others in a store that rank 0 hosts: without it there is nobody to meet yet."""
-        gangs, place = self.node.world.gangs, (self.rendezvous, self.of.generation)
-        if self.of.rank == 0:
-            gangs[place] = Gang(self.node.world, self.world_size)
-        if place in gangs and self._reaches(gangs[place]):
-            gangs[place].join(self)
+        """Meet the others in a store: a file, which is always there, or what rank 0 hosts, if it can be reached."""
+        stores = self.node.world.stores
+        if self.meets_in_file:
+            stores.setdefault(self.rendezvous, Store(None))
+        elif self.of.rank == 0:
+            stores[self.rendezvous] = Store(self)
+        store = stores.get(self.rendezvous)
+        if store is not None and self._reaches(store.host):
+            store.gangs.setdefault(self.prefix, Gang(self.node.world, self.world_size)).join(self)
         else:
             self._later(WAIT_S, self._join)
 
-    def _reaches(self, gang: "Gang") -> bool:
-        host = gang.ranks.get(0)
+    def _reaches(self, host: "Trainer | None") -> bool:
         if host is None or host is self:
-            return host is self or self.of.rank == 0
+            return True
         return host.alive and self.node.world.net.open(self.node.machine, host.node.machine)
 
     def joined(self) -> None:
@@ -312,86 +314,3 @@ class Trainer:
 
     def _stopped(self) -> None:
         self.end(-9, "told to end")
-
-
-class Gang:
-    """The ranks that met at one rendezvous."""
-
-    def __init__(self, world: "World", world_size: int) -> None:
-        self._world = world
-        self._world_size = world_size
-        self.ranks: dict[int, Trainer] = {}
-        self._ready: set[int] = set()
-        self._broken = False
-        self._stalled_s = 0.0
-
-    def join(self, trainer: Trainer) -> None:
-        """A rank came. One that finds strangers or a broken group there fails, as with any process group."""
-        world = self._world
-        trainer.gang = self
-        stranger = any(other.of.generation != trainer.of.generation for other in self.ranks.values())
-        if stranger:
-            world.faults_seen.append(f"{trainer.of} met ranks of another generation at its rendezvous")
-        if self._broken or trainer.of.rank in self.ranks:
-            trainer.end(1, "the process group is broken")
-            return
-        self.ranks[trainer.of.rank] = trainer
-        if len(self.ranks) == self._world_size:
-            for rank in self.ranks.values():
-                rank.joined()
-
-    def is_ready(self, trainer: Trainer) -> None:
-        self._ready.add(trainer.of.rank)
-        if len(self._ready) == self._world_size and not self._broken:
-            told = {(rank.step, rank.state) for rank in self.ranks.values()}
-            if len(told) > 1:
-                self._world.faults_seen.append(f"ranks of {trainer.of} begin from different states: {sorted(told)}")
-            for rank in self.ranks.values():
-                rank.begin()
-            if trainer.step < self._world.habits.until:
-                self._schedule()
-
-    def lost(self, trainer: Trainer, *, failed: bool) -> None:
-        """A rank is gone. The others raise in their next collective, or hang in it for a while."""
-        world = self._world
-        if not failed or self._broken:
-            return
-        self._broken = True
-        for other in list(self.ranks.values()):
-            if other is not trainer and other.alive:
-                spoiled_s = world.rng.uniform(0, world.habits.spoils_s) if world.habits.spoils_s else 0.0
-                world.loop.after(spoiled_s + world.rng.uniform(0.005, 0.2), other.end, 1, "connection closed by peer")
-
-    def _schedule(self) -> None:
-        took_s = self._world.habits.step_s * self._world.rng.uniform(0.8, 1.2)
-        self._world.loop.after(took_s, self._step, took_s)
-
-    def _step(self, took_s: float) -> None:
-        world = self._world
-        ranks = list(self.ranks.values())
-        if self._broken or any(not rank.alive for rank in ranks):
-            return
-        if any(rank.hangs for rank in ranks) or not self._connected(ranks):
-            self._stalled_s += took_s
-            if not any(rank.hangs for rank in ranks) and self._stalled_s > STALLED_S:
-                ranks[world.rng.randrange(len(ranks))].end(1, TIMED_OUT)
-                return
-            self._schedule()
-            return
-        self._stalled_s = 0.0
-        step = ranks[0].step + 1
-        for rank in ranks:
-            rank._later(world.rng.uniform(0, 0.2) * took_s, rank.complete, step, took_s)
-        if step < world.habits.until:
-            self._schedule()
-
-    def _connected(self, ranks: list[Trainer]) -> bool:
-        net = self._world.net
-        if not net.weather.shut:
-            return True
-        machines = [rank.node.machine for rank in ranks]
-        return all(net.open(a, b) for a in machines for b in machines if a is not b)
-
-
-if TYPE_CHECKING:
-    from tests.sim.world import World

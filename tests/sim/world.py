@@ -21,11 +21,12 @@ from dtrain.proto import agent_pb2 as wire
 from dtrain.proto.agent_pb2_grpc import JobsStub
 from tests.sim.blobs import Blobs
 from tests.sim.etcd import Change, Etcd, Member
+from tests.sim.gangs import Store
 from tests.sim.loop import SimLoop
 from tests.sim.machines import Machine, Process
 from tests.sim.network import Network
 from tests.sim.nodes import Node
-from tests.sim.trainers import Diary, Gang, Habits
+from tests.sim.trainers import Diary, Habits
 from tests.sim.witnesses import Witness
 
 JOB = "job"
@@ -87,7 +88,7 @@ class World:
         self.members = [Member(self.etcd, Machine(name.partition(":")[0]), name) for name in self.endpoints]
         self.blobs = Blobs(self.loop, self.rng, self.saw)
         self.diary = Diary()
-        self.gangs: dict[tuple[str, int], Gang] = {}
+        self.stores: dict[str, Store] = {}  # by the address at which ranks meet
         self.habits = Habits(until=shape.every_steps * shape.checkpoints, step_s=shape.step_s)
         self.fence_after_s = shape.fence_after_s
         self.ended = ""  # the event that ended the job

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from tests.sim.checkers.stories import Story, attempt_in
+from tests.sim.checkers.stories import Checkpoint, Story, Told, attempt_in
 
 
 def expiries(story: Story) -> Iterator[str]:
@@ -46,13 +46,6 @@ def deleted(story: Story) -> Iterator[str]:
                        if told.at_s <= deed.at_s)  # fmt: skip
             if not later and not gone:
                 yield f"{deed.key} of an aborted attempt was deleted before a later one was committed"
-    for told in story.events_of("CheckpointDeleted"):
-        number = told.data["checkpoint"]
-        committed = next(t for t in story.events_of("CheckpointCommitted") if t.data["checkpoint"] == number)
-        for shard in committed.data["shards"]:
-            found = story.object_at(shard["key"], told.at_s)
-            if found is not None and found.data is not None:
-                yield f"checkpoint {number} was noted as deleted, but {shard['key']} is there"
 
 
 def packs(story: Story) -> Iterator[str]:
@@ -66,13 +59,80 @@ def packs(story: Story) -> Iterator[str]:
 
 
 def order(story: Story) -> Iterator[str]:
-    """While a marker is there, everything it promises is there."""
-    for told in story.events_of("CheckpointCommitted"):
-        keys = [shard["key"] for shard in told.data["shards"]] + [told.data["manifest_key"]]
+    """While a marker or a manifest is there, everything it promises is there."""
+    for deed in story.deeds:
+        attempt = attempt_in(deed.key)
+        if deed.data is not None or attempt is None:
+            continue
+        folder = deed.key.rsplit("/", 1)[0]
+        promises = [f"{folder}/manifest.json"]
+        promises += [story.marker_of(told) for told in story.events_of("CheckpointCommitted")
+                     if told.data["attempt"] == attempt and told.at_s < deed.at_s]  # fmt: skip
+        for promise in promises:
+            if promise != deed.key and story.is_there(promise, deed.at_s):
+                yield f"{deed.key} was deleted by {deed.by} while {promise} promised it"
+
+
+def confirmed(story: Story) -> Iterator[str]:
+    """What the log calls deleted or swept is gone by then, to the last object."""
+    committed = {told.data["checkpoint"]: told for told in story.events_of("CheckpointCommitted")}
+    for told in story.events_of("CheckpointDeleted"):
+        number = told.data["checkpoint"]
+        for key in _left(
+            story, committed[number].data["attempt"], told.at_s, marker=story.marker_of(committed[number])
+        ):
+            if "/packs/" not in key:  # these expire by an event of their own
+                yield f"checkpoint {number} was noted as deleted, but {key} is there"
+    for told in story.events_of("AttemptSwept"):
+        for key in _left(story, told.data["attempt"], told.at_s):
+            yield f"attempt {told.data['attempt']} was noted as swept, but {key} is there"
+    for told, keys in _packs_deleted(story):
         for key in keys:
-            for deed in story.deeds_of(key):
-                if deed.data is None and deed.at_s > told.at_s:
-                    folder = told.data["manifest_key"].rsplit("/", 2)[0]
-                    marker = story.object_at(f"{folder}/COMMITTED", deed.at_s)
-                    if marker is not None and marker.data is not None:
-                        yield f"{key} was deleted while {folder}/COMMITTED promised it"
+            if story.is_there(key, told.at_s):
+                yield f"{key} was noted as deleted, but is there"
+
+
+def packs_expire(story: Story) -> Iterator[str]:
+    """PacksExpired names only packs that no checkpoint in the log names, and none ever does again."""
+    expired: set[str] = set()
+    for standing, told in story.standings():
+        if told.type == "PacksExpired":
+            for checkpoint in standing.committed.values():
+                for key in sorted(set(told.data["keys"]) & set(checkpoint.keys)):
+                    yield f"{key} expired, but checkpoint {checkpoint.number} names it"
+            expired |= set(told.data["keys"])
+        elif told.type == "CheckpointCommitted":
+            for key in sorted(expired & set(Checkpoint(told).keys)):
+                yield f"checkpoint {told.data['checkpoint']} names {key}, which had expired"
+
+
+def leftovers(story: Story) -> Iterator[str]:
+    """At the end nothing lies where the log says that nothing is, and no pack that nobody needs."""
+    if not story.world.ended or not story.world.healed:
+        return
+    end_s, standing = story.world.loop.now_s, story.final()
+    for told in story.events_of("CheckpointCommitted"):
+        if told.data["checkpoint"] not in standing.committed:
+            for key in _left(story, told.data["attempt"], end_s, marker=story.marker_of(told)):
+                if "/packs/" not in key:
+                    yield f"checkpoint {told.data['checkpoint']} is deleted, but {key} is there"
+    for told in story.events_of("AttemptSwept"):
+        for key in _left(story, told.data["attempt"], end_s):
+            yield f"attempt {told.data['attempt']} is swept, but {key} is there"
+    for told, keys in _packs_deleted(story):
+        for key in keys:
+            if story.is_there(key, end_s):
+                yield f"{key} was deleted at {told.at_s:.3f} s, but is there"
+
+
+def _left(story: Story, attempt: int, at_s: float, *, marker: str = "") -> list[str]:
+    """Keys of the attempt's objects that are there, packs and the given marker included."""
+    keys = [key for key in story.keys_of(attempt) if story.is_there(key, at_s)]
+    return [*keys, marker] if marker and story.is_there(marker, at_s) else keys
+
+
+def _packs_deleted(story: Story) -> Iterator[tuple[Told, list[str]]]:
+    """Each PacksDeleted, and the keys of which it speaks."""
+    batches = {told.seq: told.data["keys"] for told in story.events_of("PacksExpired")}
+    for told in story.events_of("PacksDeleted"):
+        yield told, batches[told.data["expired"]]

@@ -111,6 +111,14 @@ def settled(story: Story) -> Iterator[str]:
     if not story.world.ended:
         return
     objects = story.world.blobs.objects
+    swept = {told.data["attempt"] for told in story.events_of("AttemptSwept")}
+    for attempt in story.final().aborted:
+        if attempt not in swept:
+            yield f"attempt {attempt} was aborted and not swept"
+    gone = {told.data["expired"] for told in story.events_of("PacksDeleted")}
+    for told in story.events_of("PacksExpired"):
+        if told.seq not in gone:
+            yield f"packs that expired by event {told.seq} were not deleted"
     for number, checkpoint in story.final().committed.items():
         folder = checkpoint.told.data["manifest_key"].rsplit("/", 2)[0]
         there = f"{folder}/COMMITTED" in objects

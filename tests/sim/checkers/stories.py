@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _EVENT = re.compile(r"/dtrain/jobs/([^/]+)/events/(\d{12})")
 _ATTEMPT = re.compile(r".*/checkpoints/(\d+)/attempt-(\d+)/.*")
+_PACK = re.compile(r".*/packs/attempt-(\d+)/.*")
 ENDS = frozenset({"JobSucceeded", "JobFailed", "JobCancelled", "RunInterrupted"})
 
 
@@ -127,6 +128,12 @@ class Story:
         self._objects: dict[str, list[Deed]] = {}
         for deed in self.deeds:
             self._objects.setdefault(deed.key, []).append(deed)
+        self._made: dict[int, list[str]] = {}
+        for key in self._objects:
+            pack = _PACK.fullmatch(key)
+            made_in = int(pack[1]) if pack else attempt_in(key)
+            if made_in is not None:
+                self._made.setdefault(made_in, []).append(key)
 
     def events_of(self, *types: str) -> list[Told]:
         return [told for told in self.events if told.type in types]
@@ -168,6 +175,18 @@ class Story:
         deeds = self.deeds_of(key)
         at = bisect.bisect_right(deeds, at_s, key=lambda deed: deed.at_s)
         return deeds[at - 1] if at else None
+
+    def is_there(self, key: str, at_s: float) -> bool:
+        found = self.object_at(key, at_s)
+        return found is not None and found.data is not None
+
+    def keys_of(self, attempt: int) -> list[str]:
+        """Of every object that the attempt ever put, packs included."""
+        return self._made.get(attempt, [])
+
+    @staticmethod
+    def marker_of(committed: Told) -> str:
+        return f"{committed.data['manifest_key'].rsplit('/', 2)[0]}/COMMITTED"
 
 
 def digest(data: bytes) -> str:

@@ -14,6 +14,7 @@ class Planted:
 _CHECKPOINTS = "coordinator/core/checkpoints.py"
 _EFFECTS = "coordinator/effects.py"
 _RETENTION = "coordinator/core/retention.py"
+_PACKS = "coordinator/core/packs.py"
 _LOG = "coordinator/log.py"
 
 PLANTED = (
@@ -79,8 +80,8 @@ PLANTED = (
             "if not job.committed[restore.checkpoint].quarantined:", "if False:"),
     Planted("take one rank's end for the job's", "coordinator/core/reconcile.py",
             "not all(rank.succeeded for rank in ranks)", "not any(rank.succeeded for rank in ranks)"),
-    Planted("restart on the coordinator's death", "coordinator/core/observed.py",
-            "LOST_AFTER_S = 3.0", "LOST_AFTER_S = 0.0"),
+    Planted("restart on the coordinator's death", "coordinator/core/failures.py",
+            "elif observed.lost(member.worker, now):", "elif not observed.view(member.worker).connected:"),
     Planted("fence after a moment of silence", "worker/core/trainers.py",
             "if silent_s <= turn.state.fence_after_s:", "if silent_s <= 1.5:"),
     Planted("sweep living trainers at a restart", "worker/agent.py",
@@ -132,5 +133,31 @@ PLANTED = (
             "asyncio.create_task(self._carry(lease, moved))", "asyncio.create_task(asyncio.sleep(0))"),
     Planted("take an earlier life's late put for another owner", "etcd/registrations.py",
             "if self._late_puts > _LATE_PUTS_MAX:", "if True:"),
+    Planted("meet under one prefix for all generations", "worker/environment.py",
+            '"DTRAIN_GENERATION": str(of.generation)', '"DTRAIN_GENERATION": "1"'),
+    Planted("delete the shards before the manifest", _EFFECTS,
+            "    store.delete(keys.manifest_key(effect.job, effect.checkpoint, effect.attempt))\n"
+            "    prefix = keys.attempt_prefix(effect.job, effect.checkpoint, effect.attempt)\n"
+            "    store.abandon(prefix)  # before the list, which so holds whatever was completed meanwhile\n"
+            "    for info in list(store.list(prefix)):\n",
+            "    prefix = keys.attempt_prefix(effect.job, effect.checkpoint, effect.attempt)\n"
+            "    store.abandon(prefix)\n"
+            "    for info in reversed(list(store.list(prefix))):\n"),
+    Planted("leave the indexes of what is deleted", _EFFECTS,
+            "    for info in list(store.list(prefix)):\n        store.delete(info.key)\n",
+            "    for info in list(store.list(prefix)):\n"
+            "        if not info.key.endswith('.index.json'):\n            store.delete(info.key)\n"),
+    Planted("note a sweep before it is done", _RETENTION,
+            "        if (job.name, aborted.attempt) in observed.deleted:\n            swept",
+            "        if aborted in sweepable(job):\n            swept"),
+    Planted("note a deletion of packs before it is done", _PACKS,
+            "if (job.name, number) in observed.packs_deleted:", "if True:"),
+    Planted("expire packs that are named", _PACKS,
+            "return {pack.key for checkpoint in job.committed.values() for pack in checkpoint.packs}",
+            "newest = job.newest_restorable\n"
+            "    return {pack.key for pack in newest.packs} if newest is not None else set()"),
+    Planted("never delete what has expired", "coordinator/core/effects.py",
+            "        if c.expired\n    ]", "        if False\n    ]"),
+    Planted("never sweep", "coordinator/core/effects.py", "for a in sweepable(job)", "for a in ()"),
     Planted("never send a command again", "coordinator/rpc/agents.py", "RESEND_S = 2.0", "RESEND_S = 2e9"),
 )  # fmt: skip
