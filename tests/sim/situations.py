@@ -3,6 +3,7 @@
 from collections.abc import Container, Iterator
 from typing import Any
 
+from tests.sim.checkers import deletions
 from tests.sim.checkers.stories import Story
 from tests.support.checkpoints import SPREAD
 
@@ -98,6 +99,8 @@ def met(story: Story) -> Iterator[str]:
             yield "salvage committed" if told.type == "CheckpointCommitted" else "salvage given up"
     if len({told.term for told in story.events}) > 2:
         yield "three leaders or more"
+    if any(deletions.leftovers(story)):
+        yield "object put behind its deletion, and left"
     yield from _generations(story)
     yield from _leaders_changed(story)
 

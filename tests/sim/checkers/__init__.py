@@ -30,7 +30,6 @@ CHECKERS = {
     "needed packs stay": deletions.packs,
     "promises are deleted first": deletions.order,
     "what is called deleted is gone": deletions.confirmed,
-    "nothing comes back": deletions.leftovers,
     "starts from the newest": lineage.restore_points,
     "trainers start where the log says": lineage.restored,
     "one gapless ancestry": lineage.ancestry,

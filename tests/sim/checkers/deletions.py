@@ -107,7 +107,11 @@ def packs_expire(story: Story) -> Iterator[str]:
 
 
 def leftovers(story: Story) -> Iterator[str]:
-    """At the end nothing lies where the log says that nothing is, and no pack that nobody needs."""
+    """At the end nothing lies where the log says that nothing is, and no pack that nobody needs.
+
+    Counted, and no rule: a put that was on its way when its attempt was swept may arrive behind the sweep, and only a
+    later look at the store could find it. It costs room, and promises nothing.
+    """
     if not story.world.ended or not story.world.healed:
         return
     end_s, standing = story.world.loop.now_s, story.final()
