@@ -17,10 +17,10 @@ import pytest
 
 from dtrain.common.names import JobName
 from dtrain.common.specs import RetentionPolicy
+from dtrain.coordinator import effects
 from dtrain.coordinator.core.commands import StageCheckpoint, commands_for
 from dtrain.coordinator.core.effects import Effect
 from dtrain.coordinator.core.facts import ManifestWritten, ShardPhase, ShardReport
-from dtrain.coordinator.effects import EffectRunner
 from dtrain.coordinator.rpc.convert import command_to_wire
 from dtrain.storage import keys, packing, shards
 from dtrain.storage.catalogs import catalog_of
@@ -108,7 +108,7 @@ class PackedJob:
         self.bases = Bases()
         self.crashes = 0
         self._acks: dict[tuple[int, int], ShardReport] = {}  # the worker's journal
-        self._runner: Any = SimpleNamespace(_store=lambda uri: store, _reads=reads)
+        self._desk: Any = SimpleNamespace(store=store, reads=reads)
         self.cluster.joins("w1")
         self.cluster.runs(spec(retention=RetentionPolicy(keep_last=1)), step=10)
 
@@ -194,7 +194,7 @@ class PackedJob:
         )
 
     def perform(self, effect: Effect) -> None:
-        fact = EffectRunner._perform(self._runner, effect)
+        fact = effects._perform(self._desk, effect)
         self.cluster.tells(fact)
         if isinstance(fact, ManifestWritten):
             self.cluster.decides()
