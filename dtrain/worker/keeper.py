@@ -39,6 +39,7 @@ TRACEBACK_MAX_CHARS = 4000  # of its end, where the error is
 NOISE_MAX_LINES = 20  # what exit handlers may print after a traceback; one further back was survived
 UNCAUGHT = 1  # exit code of a Python program that an exception ended
 TRACEBACK_START = "Traceback (most recent call last):"
+GROUP_START = "  + Exception Group Traceback (most recent call last):"
 CHILD_SIGNALS = {signal.SIGCHLD, signal.SIGTERM, signal.SIGQUIT, signal.SIGINT, signal.SIGHUP}
 
 
@@ -257,7 +258,7 @@ def last_words(plan: dict, code: int) -> tuple[str, str]:  # type: ignore[type-a
     except OSError:
         return "", ""
     found = last_traceback(lines) if code == UNCAUGHT else []
-    error = found[-1] if found else next((line for line in reversed(lines) if line), "")
+    error = error_in(found) if found else next((line for line in reversed(lines) if line), "")
     return error.strip()[:ERROR_MAX_CHARS], "\n".join(found)[-TRACEBACK_MAX_CHARS:]
 
 
@@ -273,13 +274,22 @@ def without_rank(line: str) -> str:
 
 def last_traceback(lines: list[str]) -> list[str]:
     """The log's last traceback, from its first line to the exception's own; empty if it was not what ended it."""
-    starts = [number for number, line in enumerate(lines) if line == TRACEBACK_START]
+    starts = [number for number, line in enumerate(lines) if line in (TRACEBACK_START, GROUP_START)]
     if not starts:
         return []
-    for number in range(starts[-1] + 1, len(lines)):
-        if lines[number] and not lines[number].startswith(" "):
-            return lines[starts[-1] : number + 1] if len(lines) - number <= NOISE_MAX_LINES else []
-    return []
+    after = range(starts[-1] + 1, len(lines))
+    if lines[starts[-1]] == GROUP_START:  # it ends with a rule, and so may each group within it
+        last = max((number for number in after if set(lines[number].strip()) == {"+", "-"}), default=0)
+    else:
+        last = next((number for number in after if lines[number] and not lines[number].startswith(" ")), 0)
+    return lines[starts[-1] : last + 1] if last and len(lines) - last <= NOISE_MAX_LINES else []
+
+
+def error_in(traceback: list[str]) -> str:
+    """The exception's own line; of a group, that of the group itself, which comes before what is in it."""
+    if traceback[0] != GROUP_START:
+        return traceback[-1]
+    return next((line[4:] for line in traceback if line.startswith("  | ") and line[4:5] != " "), traceback[-1])
 
 
 def end_descendants() -> None:

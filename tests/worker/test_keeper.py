@@ -143,6 +143,22 @@ def test_the_traceback_of_a_plain_script_is_found_in_its_log_before_what_it_prin
     assert (lines[0], lines[-1]) == ("Traceback (most recent call last):", "ValueError: no luck")
 
 
+def test_a_group_of_exceptions_is_named_by_its_own_line_and_kept_whole(rank: Rank) -> None:
+    script = (
+        "import atexit\natexit.register(print, 'good bye')\n"
+        "def f():\n    inner = ExceptionGroup('in', [OSError('x')])\n"
+        "    raise ExceptionGroup('two of them\\nfailed', [inner, ValueError('y')])\n"
+        "try: 1 / 0\nexcept ZeroDivisionError: f()"
+    )
+    rank.keep(script).wait(DEADLINE_S)
+    fact = read_exited(rank.folder)
+    assert fact is not None
+    assert fact.error == "ExceptionGroup: two of them"
+    lines = fact.traceback.splitlines()
+    assert lines[0] == "  + Exception Group Traceback (most recent call last):"
+    assert lines[-2:] == ["    | ValueError: y", "    +------------------------------------"]
+
+
 def test_a_traceback_that_was_survived_is_not_what_ended_the_trainer(rank: Rank) -> None:
     script = (
         "import sys, traceback\ntry: 1 / 0\nexcept ZeroDivisionError: traceback.print_exc()\n"
