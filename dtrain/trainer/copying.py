@@ -91,6 +91,13 @@ class Arriving:
         self._events = events  # each comes when one GPU's copies are there
         self._reading = reading
 
+    def is_there(self) -> bool:
+        """Whether nothing would have to be waited for. False if a GPU failed."""
+        try:
+            return all(event.query() for event in self._events)
+        except RuntimeError:
+            return False
+
     def wait(self) -> None:
         """Return when all bytes are there. Raises RuntimeError if a GPU failed."""
         for event in self._events:
