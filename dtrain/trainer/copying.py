@@ -40,6 +40,8 @@ class Event(Protocol):
 
     def synchronize(self) -> None: ...
 
+    def query(self) -> bool: ...  # whether it has come
+
 
 class Copier:
     """Copies, with threads that it keeps. For one thread at a time; another may warm it up meanwhile."""

@@ -170,6 +170,27 @@ def test_a_traceback_that_was_survived_is_not_what_ended_the_trainer(rank: Rank)
     assert (fact.code, fact.error, fact.traceback) == (1, "gave up", "")
 
 
+def test_the_room_for_the_exit_is_taken_before_the_trainer_begins(rank: Rank) -> None:
+    """It may end because shared memory is full, which must not hide how it ended."""
+    rank.keep("import pathlib, time\nwhile not pathlib.Path('end').exists(): time.sleep(0.01)\nraise ValueError('x')")
+    rank.started()
+    room = (rank.folder / ".exited.json.new").stat()
+    assert room.st_blocks * 512 >= keeper.EXITED_MAX_BYTES
+    (rank.folder / "end").touch()
+    exited = rank.folder / "exited.json"
+    wait_for("the exit is recorded", exited.exists, deadline_s=DEADLINE_S)
+    assert exited.stat().st_ino == room.st_ino
+    fact = read_exited(rank.folder)
+    assert fact is not None
+    assert fact.error == "ValueError: x"
+
+
+def test_the_longest_record_of_an_exit_fits_into_its_room() -> None:
+    longest = "\N{PILE OF POO}"
+    said = {"error": longest * keeper.ERROR_MAX_CHARS, "traceback": longest * keeper.TRACEBACK_MAX_CHARS}
+    assert len(json.dumps(said)) < keeper.EXITED_MAX_BYTES - 4096
+
+
 def test_a_program_that_cannot_be_run_is_named(rank: Rank) -> None:
     assert rank.keep("", program="/no/such/python").wait(DEADLINE_S) == 0
     fact = read_exited(rank.folder)
