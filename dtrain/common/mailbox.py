@@ -34,7 +34,8 @@ class TrainerPhase(IntEnum):
     CHECKPOINTING = 4  # copying its state into shared memory
     FINISHED = 5  # all steps done, the script is leaving
     HOLDING = 6  # all steps done; waits for its last state to be asked for
-    PAUSED = 7  # in ``run.paused()``: something that is no step, and may take as long as it likes
+    # In ``run.paused()``, or after a loop that was left early: what is no step, and may take as long as it likes.
+    PAUSED = 7
 
 
 class RestoreState(IntEnum):

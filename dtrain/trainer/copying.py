@@ -40,6 +40,8 @@ class Event(Protocol):
 
     def synchronize(self) -> None: ...
 
+    def query(self) -> bool: ...  # whether it has come
+
 
 class Copier:
     """Copies, with threads that it keeps. For one thread at a time; another may warm it up meanwhile."""
@@ -90,6 +92,13 @@ class Arriving:
     def __init__(self, events: Sequence[Event], reading: Sequence[torch.Tensor]) -> None:
         self._events = events  # each comes when one GPU's copies are there
         self._reading = reading
+
+    def is_there(self) -> bool:
+        """Whether nothing would have to be waited for. False if a GPU failed."""
+        try:
+            return all(event.query() for event in self._events)
+        except RuntimeError:
+            return False
 
     def wait(self) -> None:
         """Return when all bytes are there. Raises RuntimeError if a GPU failed."""

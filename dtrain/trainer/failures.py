@@ -15,6 +15,7 @@ import time
 import traceback
 from pathlib import Path
 from types import TracebackType
+from typing import NoReturn
 
 _log = logging.getLogger("dtrain")
 
@@ -50,15 +51,38 @@ def is_failure(error: BaseException | None) -> bool:
     return error is not None and not (isinstance(error, SystemExit) and error.code in (None, 0))
 
 
-def leave_at_once_if_uncaught() -> None:
-    """Arrange that an exception nobody catches ends the process right after its traceback is printed."""
+def leave_at_once_if_uncaught(error: BaseException) -> None:
+    """Arrange that ``error``, if nobody catches it, ends the process right after its traceback is printed."""
+    if isinstance(error, SystemExit):
+        vars(error)["_dtrain_watch"] = _Watch(error.code)
+        return
     inner = sys.excepthook
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         inner(kind, error, trace)
-        atexit._run_exitfuncs()  # what the interpreter's end would run, without what it would wait for
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
-        os._exit(EXIT_INTERRUPTED if issubclass(kind, KeyboardInterrupt) else EXIT_FAILED)
+        _leave(EXIT_INTERRUPTED if issubclass(kind, KeyboardInterrupt) else EXIT_FAILED)
 
     sys.excepthook = hook
+
+
+class _Watch:
+    """Held by a SystemExit, for which no hook is called: has the process left by its code if nobody caught it.
+
+    Then it is the interpreter that lets go of it, when no frame is left to run. Exit handlers that are registered from
+    there on run first, and by then the interpreter has printed what ``sys.exit("text")`` says.
+    """
+
+    def __init__(self, code: object) -> None:
+        self._code = code & 0xFF if isinstance(code, int) else EXIT_FAILED
+
+    def __del__(self) -> None:
+        if sys._getframe().f_back is None and not sys.is_finalizing():
+            atexit.register(_leave, self._code)
+
+
+def _leave(code: int) -> NoReturn:
+    atexit.unregister(_leave)
+    atexit._run_exitfuncs()  # what the interpreter's end would run, without what it would wait for
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)

@@ -143,6 +143,9 @@ class LocalStation:
         except DtrainError as error:
             _log.warning("no checkpoint at step %d: %s", step, error)
 
+    def leave(self) -> None:
+        """No step will follow, whatever the reason."""
+
     def finish(self) -> None:
         """No step will follow."""
 

@@ -41,8 +41,8 @@ Batch = TypeVar("Batch")
 class Station(Protocol):
     """Who takes progress and keeps checkpoints: a worker, or this process itself.
 
-    Order of calls: track, load, begin, then boundary after each step, finish, close. paused, report and fail at any
-    time before close.
+    Order of calls: track, load, begin, then boundary after each step, leave if the loop is left before its end,
+    finish, close. paused, report and fail at any time before close.
     """
 
     def track(self) -> None: ...
@@ -59,6 +59,8 @@ class Station(Protocol):
     ) -> None: ...
 
     def boundary(self, step: Step) -> None: ...
+
+    def leave(self) -> None: ...
 
     def finish(self) -> None: ...
 
@@ -118,6 +120,7 @@ class Run:
         self._step = Step(0)  # completed steps
         self._restored = False
         self._stepping = False  # whether steps() was called
+        self._over = False  # whether the ``with`` statement was left
 
     @property
     def rank(self) -> int:
@@ -229,12 +232,13 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._over = True
         if error is not None and is_failure(error):
             if self._surroundings.error_file is not None:
                 write_error_file(self._surroundings.error_file, error)
             self._station.fail(one_line(error))
             # The process group stays as it is: destroying it would wait for peers that may be gone.
-            leave_at_once_if_uncaught()
+            leave_at_once_if_uncaught(error)
             return
         self._station.finish()
         self._station.close()
@@ -256,6 +260,12 @@ class Run:
                 self._step = step = Step(step + 1)
                 boundary(step)
             station.finish()
+        except GeneratorExit:
+            # By break, return or an exception of the body: which one cannot be seen here. One that is kept, and closed
+            # when the ``with`` statement is over, finds no station any more.
+            if not self._over:
+                station.leave()
+            raise
         finally:
             position.close()
 

@@ -3,7 +3,9 @@
     JOINED -> RESTORING -> TRAINING <-> CHECKPOINTING
                               +-> HOLDING -> FINISHED
 
-TRAINING is left for PAUSED and entered again wherever the script says so.
+TRAINING is left for PAUSED and entered again wherever the script says so. A loop that is left before its last step
+(``break``, or an exception of its body) leads to PAUSED too, and not to FINISHED: no step will follow, but whether this
+rank fails shows at the end of ``with join()`` only. What the script does until then may take long: an evaluation.
 
 At the end of each step the trainer publishes the step it completed, and *then* looks at the request. The worker
 writes a request at any time, for a step that the coordinator believes to be ahead of every rank. Two orders are
@@ -155,6 +157,17 @@ class WorkerStation:
             self._first_step_is_due = False
             self._preparation.look()
 
+    def leave(self) -> None:
+        """No step will follow, and it is not known yet whether this rank failed. Waits for nothing.
+
+        It must not wait: where a peer died, what is on its way from a GPU may never come.
+        """
+        staging = self._staging
+        if staging is not None and (staging.arriving is None or staging.arriving.is_there()):
+            self._settle()
+        self._miss()
+        self._mailbox.phase = TrainerPhase.PAUSED
+
     def finish(self) -> None:
         """No step will follow. Waits until the last state is staged, if the job wants it and it is not yet."""
         self._settle()
@@ -162,9 +175,7 @@ class WorkerStation:
         if self._save_last and self._mailbox.completed_step == until > began and self._mailbox.tracking:
             self._hold(until)
             self._settle()
-        request = self._mailbox.request
-        if request != self._answered:
-            self._mailbox.missed = self._answered = request
+        self._miss()
         self._mailbox.phase = TrainerPhase.FINISHED
 
     @contextlib.contextmanager
@@ -205,6 +216,12 @@ class WorkerStation:
             sleep(HOLD_POLL_S)  # training is over: nothing is held up but the script's last lines
             if self._mailbox.request != self._answered:
                 self._answer(self._mailbox.request, step)
+
+    def _miss(self) -> None:
+        """The steps are over: what is still asked for can no longer be met."""
+        request = self._mailbox.request
+        if request != self._answered:
+            self._mailbox.missed = self._answered = request
 
     def _answer(self, request: int, step: Step) -> None:
         _, wanted_step = unpack(request)

@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import importlib
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -64,6 +65,19 @@ def settle(environment: Mapping[str, str]) -> None:
     torch.set_num_threads(threads)
     if threads > 1:  # it was loaded with one
         _set_blas_threads(threads)
+    _move_debug_files()
+
+
+def _move_debug_files() -> None:
+    """Have what torch.compile writes for debugging go below the trainer's folder, and not the zygote's.
+
+    The default is corrected: a value that is set would count in this thread only.
+    """
+    config = vars(sys.modules.get("torch._dynamo.config", object))
+    try:
+        config["_config"]["debug_dir_root"].default = config["default_debug_dir_root"]()
+    except (KeyError, AttributeError):  # not loaded, or kept in another way by this version of torch
+        return
 
 
 def _set_blas_threads(threads: int) -> None:

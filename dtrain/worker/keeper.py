@@ -9,6 +9,8 @@ Rules:
   before leaves at once. So an agent that does not know whether its predecessor started a keeper starts another;
 - ``started.json`` is written before the fork and again after it: a trainer that ran without this file saying so
   cannot be, however early the keeper dies;
+- the room for ``exited.json`` is taken before the trainer begins: shared memory that is full by then, as a failing
+  trainer may leave it, hides no exit;
 - no trainer outlives its keeper (PR_SET_PDEATHSIG), no descendant outlives its trainer (the keeper is the
   subreaper of all of them);
 - no trainer outlives its agent by more than ``orphan_after_s``: the agent's lock file tells whether it lives.
@@ -36,9 +38,11 @@ SWEEPS_MAX = 500  # ten seconds: only a process stuck in the kernel lasts longer
 LOG_TAIL_BYTES = 32 * 1024  # of the log's end, read for its last words: room for a deep traceback
 ERROR_MAX_CHARS = 500  # of one line, kept
 TRACEBACK_MAX_CHARS = 4000  # of its end, where the error is
+EXITED_MAX_BYTES = 64 * 1024  # more than exited.json takes where JSON writes each character as twelve
 NOISE_MAX_LINES = 20  # what exit handlers may print after a traceback; one further back was survived
 UNCAUGHT = 1  # exit code of a Python program that an exception ended
 TRACEBACK_START = "Traceback (most recent call last):"
+GROUP_START = "  + Exception Group Traceback (most recent call last):"
 CHILD_SIGNALS = {signal.SIGCHLD, signal.SIGTERM, signal.SIGQUIT, signal.SIGINT, signal.SIGHUP}
 
 
@@ -68,6 +72,7 @@ def keep(folder: str, begin: Callable[[dict], None]) -> int:  # type: ignore[typ
     libc = ctypes.CDLL(None, use_errno=True)
     libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     me = {"keeper_pid": os.getpid(), "keeper_start": start_time(os.getpid())}
+    reserve(folder, "exited.json", EXITED_MAX_BYTES)
     write_json(folder, "started.json", {**me, "trainer_pid": 0, "trainer_start": 0})
     trainer = spawn(plan, libc, lock, begin)
     write_json(folder, "started.json", {**me, "trainer_pid": trainer, "trainer_start": start_time(trainer)})
@@ -91,13 +96,19 @@ def start_time(pid: int) -> int:
 
 
 def write_json(folder: str, name: str, record: dict) -> None:  # type: ignore[type-arg]
-    """Write the file so that it is there whole or not at all."""
+    """Write the file so that it is there whole or not at all, into room that was reserved for it if there is some."""
     temporary = os.path.join(folder, f".{name}.new")
-    with open(temporary, "w", encoding="utf-8") as file:
+    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT, 0o666), "w", encoding="utf-8") as file:
         json.dump(record, file)
-        file.flush()
+        file.truncate()
         os.fsync(file.fileno())
     os.rename(temporary, os.path.join(folder, name))
+
+
+def reserve(folder: str, name: str, size: int) -> None:
+    """Take the room that ``write_json`` will need."""
+    with open(os.path.join(folder, f".{name}.new"), "wb") as file:
+        os.posix_fallocate(file.fileno(), 0, size)
 
 
 def spawn(plan: dict, libc: ctypes.CDLL, lock: int, begin: Callable[[dict], None]) -> int:  # type: ignore[type-arg]
@@ -257,7 +268,7 @@ def last_words(plan: dict, code: int) -> tuple[str, str]:  # type: ignore[type-a
     except OSError:
         return "", ""
     found = last_traceback(lines) if code == UNCAUGHT else []
-    error = found[-1] if found else next((line for line in reversed(lines) if line), "")
+    error = error_in(found) if found else next((line for line in reversed(lines) if line), "")
     return error.strip()[:ERROR_MAX_CHARS], "\n".join(found)[-TRACEBACK_MAX_CHARS:]
 
 
@@ -273,13 +284,22 @@ def without_rank(line: str) -> str:
 
 def last_traceback(lines: list[str]) -> list[str]:
     """The log's last traceback, from its first line to the exception's own; empty if it was not what ended it."""
-    starts = [number for number, line in enumerate(lines) if line == TRACEBACK_START]
+    starts = [number for number, line in enumerate(lines) if line in (TRACEBACK_START, GROUP_START)]
     if not starts:
         return []
-    for number in range(starts[-1] + 1, len(lines)):
-        if lines[number] and not lines[number].startswith(" "):
-            return lines[starts[-1] : number + 1] if len(lines) - number <= NOISE_MAX_LINES else []
-    return []
+    after = range(starts[-1] + 1, len(lines))
+    if lines[starts[-1]] == GROUP_START:  # it ends with a rule, and so may each group within it
+        last = max((number for number in after if set(lines[number].strip()) == {"+", "-"}), default=0)
+    else:
+        last = next((number for number in after if lines[number] and not lines[number].startswith(" ")), 0)
+    return lines[starts[-1] : last + 1] if last and len(lines) - last <= NOISE_MAX_LINES else []
+
+
+def error_in(traceback: list[str]) -> str:
+    """The exception's own line; of a group, that of the group itself, which comes before what is in it."""
+    if traceback[0] != GROUP_START:
+        return traceback[-1]
+    return next((line[4:] for line in traceback if line.startswith("  | ") and line[4:5] != " "), traceback[-1])
 
 
 def end_descendants() -> None:

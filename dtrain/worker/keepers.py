@@ -54,6 +54,7 @@ class _Kept:
         self.pidfd = -1
         self.trainer_pidfd = -1
         self.told_started = False
+        self.warned = False  # that it cannot be ended yet
         self.end_grace_s: float | None = None  # asked to end before its keeper was known
         self.kill_timer: asyncio.TimerHandle | None = None
 
@@ -102,22 +103,21 @@ class Keepers:
         failpoints.hit(Point.SPAWN_AFTER)
 
     def _execute(self, kept: _Kept) -> None:
-        log = os.open(kept.folder / "keeper.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
         try:
-            kept.child = subprocess.Popen(
-                [sys.executable, "-I", "-S", keeper.__file__, str(kept.folder)],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                cwd="/",
-                # Without its trainer's mark, so that a sweep never takes a keeper for a stray.
-                env={name: value for name, value in os.environ.items() if not name.startswith("DTRAIN_")},
-                start_new_session=True,
-            )
+            with os.fdopen(os.open(kept.folder / "keeper.log", flags, 0o600), "wb") as log:
+                kept.child = subprocess.Popen(
+                    [sys.executable, "-I", "-S", keeper.__file__, str(kept.folder)],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    cwd="/",
+                    # Without its trainer's mark, so that a sweep never takes a keeper for a stray.
+                    env={name: value for name, value in os.environ.items() if not name.startswith("DTRAIN_")},
+                    start_new_session=True,
+                )
         except OSError as error:
             self._finish(kept, ExitFact(code=None, at_unix_s=time.time(), error=f"its keeper cannot run: {error}"))
-        finally:
-            os.close(log)
 
     def poll(self) -> None:
         """Look after keepers that have not said yet who they are. The others wake the loop themselves."""
@@ -133,10 +133,7 @@ class Keepers:
                 self._execute(kept)
                 return
             if kept.child is None or kept.child.poll() is not None:
-                # Nobody of ours is on the way. If no other keeper holds the lock, none will ever start here.
-                fact = read_exited(kept.folder) or forbid(kept.folder, self._why_never_started(kept))
-                if fact is not None:
-                    self._finish(kept, fact)
+                self._end_never_started(kept)
             return
         kept.started = started
         if kept.pidfd < 0 and not self._watch(kept, started):
@@ -149,6 +146,26 @@ class Keepers:
         if kept.end_grace_s is not None:
             grace_s, kept.end_grace_s = kept.end_grace_s, None
             self._end_one(kept, grace_s)
+
+    def _end_never_started(self, kept: _Kept) -> None:
+        """Nobody of ours is on the way. If no other keeper holds the lock, none will ever start here."""
+        why = self._why_never_started(kept)
+        try:
+            fact = read_exited(kept.folder) or forbid(kept.folder, why)
+        except OSError as error:  # shared memory is full: an agent that ended by that would end again at each start
+            if kept.child is None:  # one that another agent started may be on its way: it has to be forbidden
+                self._warn_once(kept, error)
+                return
+            fact = ExitFact(code=None, at_unix_s=time.time(), error=f"{why} ({error})")
+        if fact is not None:
+            self._finish(kept, fact)
+
+    @staticmethod
+    def _warn_once(kept: _Kept, error: OSError) -> None:
+        of = kept.of
+        if not kept.warned:
+            logger.warning("%s generation %d rank %d cannot be ended yet: %s", of.job, of.generation, of.rank, error)
+        kept.warned = True
 
     def _why_never_started(self, kept: _Kept) -> str:
         if kept.child is None:

@@ -30,8 +30,10 @@ from dtrain.worker.exec_memory import show_arguments, show_environment
 # Read once, by a library when it is loaded. A zygote can be given what a job wants of these.
 READ_BY_LIBRARIES = (
     *("OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "GOTO_", "BLIS_", "NPY_", "NUMPY_"),
-    *("TORCH", "PYTORCH_", "ATEN_", "C10_", "KINETO_", "INDUCTOR_", "AOT_INDUCTOR_"),
+    *("TORCH", "PYTORCH_", "ATEN_", "C10_", "KINETO_", "LOGLEVEL"),
     *("ONEDNN_", "DNNL_", "MKLDNN_"),
+    # Settings of torch.compile, and of what it is built on.
+    *("INDUCTOR_", "AOT_", "AOTINDUCTOR_", "PARTITIONER_", "PT2_", "FX_", "SYMPY_", "MPMATH_", "CXX"),
 )
 # Read once, by them or by the dynamic loader, the C library or the interpreter: what is wrong there harms the zygote.
 READ_AT_START = ("LD_", "GLIBC_", "MALLOC_", "PYTHON", "LC_", *READ_BY_LIBRARIES)

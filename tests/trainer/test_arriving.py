@@ -29,6 +29,10 @@ class Played:
     def __init__(self) -> None:
         self.waited = 0
         self.broken = False
+        self.is_there = False
+
+    def query(self) -> bool:
+        return self.is_there
 
     def synchronize(self) -> None:
         self.waited += 1
@@ -80,6 +84,20 @@ def test_training_goes_on_and_the_state_is_staged_at_the_next_boundary(
     assert folder.mailbox.staged[:2] == (pack(1, 1), 0) and folder.mailbox.slot_holds(0) == pack(1, 1)
     station.boundary(Step(3))
     assert folder.mailbox.staged[:2] == (pack(2, 2), 1)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_loop_that_is_left_tells_of_what_is_there_and_waits_for_nothing(
+    folder: RankFolder, station: WorkerStation, event: Played, there: bool
+) -> None:
+    folder.mailbox.ask(pack(1, 1), slot=0)
+    station.boundary(Step(1))
+    event.is_there = there
+    station.leave()
+    assert folder.mailbox.staged[0] == (pack(1, 1) if there else 0)
+    assert event.waited == there, "nobody waited in vain"
+    station.finish()
+    assert folder.mailbox.staged[0] == pack(1, 1)
 
 
 def test_the_state_of_the_last_step_is_waited_for_at_the_end(

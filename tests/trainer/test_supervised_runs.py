@@ -169,6 +169,100 @@ def test_a_failing_rank_says_why_and_leaves_although_a_collective_is_under_way(t
         assert ranks[1].process is not None and ranks[1].process.poll() is None
 
 
+EXITING = """
+import atexit, sys
+import torch, torch.distributed as dist
+import dtrain
+atexit.register(print, "first handler")
+try:
+    with dtrain.join() as run:
+        if run.rank == 0:
+            dist.all_reduce(torch.ones(10), async_op=True)  # the peer never joins in
+            sys.exit({code})
+        import threading
+        threading.Event().wait()
+finally:
+    print("outer block")
+    atexit.register(print, "last handler")
+"""
+
+
+@pytest.mark.parametrize(("code", "number", "said"), [("7", 7, ""), ("'enough'", 1, "enough")])
+def test_a_rank_that_exits_by_a_code_leaves_with_it_although_a_collective_is_under_way(
+    code: str, number: int, said: str, tmp_path: Path
+) -> None:
+    script = tmp_path / "exiting.py"
+    script.write_text(EXITING.format(code=code))
+    with generation(tmp_path / "g1") as ranks:
+        for rank in ranks:
+            rank.start(script)
+        assert ranks[0].wait_exit() == number
+        order = ["outer block", *filter(None, [said]), "last handler", "first handler"]
+        assert [line for line in ranks[0].output().splitlines() if line in order] == order
+        assert ranks[0].mailbox.error == f"SystemExit: {said or number}"
+        assert ranks[1].process is not None and ranks[1].process.poll() is None
+
+
+LEAVING = """
+import sys, time
+from pathlib import Path
+import dtrain
+
+class Still:
+    def state_dict(self): return {{}}
+    def load_state_dict(self, state): pass
+
+def train():
+    for batch in run.steps([0], until=100):
+        if run.step == 3:
+            {how}
+
+wait = lambda name: [time.sleep(0.005) for _ in iter((Path(sys.argv[1]) / name).exists, True)]
+try:
+    with dtrain.join() as run:
+        run.track(still=Still())
+        try:
+            train()
+        finally:
+            print("evaluates"); wait("evaluated")
+finally:
+    print("is out"); wait("go")
+"""
+
+
+@pytest.mark.parametrize("how", ["break", "return", "raise ValueError('no luck')"])
+def test_a_loop_that_was_left_early_is_no_step_and_only_a_rank_that_did_not_fail_has_finished(
+    how: str, tmp_path: Path
+) -> None:
+    script = tmp_path / "leaving.py"
+    script.write_text(LEAVING.format(how=how))
+    with generation(tmp_path / "g1", world=1) as (rank,):
+        start_from_nothing([rank])
+        rank.mailbox.request = pack(1, 50)
+        rank.start(script, str(tmp_path))
+        rank.wait_until(lambda _: "evaluates" in rank.output(), "the loop is left")
+        assert rank.mailbox.phase is TrainerPhase.PAUSED and rank.mailbox.completed_step == 3
+        assert unpack(rank.mailbox.missed) == (1, 50)
+        (tmp_path / "evaluated").touch()
+        rank.wait_until(lambda _: "is out" in rank.output(), "join() is over")
+        failed = "raise" in how
+        assert rank.mailbox.phase is (TrainerPhase.PAUSED if failed else TrainerPhase.FINISHED)
+        (tmp_path / "go").touch()
+        assert rank.wait_exit() == int(failed)
+
+
+def test_a_loop_that_is_closed_after_the_run_has_no_word_on_it(tmp_path: Path) -> None:
+    script = tmp_path / "kept.py"
+    script.write_text(
+        "import dtrain\nwith dtrain.join() as run:\n    kept = run.steps([0], until=9)\n    next(kept)\nkept.close()"
+    )
+    with generation(tmp_path / "g1", world=1) as (rank,):
+        start_from_nothing([rank])
+        rank.start(script)
+        assert rank.wait_exit() == 0, rank.output()
+        assert rank.mailbox.phase is TrainerPhase.FINISHED
+
+
 def test_a_model_that_does_not_fit_the_checkpoint_is_one_clear_sentence(tmp_path: Path) -> None:
     with generation(tmp_path / "g1", world=1) as (rank,):
         start_from_nothing([rank])

@@ -143,6 +143,22 @@ def test_the_traceback_of_a_plain_script_is_found_in_its_log_before_what_it_prin
     assert (lines[0], lines[-1]) == ("Traceback (most recent call last):", "ValueError: no luck")
 
 
+def test_a_group_of_exceptions_is_named_by_its_own_line_and_kept_whole(rank: Rank) -> None:
+    script = (
+        "import atexit\natexit.register(print, 'good bye')\n"
+        "def f():\n    inner = ExceptionGroup('in', [OSError('x')])\n"
+        "    raise ExceptionGroup('two of them\\nfailed', [inner, ValueError('y')])\n"
+        "try: 1 / 0\nexcept ZeroDivisionError: f()"
+    )
+    rank.keep(script).wait(DEADLINE_S)
+    fact = read_exited(rank.folder)
+    assert fact is not None
+    assert fact.error == "ExceptionGroup: two of them"
+    lines = fact.traceback.splitlines()
+    assert lines[0] == "  + Exception Group Traceback (most recent call last):"
+    assert lines[-2:] == ["    | ValueError: y", "    +------------------------------------"]
+
+
 def test_a_traceback_that_was_survived_is_not_what_ended_the_trainer(rank: Rank) -> None:
     script = (
         "import sys, traceback\ntry: 1 / 0\nexcept ZeroDivisionError: traceback.print_exc()\n"
@@ -152,6 +168,27 @@ def test_a_traceback_that_was_survived_is_not_what_ended_the_trainer(rank: Rank)
     fact = read_exited(rank.folder)
     assert fact is not None
     assert (fact.code, fact.error, fact.traceback) == (1, "gave up", "")
+
+
+def test_the_room_for_the_exit_is_taken_before_the_trainer_begins(rank: Rank) -> None:
+    """It may end because shared memory is full, which must not hide how it ended."""
+    rank.keep("import pathlib, time\nwhile not pathlib.Path('end').exists(): time.sleep(0.01)\nraise ValueError('x')")
+    rank.started()
+    room = (rank.folder / ".exited.json.new").stat()
+    assert room.st_blocks * 512 >= keeper.EXITED_MAX_BYTES
+    (rank.folder / "end").touch()
+    exited = rank.folder / "exited.json"
+    wait_for("the exit is recorded", exited.exists, deadline_s=DEADLINE_S)
+    assert exited.stat().st_ino == room.st_ino
+    fact = read_exited(rank.folder)
+    assert fact is not None
+    assert fact.error == "ValueError: x"
+
+
+def test_the_longest_record_of_an_exit_fits_into_its_room() -> None:
+    longest = "\N{PILE OF POO}"
+    said = {"error": longest * keeper.ERROR_MAX_CHARS, "traceback": longest * keeper.TRACEBACK_MAX_CHARS}
+    assert len(json.dumps(said)) < keeper.EXITED_MAX_BYTES - 4096
 
 
 def test_a_program_that_cannot_be_run_is_named(rank: Rank) -> None:

@@ -1,6 +1,7 @@
 """The agent's side of keepers: whatever becomes of one, the end of its rank is told, and nothing of it lives on."""
 
 import asyncio
+import errno
 import os
 import signal
 import sys
@@ -12,7 +13,7 @@ import msgspec
 import pytest
 
 from dtrain.common.names import Generation, JobName
-from dtrain.worker import keepers
+from dtrain.worker import keepers, rank_dirs
 from dtrain.worker.core.inputs import TrainerExited, TrainerStarted
 from dtrain.worker.environment import trainer_mark
 from dtrain.worker.keepers import Keepers
@@ -53,11 +54,19 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 Told = asyncio.Queue[TrainerStarted | TrainerExited]
 
 
+async def first_word(them: Keepers, facts: Told) -> TrainerStarted | TrainerExited:
+    async with asyncio.timeout(DEADLINE_S):
+        while facts.empty():
+            them.poll()
+            await asyncio.sleep(LOOK_S)
+    return facts.get_nowait()
+
+
 def keep(folder: Path, play: Callable[[Keepers, Told, Started], Coroutine[Any, Any, None]]) -> None:
     """Have a rank kept, and play with it once its trainer runs."""
 
     async def run() -> None:
-        facts: asyncio.Queue[TrainerStarted | TrainerExited] = asyncio.Queue()
+        facts: Told = asyncio.Queue()
         tasks: list[asyncio.Task[None]] = []
 
         def begin(work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
@@ -67,10 +76,7 @@ def keep(folder: Path, play: Callable[[Keepers, Told, Started], Coroutine[Any, A
         them = Keepers(facts.put_nowait, lambda of: None, JOURNAL, begin, Zygotes(folder / "zygote.log", enabled=False))
         them.ensure(OF, folder, start=True)
         async with asyncio.timeout(DEADLINE_S):
-            while facts.empty():
-                them.poll()
-                await asyncio.sleep(LOOK_S)
-            assert isinstance(facts.get_nowait(), TrainerStarted)
+            assert isinstance(await first_word(them, facts), TrainerStarted)
             started = read_started(folder)
             assert started is not None
             await play(them, facts, started)
@@ -106,3 +112,46 @@ def test_a_keeper_that_is_stopped_holds_no_rank_for_ever(
         assert not alive(started.keeper_pid) and not alive(started.trainer_pid)
 
     keep(folder, play)
+
+
+def never_started(folder: Path, *, start: bool = True, looks: int = 0, mend: Callable[[], None] = lambda: None) -> str:
+    """Have a rank kept whose trainer cannot begin, look so often before ``mend``, and return why it ended."""
+
+    async def run() -> str:
+        facts: Told = asyncio.Queue()
+        zygotes = Zygotes(folder / "zygote.log", enabled=False)
+        them = Keepers(facts.put_nowait, lambda of: None, JOURNAL, asyncio.create_task, zygotes)
+        them.ensure(OF, folder, start=start)
+        for _ in range(looks):
+            them.poll()
+        mend()
+        exited = await first_word(them, facts)
+        assert isinstance(exited, TrainerExited) and exited.exit.code is None
+        return exited.exit.error
+
+    return asyncio.run(run())
+
+
+def full(*_: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_an_end_that_cannot_be_written_is_told_all_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "keeper.json").write_text("no plan")  # its keeper fails
+    monkeypatch.setattr(rank_dirs, "write_whole", full)
+    why = never_started(folder)
+    assert why.startswith("its keeper failed: ") and "No space left on device" in why
+
+
+def test_a_rank_that_another_agents_keeper_may_yet_start_is_ended_when_there_is_room(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(rank_dirs, "write_whole", full)
+        assert never_started(folder, start=False, looks=3, mend=patch.undo) == "it was ended before it was started"
+    assert caplog.text.count("rank 0 cannot be ended yet: [Errno 28]") == 1
+
+
+def test_a_keeper_whose_log_cannot_be_opened_is_an_end_with_that_reason(folder: Path) -> None:
+    (folder / "keeper.log").mkdir()
+    assert never_started(folder).startswith("its keeper cannot run: [Errno 21]")

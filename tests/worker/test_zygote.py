@@ -208,6 +208,18 @@ def test_temporary_files_of_a_warm_rank_go_where_its_environment_says(nursery: N
     assert (code, said) == (0, f"{tmp_path}\n")
 
 
+def test_debug_files_of_a_warm_rank_go_where_a_cold_one_puts_them(nursery: Nursery) -> None:
+    """In every thread: torch keeps what a script sets for the thread that set it."""
+    script = (
+        "import threading, torch._dynamo.config as config\ndef say(): print(config.debug_dir_root)\n"
+        "say(); threading.Thread(target=say).start()"
+    )
+    rank = nursery.rank(script)
+    code, said = rank.end()
+    assert (code, said) == rank.cold()
+    assert said.startswith(f"{rank.place}/")
+
+
 def test_a_module_beside_the_script_is_never_hidden_by_a_preloaded_one(nursery: Nursery) -> None:
     rank = nursery.rank("import safetensors; print(safetensors.WHOSE)")
     (rank.place / "safetensors.py").write_text("WHOSE = 'mine'")
@@ -240,6 +252,7 @@ def another_zygote(nursery: Nursery, than: int) -> int:
 
 
 LIBRARIES = {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64", "OMP_WAIT_POLICY": "passive"}
+READ_AT_IMPORT = ("AOTINDUCTOR_REPRO_LEVEL", "AOT_PARTITIONER_DEBUG", "SYMPY_USE_CACHE", "CXX", "LOGLEVEL")
 
 
 def test_a_job_that_wants_something_of_a_library_gets_a_zygote_that_has_it(quick_nursery: Nursery) -> None:
@@ -279,6 +292,7 @@ def test_only_what_libraries_read_is_a_need() -> None:
         "A": "b",
     }
     assert needs_of({**LIBRARIES, **others}) == LIBRARIES
+    assert tuple(needs_of(dict.fromkeys(READ_AT_IMPORT, "1"))) == READ_AT_IMPORT
 
 
 def test_a_zygote_that_is_stopped_is_replaced_before_anybody_waits_for_it(quick_nursery: Nursery) -> None:

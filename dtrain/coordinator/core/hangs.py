@@ -11,7 +11,7 @@ What is no hang is told apart by the trainers' own words (their phases) and by t
     restoring           a checkpoint is fetched and loaded
     training, and the step that the generation started from is still the last one    compiling, the first batches
     checkpointing       a state is copied
-    paused              the script says so (``run.paused()``)
+    paused              the script says so (``run.paused()``), or has left its steps early
 
 While any rank is in one of these, the generation is not judged: the others may well wait for it. What such a phase
 may take is bounded elsewhere: by the timeouts of the process group, and of checkpoints.
