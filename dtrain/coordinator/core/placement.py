@@ -55,7 +55,7 @@ def waiting_for(job: JobState, observed: Observed, jobs: Mapping[JobName, JobSta
         return f"{left_s:.0f} s more, because {job.stalls} failures in a row got no further"
     have, need = len(candidates(job, observed, jobs)), job.spec.nnodes_min
     if have >= need:
-        return f"more workers, up to {job.spec.nnodes_max}, for a moment"
+        return f"more workers, up to {job.spec.nnodes_max}, or a port that no other job was given, for a moment"
     return f"{need} worker(s) with {job.spec.nproc_per_node} free slot(s) each; {have} there"
 
 
