@@ -15,7 +15,7 @@ from typing import Self
 from dtrain.etcd import wire_pb2 as wire
 from dtrain.etcd.errors import AnswerTooLarge
 from dtrain.etcd.keyvalues import KeyValue, after, from_wire, prefix_end
-from dtrain.etcd.transactions import CreateRevisionIs, Op, TxnResult, compare_to_wire, op_to_wire, result_from_wire
+from dtrain.etcd.transactions import Compare, Op, TxnResult, compare_to_wire, op_to_wire, result_from_wire
 from dtrain.etcd.transport import Transport
 
 __all__ = ["EtcdClient", "KeyValue", "Status", "TxnResult"]
@@ -139,9 +139,7 @@ class EtcdClient:
             if not listed.more:
                 return deleted
 
-    async def txn(
-        self, compares: Sequence[CreateRevisionIs], then: Sequence[Op], otherwise: Sequence[Op] = ()
-    ) -> TxnResult:
+    async def txn(self, compares: Sequence[Compare], then: Sequence[Op], otherwise: Sequence[Op] = ()) -> TxnResult:
         """Do ``then`` if all ``compares`` hold, else ``otherwise``; atomically. The parts are built by
         :mod:`dtrain.etcd.transactions`."""
         request = wire.TxnRequest(

@@ -15,10 +15,12 @@ lease that the key is bound to now is renewed: an older one of this process, or 
 ``is_own`` recognises. So the key of a process that was killed and is back never vanishes in between.
 
 A name has one owner: the newest process that registered it. One that finds its key held by a lease that was
-never its own has been replaced, and is told so by :class:`RegistrationTaken`. A put of a dead process may be applied
-late and look like that: of an earlier life, perhaps one whose machine lost its disk, so that nothing tells it from a
-stranger. So a few are put right. A dead process puts no more; of two that live, the one that was replaced counts first
-and leaves.
+never its own has been replaced, and is told so by :class:`RegistrationTaken`.
+
+Each put holds only while the key is as it was read before: what a killed process had on its way cannot bind the key of
+its next life to a dead lease. Where the key was absent in between, such a put may still be applied late, of an earlier
+life, perhaps one whose machine lost its disk, so that nothing tells it from a stranger. So a few are put right. A dead
+process puts no more; of two that live, the one that was replaced counts first and leaves.
 """
 
 import asyncio
@@ -33,7 +35,7 @@ from dtrain.etcd.client import EtcdClient
 from dtrain.etcd.errors import LeaseLost
 from dtrain.etcd.keyvalues import KeyValue
 from dtrain.etcd.leases import BEATS_A_TTL, Lease, renew
-from dtrain.etcd.transactions import create_revision_is, put
+from dtrain.etcd.transactions import mod_revision_is, put
 from dtrain.etcd.watches import watch
 
 logger = logging.getLogger(__name__)
@@ -213,9 +215,11 @@ class _Registration:
 
     async def _claim(self, lease: Lease) -> int:
         """Take the name from whoever had it: a restarted process replaces its older self at once."""
-        revision = await self._client.put(self._key, self._value(), lease=lease.id)
-        self._claimed = True
-        return revision
+        while True:
+            revision = await self._put(await self._client.get(self._key), lease, self._value())
+            if revision:
+                self._claimed = True
+                return revision
 
     async def _check(self, lease: Lease) -> int:
         """Compare, and restore what differs. An etcd that is away is no reason to give up a living lease."""
@@ -236,12 +240,11 @@ class _Registration:
                     raise RegistrationTaken(f"{self._key} was registered by another process since.")
             if found is not None and found.lease == lease.id and found.value == wanted:
                 return 0
-            done = await self._client.txn(
-                [create_revision_is(self._key, _create_revision(found))], [put(self._key, wanted, lease.id)]
-            )
-            if done.succeeded:
-                return done.revision
+            if revision := await self._put(found, lease, wanted):
+                return revision
 
-
-def _create_revision(found: KeyValue | None) -> int:
-    return 0 if found is None else found.create_revision
+    async def _put(self, found: KeyValue | None, lease: Lease, value: bytes) -> int:
+        """Put the key if nobody has since it was ``found``; return the revision, 0 if somebody has."""
+        unchanged = mod_revision_is(self._key, 0 if found is None else found.mod_revision)
+        done = await self._client.txn([unchanged], [put(self._key, value, lease.id)])
+        return done.revision if done.succeeded else 0

@@ -25,6 +25,17 @@ class CreateRevisionIs:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ModRevisionIs:
+    """Holds while ``key`` was last put at exactly ``revision``; 0: while it does not exist."""
+
+    key: str
+    revision: int
+
+
+Compare = CreateRevisionIs | ModRevisionIs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Put:
     key: str
     value: bytes
@@ -77,6 +88,10 @@ def create_revision_is(key: str, revision: int) -> CreateRevisionIs:
     return CreateRevisionIs(key=key, revision=revision)
 
 
+def mod_revision_is(key: str, revision: int) -> ModRevisionIs:
+    return ModRevisionIs(key=key, revision=revision)
+
+
 def absent(key: str) -> CreateRevisionIs:
     return CreateRevisionIs(key=key, revision=0)
 
@@ -93,13 +108,15 @@ def delete(key: str) -> Delete:
     return Delete(key=key)
 
 
-def compare_to_wire(compare: CreateRevisionIs) -> wire.Compare:
-    return wire.Compare(
-        result=wire.Compare.EQUAL,
-        target=wire.Compare.CREATE,
-        key=compare.key.encode(),
-        create_revision=compare.revision,
-    )
+def compare_to_wire(compare: Compare) -> wire.Compare:
+    key, equal = compare.key.encode(), wire.Compare.EQUAL
+    match compare:
+        case CreateRevisionIs():
+            return wire.Compare(result=equal, target=wire.Compare.CREATE, key=key, create_revision=compare.revision)
+        case ModRevisionIs():
+            return wire.Compare(result=equal, target=wire.Compare.MOD, key=key, mod_revision=compare.revision)
+        case _:
+            assert_never(compare)
 
 
 def op_to_wire(op: Op) -> wire.RequestOp:

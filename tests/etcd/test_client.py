@@ -136,6 +136,22 @@ def test_a_transaction_does_one_list_or_the_other_at_one_revision(etcd: EtcdServ
     with_client(etcd, body)
 
 
+def test_a_put_may_depend_on_nobody_having_put_the_key_since_it_was_read(etcd: EtcdServer) -> None:
+    async def body(client: EtcdClient) -> None:
+        assert (await client.txn([do.mod_revision_is("k", 0)], [do.put("k", b"1")])).succeeded
+        read = await client.get("k")
+        assert read is not None
+        unchanged = do.mod_revision_is("k", read.mod_revision)
+        assert (await client.txn([unchanged], [do.put("k", b"2")])).succeeded
+        late = await client.txn([unchanged], [do.put("k", b"3")], [do.get("k")])
+        assert not late.succeeded
+        found = await client.get("k")
+        assert late.responses == (Got(kv=found),)
+        assert found is not None and found.value == b"2" and found.create_revision == read.create_revision
+
+    with_client(etcd, body)
+
+
 def test_what_etcd_never_takes_is_refused_for_good(etcd: EtcdServer) -> None:
     async def body(client: EtcdClient) -> None:
         fits = await client.txn([], [do.put(f"n/{number}", b"") for number in range(OPS_MAX)])

@@ -1,7 +1,7 @@
 """A registration is a level that is held: it is there while its process lives, and gone soon after."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 
 import pytest
@@ -13,6 +13,7 @@ from dtrain.etcd.errors import OutcomeUnknown
 from dtrain.etcd.keyvalues import KeyValue
 from dtrain.etcd.leases import Lease
 from dtrain.etcd.registrations import RegistrationChange, RegistrationTaken, keep_registered
+from dtrain.etcd.transactions import Compare, Op, TxnResult
 from tests.support.etcd_server import EtcdServer
 from tests.support.tcp_proxy import TcpProxy
 
@@ -169,17 +170,17 @@ def test_a_first_put_whose_answer_is_lost_does_not_make_a_stranger_of_its_own_ol
             ):
                 older = await Lease.grant(witness, 60)
                 await witness.put(KEY, b"older self", lease=older.id)
-                real_put = client.put
+                real_txn = client.txn
 
-                async def put_into_the_void(key: str, value: bytes, *, lease: int = 0) -> int:
+                async def put_into_the_void(compares: Sequence[Compare], then: Sequence[Op]) -> TxnResult:
                     proxy.cut()
-                    client.put = real_put  # type: ignore[method-assign]
-                    return await real_put(key, value, lease=lease)
+                    client.txn = real_txn  # type: ignore[method-assign]
+                    return await real_txn(compares, then)
 
-                client.put = put_into_the_void  # type: ignore[method-assign]
+                client.txn = put_into_the_void  # type: ignore[method-assign, assignment]
                 async with registered(client, lambda: b"me", 60):
                     async with asyncio.timeout(DEADLINE_S):
-                        while client.put != real_put:
+                        while client.txn != real_txn:
                             await asyncio.sleep(0.02)
                     proxy.forward()
                     await until(witness, lambda kv: kv is not None and kv.value == b"me")
@@ -193,13 +194,13 @@ def test_a_first_put_that_was_done_unheard_stands_and_is_not_taken_back(etcd: Et
     async def run() -> None:
         changes: list[RegistrationChange] = []
         async with EtcdClient([etcd.endpoint]) as client:
-            real_put, done = client.put, []
+            real_txn, done = client.txn, []
 
-            async def put_unheard(key: str, value: bytes, *, lease: int = 0) -> int:
-                done.append(await real_put(key, value, lease=lease))
+            async def put_unheard(compares: Sequence[Compare], then: Sequence[Op]) -> TxnResult:
+                done.append((await real_txn(compares, then)).revision)
                 raise OutcomeUnknown("Stream removed")
 
-            client.put = put_unheard  # type: ignore[method-assign]
+            client.txn = put_unheard  # type: ignore[method-assign, assignment]
             async with registered(client, lambda: b"me", 60, changes):
                 async with asyncio.timeout(DEADLINE_S):
                     while not changes:
@@ -213,13 +214,13 @@ def test_a_first_put_that_was_done_unheard_stands_and_is_not_taken_back(etcd: Et
 
 async def put_is_late(client: EtcdClient, due: asyncio.Event) -> None:
     """From now on a put of ``client`` is on its way until ``due``."""
-    real_put = client.put
+    real_txn = client.txn
 
-    async def put_later(key: str, value: bytes, *, lease: int = 0) -> int:
+    async def put_later(compares: Sequence[Compare], then: Sequence[Op]) -> TxnResult:
         await due.wait()
-        return await real_put(key, value, lease=lease)
+        return await real_txn(compares, then)
 
-    client.put = put_later  # type: ignore[method-assign]
+    client.txn = put_later  # type: ignore[method-assign, assignment]
 
 
 def test_the_key_of_a_process_that_is_back_stays_however_late_its_put_is(etcd: EtcdServer) -> None:
@@ -239,6 +240,31 @@ def test_the_key_of_a_process_that_is_back_stays_however_late_its_put_is(etcd: E
                 due.set()
                 again = await until(witness, lambda kv: kv is not None and kv.value == b"me")
                 assert again is not None and again.create_revision == put_at
+
+    asyncio.run(run())
+
+
+def test_what_a_killed_life_had_on_its_way_cannot_bind_the_key_of_the_next_to_a_dead_lease(etcd: EtcdServer) -> None:
+    """A leader that the streams do not reach just then would take the worker for lost when that lease ends."""
+
+    async def run() -> None:
+        on_its_way: list[tuple[Sequence[Compare], Sequence[Op]]] = []
+        async with EtcdClient([etcd.endpoint]) as killed, EtcdClient([etcd.endpoint]) as client:
+
+            async def put_never(compares: Sequence[Compare], then: Sequence[Op]) -> TxnResult:
+                on_its_way.append((compares, then))
+                return await asyncio.get_running_loop().create_future()
+
+            killed.txn = put_never  # type: ignore[method-assign, assignment]
+            async with registered(killed, lambda: b"killed", 60):
+                async with asyncio.timeout(DEADLINE_S):
+                    while not on_its_way:
+                        await asyncio.sleep(0.02)
+                async with registered(client, lambda: b"me", 60):
+                    mine = await until(client, lambda kv: kv is not None)
+                    for compares, then in on_its_way:
+                        assert not (await client.txn(compares, then)).succeeded
+                    assert await client.get(KEY) == mine
 
     asyncio.run(run())
 

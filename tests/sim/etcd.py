@@ -206,8 +206,10 @@ class Etcd:
         holds = True
         for compare in request.compare:
             found = self._keys.get(compare.key.decode())
-            assert compare.target == wire.Compare.CREATE, "the model compares create revisions only"
-            holds = holds and (0 if found is None else found.create_revision) == compare.create_revision
+            by_mod = compare.target == wire.Compare.MOD
+            assert by_mod or compare.target == wire.Compare.CREATE, "the model compares these revisions only"
+            revision = 0 if found is None else found.revision if by_mod else found.create_revision
+            holds = holds and revision == (compare.mod_revision if by_mod else compare.create_revision)
         ops = request.success if holds else request.failure
         for op in ops:
             if op.WhichOneof("request") == "request_put" and op.request_put.lease:
@@ -345,7 +347,7 @@ class Member:
                 )
             )
             return
-        late_s = store.late_keys.pop(request.key.decode(), 0.0) if name == "Put" else 0.0
+        late_s = sum(store.late_keys.pop(key, 0.0) for key in _puts(request)) if name == "Txn" else 0.0
         if name in ("Txn", "Put") and store.late_writes and store.rng.random() < store.late_writes:
             late_s = store.rng.uniform(1.0, 15.0)
         if late_s:
@@ -374,8 +376,12 @@ class Member:
 
 def _appends(request: Any) -> bool:
     """Whether it would write an event of the log."""
-    puts = (op.request_put.key for op in request.success if op.WhichOneof("request") == "request_put")
-    return any(b"/events/" in key for key in puts)
+    return any("/events/" in key for key in _puts(request))
+
+
+def _puts(request: Any) -> list[str]:
+    """The keys that a transaction would put."""
+    return [op.request_put.key.decode() for op in request.success if op.WhichOneof("request") == "request_put"]
 
 
 def _kv(change: Change) -> wire.KeyValue:

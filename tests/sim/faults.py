@@ -31,6 +31,7 @@ CONTROL_PLANE = (
     "command overtaken",
     "agent restarts",
     "registration late",
+    "control plane starts again",
     "etcd member down",
     "etcd away",
     "etcd compacts",

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from dtrain.worker.config import LEASE_TTL_S
 from tests.sim import people
 from tests.sim.machines import Machine
 from tests.sim.world import PREFIX
@@ -91,6 +92,34 @@ def _registration_late(storm: "Storm") -> Undo | None:
     return storm.cut(host.name, [each.machine.name for each in world.nodes])
 
 
+def _control_plane_starts_again(storm: "Storm") -> Undo | None:
+    """All coordinators and agents die, and start together when no lease of theirs is left: no trainer may notice."""
+    world = storm.world
+    hosts = [host for host in world.hosts if not host.dark]
+    due_s = world.loop.now_s + storm.rng.uniform(LEASE_TTL_S + 1.0, LEASE_TTL_S + 4.0)
+    storm.say("every coordinator and every agent is killed; they start again when their leases are over")
+    for host in hosts:
+        kill(storm, host)
+        host.dark = True
+    for node in world.nodes:
+        node.kill_agent()
+
+    def back() -> None:
+        if world.loop.now_s < due_s and not storm.over:
+            return
+        for host in hosts:
+            host.dark = False
+            world.start_coordinator(host)
+        for node in world.nodes if hosts else ():
+            node.start_agent()
+        if hosts and not storm.over:
+            world.saw("control plane started again after its leases")
+        hosts.clear()
+
+    world.loop.after(due_s - world.loop.now_s, back)
+    return back
+
+
 def _agent_dies(storm: "Storm") -> Undo | None:
     node = storm.node()
     storm.say(f"the agent of {node.machine.name} is killed")
@@ -142,6 +171,8 @@ def _trainer_hangs(storm: "Storm") -> Undo | None:
     storm.world.saw("trainer hung")
     storm.world.hurt(trainer.node.machine.name, "trainer hangs")
     trainer.hangs = True
+    if storm.world.shape.hang_timeout_s and storm.rng.random() < 0.5:
+        return None  # for good, so that it is found
 
     def go_on() -> None:
         trainer.hangs = False
@@ -269,6 +300,7 @@ FAULTS: dict[str, Callable[["Storm"], Undo | None]] = {
     "coordinator loses workers": _coordinator_loses_workers,
     "agent restarts": _agent_restarts,
     "registration late": _registration_late,
+    "control plane starts again": _control_plane_starts_again,
     "agent dies": _agent_dies,
     "agent pauses": _agent_pauses,
     "machine loses power": lambda storm: _power(storm, wipe=False),

@@ -14,10 +14,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PARTS = 4  # so that processes of pytest can share them
 SEEDS = 75  # in each
-WITHIN_S = 150.0  # fewer schedules only where a machine is several times busier than one that runs these tests alone
-SEEDS_MIN = 20  # fewer than these would show nothing
 FIRST_SEED_MAX = 10**9
-DEADLINE_S = 280.0
+DEADLINE_S = 900.0  # a minute or two, but for a machine that is busy with other things
 
 
 def simulate(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -26,14 +24,15 @@ def simulate(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(DEADLINE_S + 60)
 @pytest.mark.parametrize("part", range(PARTS))
 def test_fresh_schedules_hold_every_rule(part: int) -> None:
     first = secrets.randbelow(FIRST_SEED_MAX)
     print(f"part {part}: seeds from {first} on")
-    done = simulate("--first", str(first), "--seeds", str(SEEDS), "--within-s", str(WITHIN_S), "--jobs", "1")
+    done = simulate("--first", str(first), "--seeds", str(SEEDS), "--jobs", "1")
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     total = re.search(r"^(\d+) schedules from seed", done.stdout, re.MULTILINE)
-    assert total is not None and int(total[1]) >= SEEDS_MIN, done.stdout
+    assert total is not None and int(total[1]) == SEEDS, done.stdout
 
 
 def test_a_seed_gives_the_same_schedule_every_time() -> None:
