@@ -125,7 +125,7 @@ class Assignment(_message.Message):
     def __init__(self, job: _Optional[str] = ..., generation: _Optional[int] = ..., phase: _Optional[_Union[WorkerPhase, str]] = ..., ranks: _Optional[_Iterable[_Union[RankReport, _Mapping]]] = ..., shards: _Optional[_Iterable[_Union[ShardReport, _Mapping]]] = ..., restore: _Optional[_Union[RestoreReport, _Mapping]] = ..., position: _Optional[_Union[LogPosition, _Mapping]] = ...) -> None: ...
 
 class RankReport(_message.Message):
-    __slots__ = ("rank", "state", "pid", "phase", "completed_step", "until_step", "tracking", "step_s", "metrics_json", "exit_code", "exit_unknown", "error", "exited_at", "traceback", "stack", "stack_number", "out_of_memory", "fenced", "upload")
+    __slots__ = ("rank", "state", "pid", "phase", "completed_step", "until_step", "tracking", "step_s", "metrics_json", "exit_code", "exit_unknown", "error", "exited_at", "traceback", "stack", "stack_number", "out_of_memory", "ended_for", "upload")
     RANK_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
@@ -143,7 +143,7 @@ class RankReport(_message.Message):
     STACK_FIELD_NUMBER: _ClassVar[int]
     STACK_NUMBER_FIELD_NUMBER: _ClassVar[int]
     OUT_OF_MEMORY_FIELD_NUMBER: _ClassVar[int]
-    FENCED_FIELD_NUMBER: _ClassVar[int]
+    ENDED_FOR_FIELD_NUMBER: _ClassVar[int]
     UPLOAD_FIELD_NUMBER: _ClassVar[int]
     rank: int
     state: RankState
@@ -162,9 +162,9 @@ class RankReport(_message.Message):
     stack: str
     stack_number: int
     out_of_memory: str
-    fenced: bool
+    ended_for: str
     upload: Transfer
-    def __init__(self, rank: _Optional[int] = ..., state: _Optional[_Union[RankState, str]] = ..., pid: _Optional[int] = ..., phase: _Optional[str] = ..., completed_step: _Optional[int] = ..., until_step: _Optional[int] = ..., tracking: _Optional[bool] = ..., step_s: _Optional[float] = ..., metrics_json: _Optional[str] = ..., exit_code: _Optional[int] = ..., exit_unknown: _Optional[bool] = ..., error: _Optional[str] = ..., exited_at: _Optional[float] = ..., traceback: _Optional[str] = ..., stack: _Optional[str] = ..., stack_number: _Optional[int] = ..., out_of_memory: _Optional[str] = ..., fenced: _Optional[bool] = ..., upload: _Optional[_Union[Transfer, _Mapping]] = ...) -> None: ...
+    def __init__(self, rank: _Optional[int] = ..., state: _Optional[_Union[RankState, str]] = ..., pid: _Optional[int] = ..., phase: _Optional[str] = ..., completed_step: _Optional[int] = ..., until_step: _Optional[int] = ..., tracking: _Optional[bool] = ..., step_s: _Optional[float] = ..., metrics_json: _Optional[str] = ..., exit_code: _Optional[int] = ..., exit_unknown: _Optional[bool] = ..., error: _Optional[str] = ..., exited_at: _Optional[float] = ..., traceback: _Optional[str] = ..., stack: _Optional[str] = ..., stack_number: _Optional[int] = ..., out_of_memory: _Optional[str] = ..., ended_for: _Optional[str] = ..., upload: _Optional[_Union[Transfer, _Mapping]] = ...) -> None: ...
 
 class Transfer(_message.Message):
     __slots__ = ("bytes_done", "bytes_total")

@@ -146,6 +146,9 @@ class LocalStation:
     def leave(self) -> None:
         """No step will follow, whatever the reason."""
 
+    def go_on(self) -> None:
+        """Steps will follow after all."""
+
     def finish(self) -> None:
         """No step will follow."""
 

@@ -14,7 +14,7 @@ exception is a step that was not done.
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Protocol, SupportsFloat, TypeVar
@@ -29,6 +29,7 @@ from dtrain.trainer.data_position import DataPosition
 from dtrain.trainer.failures import is_failure, leave_at_once_if_uncaught, one_line, write_error_file
 from dtrain.trainer.process_group import JOIN_TIMEOUT_S, choose_device, join_group, leave_group
 from dtrain.trainer.restoring import Plan
+from dtrain.trainer.steps import Steps
 from dtrain.trainer.supervised import WorkerStation
 from dtrain.trainer.surroundings import Surroundings
 from dtrain.trainer.tracking import CapturedState, SavedState, TrackedState
@@ -41,8 +42,8 @@ Batch = TypeVar("Batch")
 class Station(Protocol):
     """Who takes progress and keeps checkpoints: a worker, or this process itself.
 
-    Order of calls: track, load, begin, then boundary after each step, leave if the loop is left before its end,
-    finish, close. paused, report and fail at any time before close.
+    Order of calls: track, load, begin, then boundary after each step, leave if the loop is left before its end (and
+    go_on if another takes it up), finish, close. paused, report and fail at any time before close.
     """
 
     def track(self) -> None: ...
@@ -61,6 +62,8 @@ class Station(Protocol):
     def boundary(self, step: Step) -> None: ...
 
     def leave(self) -> None: ...
+
+    def go_on(self) -> None: ...
 
     def finish(self) -> None: ...
 
@@ -203,7 +206,8 @@ class Run:
             raise UserError("run.steps() was called twice: a run has one sequence of steps.")
         self._stepping = True
         self._tracked.bind_loader(loader)
-        return self._run_steps(DataPosition(loader), Step(until))
+        steps = self._run_steps(DataPosition(loader), Step(until))
+        return Steps(steps, leave=self._leave_steps, go_on=self._station.go_on)
 
     def paused(self) -> AbstractContextManager[None]:
         """Around what is no step, between steps or within one: an evaluation, a download, a person's prompt.
@@ -245,7 +249,11 @@ class Run:
         if self._owns_group:
             leave_group()
 
-    def _run_steps(self, position: DataPosition[Batch], until: Step) -> Iterator[Batch]:
+    def _leave_steps(self) -> None:
+        if not self._over:  # steps that are kept, and closed later, find no station any more
+            self._station.leave()
+
+    def _run_steps(self, position: DataPosition[Batch], until: Step) -> Generator[Batch, None, None]:
         self._restore(position, until)
 
         def capture(step: Step) -> CapturedState:
@@ -261,10 +269,7 @@ class Run:
                 boundary(step)
             station.finish()
         except GeneratorExit:
-            # By break, return or an exception of the body: which one cannot be seen here. One that is kept, and closed
-            # when the ``with`` statement is over, finds no station any more.
-            if not self._over:
-                station.leave()
+            self._leave_steps()
             raise
         finally:
             position.close()

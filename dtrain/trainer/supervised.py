@@ -4,8 +4,9 @@
                               +-> HOLDING -> FINISHED
 
 TRAINING is left for PAUSED and entered again wherever the script says so. A loop that is left before its last step
-(``break``, or an exception of its body) leads to PAUSED too, and not to FINISHED: no step will follow, but whether this
-rank fails shows at the end of ``with join()`` only. What the script does until then may take long: an evaluation.
+(``break``, or an exception of its body) leads to PAUSED too, and not to FINISHED: whether this rank fails shows at the
+end of ``with join()`` only, and another loop may take the steps up. What the script does until then may take long: an
+evaluation.
 
 At the end of each step the trainer publishes the step it completed, and *then* looks at the request. The worker
 writes a request at any time, for a step that the coordinator believes to be ahead of every rank. Two orders are
@@ -167,6 +168,11 @@ class WorkerStation:
             self._settle()
         self._miss()
         self._mailbox.phase = TrainerPhase.PAUSED
+
+    def go_on(self) -> None:
+        """Steps will follow after all: another loop took them up."""
+        self._mailbox.phase = TrainerPhase.TRAINING
+        self._step_began_ns = perf_counter_ns()
 
     def finish(self) -> None:
         """No step will follow. Waits until the last state is staged, if the job wants it and it is not yet."""

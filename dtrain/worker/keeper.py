@@ -13,7 +13,8 @@ Rules:
   trainer may leave it, hides no exit;
 - no trainer outlives its keeper (PR_SET_PDEATHSIG), no descendant outlives its trainer (the keeper is the
   subreaper of all of them);
-- no trainer outlives its agent by more than ``orphan_after_s``: the agent's lock file tells whether it lives.
+- no trainer outlives its agent by more than ``orphan_after_s``: the agent's lock file tells whether it lives;
+- an end that followed an order is told from one that came by itself, whoever reads of it, and however late.
 """
 
 # pathlib would be a third of the start-up time:
@@ -31,6 +32,7 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 PR_SET_CHILD_SUBREAPER = 36
 EXIT_USED = 75  # this folder had its keeper, or has it now
 EXIT_CANNOT_RUN = 127  # as a shell says when a program cannot be run
+TOLD = "it was told to end"
 WATCH_S = 1.0  # how often the agent's lock is tried
 KILLS_REMEMBERED = 10  # looks, a second apart: a large process takes seconds from its kill to its end
 SWEEP_S = 0.02  # pause between two looks for descendants that are being killed
@@ -80,7 +82,7 @@ def keep(folder: str, begin: Callable[[dict], None]) -> int:  # type: ignore[typ
     # The wall clock may be set between two exits of one node; this one only grows.
     seen = {"code": ended.code, "at_unix_s": time.time(), "at_mono_s": time.monotonic()}
     error, traceback = ("", "") if ended.code == 0 else last_words(plan, ended.code)
-    said = {"error": error, "traceback": traceback, "out_of_memory": ended.out_of_memory}
+    said = {"error": error, "traceback": traceback, "out_of_memory": ended.out_of_memory, "ended_for": ended.ended_for}
     write_json(folder, "exited.json", {**seen, **said})
     end_descendants()
     return 0
@@ -153,9 +155,10 @@ def execute(plan: dict) -> None:  # type: ignore[type-arg]
 class Ended:
     """How the trainer ended."""
 
-    def __init__(self, code: int, out_of_memory: str) -> None:
+    def __init__(self, code: int, out_of_memory: str, ended_for: str) -> None:
         self.code = code
         self.out_of_memory = out_of_memory  # what is known, if the kernel killed for want of memory; else empty
+        self.ended_for = ended_for  # why it was told to end; empty if it was not
 
 
 class MemoryKills:
@@ -186,7 +189,7 @@ class MemoryKills:
 def wait(trainer: int, plan: dict) -> Ended:  # type: ignore[type-arg]
     """Wait for the trainer's end. Meanwhile hand signals on, reap orphans, and watch the agent."""
     kill_at = agent_gone_since = None
-    sent = False  # a signal that may be what ends it
+    told = ""  # why it was sent a signal that may be what ends it
     kills = MemoryKills(plan)
     next_watch = time.monotonic() + WATCH_S
     while True:
@@ -197,7 +200,7 @@ def wait(trainer: int, plan: dict) -> Ended:  # type: ignore[type-arg]
                 raise SystemExit("the trainer was reaped by somebody else") from None
             if pid == trainer:
                 code = os.waitstatus_to_exitcode(status)
-                return Ended(code, "" if sent or code == 0 else kills.said_of(usage.ru_maxrss))
+                return Ended(code, "" if told or code == 0 else kills.said_of(usage.ru_maxrss), told)
             if pid == 0:
                 break
         now = time.monotonic()
@@ -205,11 +208,11 @@ def wait(trainer: int, plan: dict) -> Ended:  # type: ignore[type-arg]
         received = signal.sigtimedwait(CHILD_SIGNALS, max(0.0, wake - now))
         now = time.monotonic()
         if received is not None and received.si_signo == signal.SIGTERM:
-            sent = True
+            told = told or TOLD
             send(trainer, signal.SIGTERM)
             kill_at = min(kill_at or float("inf"), now + plan["grace_s"])
         elif (received is not None and received.si_signo == signal.SIGQUIT) or (kill_at is not None and now >= kill_at):
-            sent = True
+            told = told or TOLD
             send(trainer, signal.SIGKILL)
             kill_at = None
         if now >= next_watch:
@@ -220,10 +223,9 @@ def wait(trainer: int, plan: dict) -> Ended:  # type: ignore[type-arg]
             elif agent_gone_since is None:
                 agent_gone_since = now
             elif now - agent_gone_since >= plan["orphan_after_s"]:
-                note = f"dtrain: ended, because its worker was gone for {plan['orphan_after_s']:g} s\n"
+                told = f"its worker was gone for {plan['orphan_after_s']:g} s"
                 with open(plan["log"], "a", encoding="utf-8") as log:
-                    log.write(note)
-                sent = True
+                    log.write(f"dtrain: ended, because {told}\n")
                 send(trainer, signal.SIGKILL)
 
 

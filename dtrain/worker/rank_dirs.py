@@ -63,6 +63,7 @@ class Exited(msgspec.Struct, frozen=True):
     at_mono_s: float = 0.0  # on this boot's monotonic clock; 0: written by who did not see it
     traceback: str = ""
     out_of_memory: str = ""
+    ended_for: str = ""
 
     def fact(self) -> ExitFact:
         at_unix_s = _MONOTONIC_ZERO_UNIX_S + self.at_mono_s if self.at_mono_s else self.at_unix_s
@@ -72,6 +73,7 @@ class Exited(msgspec.Struct, frozen=True):
             error=self.error,
             traceback=self.traceback,
             out_of_memory=self.out_of_memory,
+            ended_for=self.ended_for,
         )
 
 

@@ -154,7 +154,7 @@ class _Patience:
                 pause_s = DAMAGED_PAUSE_S
             except (DtrainError, OSError) as error:
                 damaged = 0
-                logger.warning("the restore waits for storage: %s", error)
+                logger.warning("the restore waits: %s", error)
                 pause_s = PAUSE_S
             if self.give_up.wait(pause_s):
                 raise GaveUp("no longer wanted")
@@ -230,7 +230,7 @@ class _Restore:
 
             return read
 
-        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        await self._patiently(lambda _: self._folder.mkdir(mode=0o700, exist_ok=True))
         await self._patiently(manifest)
         await asyncio.gather(*(self._patiently(index(entry)) for entry in found[0].shards))
         try:
@@ -239,7 +239,8 @@ class _Restore:
             raise ShardDamagedError(self._source.manifest_key, str(error)) from error
         self._texts[MANIFEST_FILE] = encode(found[0])
         await self._patiently(lambda store: self._point_out(catalog, store))
-        write_whole(self._folder / MANIFEST_FILE, self._texts[MANIFEST_FILE])  # from now on the trainers read them
+        # From now on the trainers read them.
+        await self._patiently(lambda _: write_whole(self._folder / MANIFEST_FILE, self._texts[MANIFEST_FILE]))
         return catalog
 
     def _point_out(self, catalog: Catalog, store: ObjectStore) -> None:

@@ -6,7 +6,8 @@ of its own: if both keepers come, the lock in the rank folder lets one go on.
 Rules:
 - it is started late, when no rank of this node is still coming up: its imports would slow theirs down;
 - one that died is started again in the background, after a pause that doubles;
-- one that lacks what the jobs here want of their libraries is replaced by one that has it, when all is quiet;
+- one that lacks what the jobs here want of their libraries is replaced by one that has it, when all is quiet or a
+  start lasts very long: of a script that counts no steps nobody knows when it has started;
 - one that says it cannot serve here is believed, and not started again for the same needs;
 - it never outlives its agent (the kernel sees to it), and the keepers it forked always do.
 """
@@ -100,6 +101,7 @@ class Zygotes:
         self._log = log
         self._enabled = enabled
         self._needs: Needs = {}  # of the job that the one at hand serves
+        self._differ_since = time.monotonic()  # when they were last what some job here wants
         self._refused: list[Needs] = []  # needs that none can serve; Invariant: not those of the one at hand
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
@@ -130,12 +132,15 @@ class Zygotes:
         """Look after it. ``quiet``: no rank of this node is coming up. ``wanted``: the needs of each job here."""
         now = time.monotonic()
         served = [needs for needs in wanted if needs not in self._refused]
-        if quiet and served and self._needs not in served:
+        if not served or self._needs in served:
+            self._differ_since = now
+        elif quiet or now - self._differ_since >= STARTS_LAST_S:
             self._needs = served[-1]
             if self._process is not None:
                 logger.info("the warm process is replaced: a job needs %s", ", ".join(self._needs) or "none of its own")
                 self._end()
-            self._start_at, self._backoff_s = now, BACKOFF_FIRST_S
+            self._start_at = self._insist_at = now
+            self._backoff_s = BACKOFF_FIRST_S
         if any(now - asked.asked_at > ANSWER_MAX_S for asked in self._asked.values()):
             logger.warning("the warm process does not answer: replaced")
             self._end()

@@ -55,7 +55,10 @@ def test_an_exit_that_nobody_saw_is_a_failure_whatever_its_code() -> None:
     assert cluster.decides() == ["GenerationFailed", "GenerationStarted"]
 
 
-def drained(*, step: int, until: int, leaving: bool = True) -> Cluster:
+LEAVES = "its worker is being shut down"
+
+
+def drained(*, step: int, until: int, ended_for: str = LEAVES, leaving: bool = True) -> Cluster:
     """The job's worker is shut down; its ranks catch SIGTERM, save, and exit with 0. Another worker is there."""
     cluster = running("w1")
     cluster.joins("w2")
@@ -63,27 +66,40 @@ def drained(*, step: int, until: int, leaving: bool = True) -> Cluster:
     cluster.nodes["w1"].leaving = leaving
     for rank in (0, 1):
         cluster.says(rank, phase="finished")
-        cluster.exits(rank, 0)
+        cluster.exits(rank, 0, ended_for=ended_for)
     cluster.loses("w1")
     return cluster
 
 
-def test_ranks_that_end_with_0_before_their_last_step_because_their_worker_leaves_were_preempted() -> None:
-    cluster = drained(step=500, until=10_000)
+@pytest.mark.parametrize(
+    ("step", "until", "ended_for", "leaving"),
+    [
+        (500, 10_000, LEAVES, True),
+        (500, 10_000, LEAVES, False),
+        (500, 10_000, "its worker was gone for 1800 s", False),
+        (0, 0, LEAVES, True),
+    ],
+    ids=["its worker leaves", "no leader saw it leave", "its worker was gone", "a script that counts no steps"],
+)
+def test_ranks_that_end_with_0_before_their_work_is_done_because_they_were_told_to_were_preempted(
+    step: int, until: int, ended_for: str, leaving: bool
+) -> None:
+    cluster = drained(step=step, until=until, ended_for=ended_for, leaving=leaving)
     assert cluster.decides() == ["GenerationFailed", "GenerationStarted"]
     event = failed(cluster)
     assert (event.kind, event.counted, event.exit_code) == (FailureKind.PREEMPTED, False, 1)
-    assert event.reason == ("rank 0 on w1 was told to end after step 500 of 10000: its worker is being shut down")
+    at = f" after step {step} of {until}" if until else ""
+    assert event.reason == f"rank 0 on w1 was ended by its node{at}: {ended_for}"
     assert [member.worker for member in cluster.generation().members] == ["w2"]
 
 
 @pytest.mark.parametrize(
-    ("step", "until", "leaving"),
-    [(10_000, 10_000, True), (0, 0, True), (500, 10_000, False)],
+    ("step", "until", "ended_for"),
+    [(10_000, 10_000, LEAVES), (0, 0, ""), (500, 10_000, "")],
     ids=["all steps done", "a script that counts none", "ended by itself"],
 )
-def test_ranks_that_end_with_0_have_succeeded_otherwise(step: int, until: int, leaving: bool) -> None:
-    assert drained(step=step, until=until, leaving=leaving).decides() == ["JobSucceeded"]
+def test_ranks_that_end_with_0_have_succeeded_otherwise(step: int, until: int, ended_for: str) -> None:
+    assert drained(step=step, until=until, ended_for=ended_for).decides() == ["JobSucceeded"]
 
 
 def test_an_ended_job_decides_nothing_more() -> None:

@@ -105,10 +105,10 @@ def test_peers_of_a_worker_that_cannot_be_reached_are_its_victims() -> None:
 def test_ranks_that_their_worker_fenced_were_preempted_though_a_signal_ended_them() -> None:
     cluster = two_nodes()
     cluster.exits(0, 1, error=LOST, at_s=50.0)
-    cluster.exits(3, -9, error="ended by its worker: no coordinator was seen for 101 s", at_s=50.1, fenced=True)
+    cluster.exits(3, -9, error="epoch 3", at_s=50.1, ended_for="its worker saw no coordinator for 101 s")
     assert "GenerationFailed" in cluster.decides()
     assert (failed(cluster).kind, failed(cluster).counted) == (FailureKind.PREEMPTED, False)
-    assert failed(cluster).reason == "rank 3 on w2 was ended by its worker: no coordinator was seen for 101 s"
+    assert failed(cluster).reason == "rank 3 on w2 was ended by its node: its worker saw no coordinator for 101 s"
 
 
 def test_ranks_of_a_worker_that_is_shut_down_were_preempted() -> None:

@@ -21,6 +21,7 @@ from dtrain.storage.ranges import NeededRange
 from dtrain.storage.restore_files import MANIFEST_FILE, NEEDS_FILE, RESTORE_FOLDER, SHARD_FILE, encode_needs
 from dtrain.storage.shards import parse_header
 from dtrain.worker.core.states import ExitFact
+from dtrain.worker.keeper import TOLD
 from dtrain.worker.rank_dirs import RankId
 from tests.sim.gangs import Gang, Store
 from tests.sim.loop import SimLoop
@@ -295,13 +296,14 @@ class Trainer:
 
     # -- ending ----------------------------------------------------------------------------------------
 
-    def end(self, code: int | None, error: str) -> None:
+    def end(self, code: int | None, error: str, ended_for: str = "") -> None:
         """The process is over; its keeper writes down how."""
         if not self.alive:
             return
         self.alive = False
         world = self.node.world
-        self.exit = ExitFact(code=code, at_unix_s=self.node.machine.wall(world.loop.now_s), error=error)
+        at_unix_s = self.node.machine.wall(world.loop.now_s)
+        self.exit = ExitFact(code=code, at_unix_s=at_unix_s, error=error, ended_for=ended_for)
         self.note("ended", f"{code} {error}".strip())
         self.box.close()
         self._page.close()
@@ -313,4 +315,4 @@ class Trainer:
         self._later(self.rng.uniform(0.001, 0.02) if grace_s <= 0 else self.rng.uniform(0.01, grace_s), self._stopped)
 
     def _stopped(self) -> None:
-        self.end(-9, "told to end")
+        self.end(-9, "told to end", ended_for=TOLD)

@@ -212,8 +212,16 @@ class Still:
     def state_dict(self): return {{}}
     def load_state_dict(self, state): pass
 
+class Bar:  # as progress bars do, it holds what it shows the progress of
+    def __init__(self, steps): self.steps = steps
+    def __iter__(self):
+        for batch in self.steps:
+            yield batch
+
 def train():
-    for batch in run.steps([0], until=100):
+    global kept
+    {keeps}
+    for batch in kept:
         if run.step == 3:
             {how}
 
@@ -230,12 +238,13 @@ finally:
 """
 
 
+@pytest.mark.parametrize("keeps", ["kept = run.steps([0], until=100)", "kept = Bar(run.steps([0], until=100))"])
 @pytest.mark.parametrize("how", ["break", "return", "raise ValueError('no luck')"])
 def test_a_loop_that_was_left_early_is_no_step_and_only_a_rank_that_did_not_fail_has_finished(
-    how: str, tmp_path: Path
+    how: str, keeps: str, tmp_path: Path
 ) -> None:
     script = tmp_path / "leaving.py"
-    script.write_text(LEAVING.format(how=how))
+    script.write_text(LEAVING.format(how=how, keeps=keeps))
     with generation(tmp_path / "g1", world=1) as (rank,):
         start_from_nothing([rank])
         rank.mailbox.request = pack(1, 50)
@@ -249,6 +258,31 @@ def test_a_loop_that_was_left_early_is_no_step_and_only_a_rank_that_did_not_fail
         assert rank.mailbox.phase is (TrainerPhase.PAUSED if failed else TrainerPhase.FINISHED)
         (tmp_path / "go").touch()
         assert rank.wait_exit() == int(failed)
+
+
+def test_steps_that_one_loop_left_are_gone_on_with_by_the_next(tmp_path: Path) -> None:
+    script = tmp_path / "twice.py"
+    script.write_text(
+        "import sys, time\nfrom pathlib import Path\nimport dtrain\n"
+        "wait = lambda name: [time.sleep(0.005) for _ in iter((Path(sys.argv[1]) / name).exists, True)]\n"
+        "with dtrain.join() as run:\n"
+        "    steps = run.steps([0], until=6)\n"
+        "    for _ in steps:\n        if run.step == 2: break\n"
+        "    print('left'); wait('go')\n"
+        "    for _ in steps:\n        if run.step == 4: print('again'); wait('end')\n"
+        "    print(f'done {run.step}')\n"
+    )
+    with generation(tmp_path / "g1", world=1) as (rank,):
+        start_from_nothing([rank])
+        rank.start(script, str(tmp_path))
+        rank.wait_until(lambda _: "left" in rank.output(), "the first loop is left")
+        assert rank.mailbox.phase is TrainerPhase.PAUSED
+        (tmp_path / "go").touch()
+        rank.wait_until(lambda _: "again" in rank.output(), "the second loop is under way")
+        assert rank.mailbox.phase is TrainerPhase.TRAINING
+        (tmp_path / "end").touch()
+        assert rank.wait_exit() == 0, rank.output()
+        assert "done 6" in rank.output() and rank.mailbox.phase is TrainerPhase.FINISHED
 
 
 def test_a_loop_that_is_closed_after_the_run_has_no_word_on_it(tmp_path: Path) -> None:

@@ -106,8 +106,10 @@ def started(rank: int, *, job: str = JOB, generation: int = 1) -> TrainerStarted
     return TrainerStarted(job=JobName(job), generation=Generation(generation), rank=rank, pid=1000 + rank)
 
 
-def exited(rank: int, *, code: int | None = 0, job: str = JOB, generation: int = 1) -> TrainerExited:
-    fact = ExitFact(code=code, at_unix_s=1.0, error="")
+def exited(
+    rank: int, *, code: int | None = 0, job: str = JOB, generation: int = 1, ended_for: str = ""
+) -> TrainerExited:
+    fact = ExitFact(code=code, at_unix_s=1.0, error="", ended_for=ended_for)
     return TrainerExited(job=JobName(job), generation=Generation(generation), rank=rank, exit=fact)
 
 

@@ -33,13 +33,14 @@ class Nursery:
         fcntl.flock(self._lock, fcntl.LOCK_EX)
         self._ranks = 0
         self.wanted: list[dict[str, str]] = []
+        self.quiet = True
 
     def until(self, what: str, look: Any) -> Any:
         """Wait for a fact while the agent's loop runs."""
 
         def turn() -> Any:
             async def once() -> Any:
-                self.zygotes.tend(quiet=True, wanted=self.wanted)
+                self.zygotes.tend(quiet=self.quiet, wanted=self.wanted)
                 await asyncio.sleep(0.005)
                 return look()
 

@@ -14,6 +14,8 @@ from dtrain.storage.manifests import Manifest, encode
 from dtrain.storage.objects import StorageUnavailable
 from dtrain.storage.ranges import NeededRange
 from dtrain.storage.restore_files import (
+    INDEX_FILE,
+    MANIFEST_FILE,
     NEEDS_FILE,
     RESTORE_FOLDER,
     SHARD_FILE,
@@ -208,6 +210,30 @@ def test_what_a_restore_fetched_before_it_was_given_up_is_not_fetched_again(
     node.restore(2)
     assert node.answers == ready(2)
     assert node.reads == []
+
+
+@pytest.mark.parametrize("name", [INDEX_FILE.format(1), SOURCES_FILE, MANIFEST_FILE])
+def test_a_generation_that_is_over_takes_its_folder_from_under_a_restore_and_nobody_minds(
+    name: str, node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, started = module.write_whole, Restores.start
+    begun: list[Restores] = []
+
+    def start(self: Restores, fetch: FetchRestore) -> None:
+        begun.append(self)
+        started(self, fetch)
+
+    def write(path: Path, data: bytes) -> None:
+        if path.name == name:
+            begun[-1].drop(JOB, Generation(1))
+            node.dirs.remove(JOB, Generation(1))
+        real(path, data)
+
+    monkeypatch.setattr(Restores, "start", start)
+    monkeypatch.setattr(module, "write_whole", write)
+    node.restore(1)
+    assert node.answers == []
+    assert not node.dirs.generation_dir(JOB, Generation(1)).exists()
 
 
 def test_a_store_on_this_node_is_not_kept_twice(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:

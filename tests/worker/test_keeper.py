@@ -112,7 +112,7 @@ def test_the_exit_is_recorded_with_its_code_and_last_words(rank: Rank, script: s
     assert rank.keep(script).wait(DEADLINE_S) == 0
     fact = read_exited(rank.folder)
     assert fact is not None
-    assert (fact.code, fact.error) == (code, error)
+    assert (fact.code, fact.error, fact.ended_for) == (code, error, "")
     assert before <= fact.at_unix_s <= time.time()
 
 
@@ -231,7 +231,7 @@ def test_sigterm_goes_to_the_trainer_which_may_end_well(rank: Rank) -> None:
     process.wait(DEADLINE_S)
     fact = read_exited(rank.folder)
     assert fact is not None
-    assert fact.code == 5
+    assert (fact.code, fact.ended_for) == (5, keeper.TOLD)
 
 
 DEAF = "import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nprint('up')\ntime.sleep(60)"
@@ -244,7 +244,7 @@ def test_a_trainer_that_ignores_sigterm_is_killed_after_the_grace(rank: Rank) ->
     process.wait(DEADLINE_S)
     fact = read_exited(rank.folder)
     assert fact is not None
-    assert fact.code == -signal.SIGKILL
+    assert (fact.code, fact.ended_for) == (-signal.SIGKILL, keeper.TOLD)
 
 
 def test_sigquit_kills_at_once(rank: Rank) -> None:
@@ -254,7 +254,7 @@ def test_sigquit_kills_at_once(rank: Rank) -> None:
     process.wait(DEADLINE_S)
     fact = read_exited(rank.folder)
     assert fact is not None
-    assert fact.code == -signal.SIGKILL
+    assert (fact.code, fact.ended_for) == (-signal.SIGKILL, keeper.TOLD)
 
 
 def test_a_keeper_killed_with_9_takes_its_trainer_along(rank: Rank) -> None:
@@ -290,7 +290,7 @@ def test_without_its_agent_the_trainer_is_ended_after_the_given_time_and_its_log
     assert "its worker was gone for 0.5 s" in rank.log.read_text()
     fact = read_exited(rank.folder)
     assert fact is not None
-    assert fact.code == -signal.SIGKILL
+    assert (fact.code, fact.ended_for) == (-signal.SIGKILL, "its worker was gone for 0.5 s")
 
 
 COUNTED = "import os, pathlib\npathlib.Path({path!r}).write_text('oom 3\\noom_kill 8\\n')\n"

@@ -223,14 +223,14 @@ def test_without_a_coordinator_for_too_long_the_trainers_are_ended_and_it_is_sai
     assert of_kinds(actions, EndTrainers) == []
     state, actions = run(state, Tick(), now=201.0)
     assert of_kinds(actions, EndTrainers) == [EndTrainers(job=JOB, generation=Generation(1), grace_s=0.0)]
-    state, actions = run(state, Tick(), exited(0, code=-9), now=202.0)
+    state, actions = run(state, Tick(), exited(0, code=-9, ended_for="it was told to end"), now=202.0)
     assert of_kinds(actions, EndTrainers) == []
     fact = state.assignments[JOB].ranks[0].exit
     assert fact is not None
-    assert "no coordinator was seen for 101 s" in fact.error
+    assert fact.ended_for == "its worker saw no coordinator for 101 s"
     identity = Identity(worker="w1", journal="j", incarnation="i", version="0", host="h", address="a:1")
     told = to_snapshot(project(state), identity, number=1, rendezvous_port=1).assignments[0]
-    assert [rank.fenced for rank in told.ranks] == [True] + [False] * (len(told.ranks) - 1), "the others live yet"
+    assert [rank.ended_for for rank in told.ranks] == [fact.ended_for] + [""] * (len(told.ranks) - 1), "they live yet"
 
 
 def test_an_older_leaders_word_does_not_hold_the_fence_open() -> None:
@@ -243,6 +243,24 @@ def test_an_agent_that_is_asked_to_leave_ends_its_trainers_and_starts_nothing_mo
     state, actions = run(training(), StopRequested(grace_s=5.0), start(id="late", job="other"))
     assert of_kinds(actions, EndTrainers) == [EndTrainers(job=JOB, generation=Generation(1), grace_s=5.0)]
     assert status(state, "late") == (REFUSED, "this worker is shutting down")
+
+
+@pytest.mark.parametrize(
+    ("code", "told", "ended_for"),
+    [
+        (0, "it was told to end", "its worker is being shut down"),
+        (-9, "it was told to end", "its worker is being shut down"),
+        (None, "", "its worker is being shut down"),
+        (0, "", ""),
+    ],
+    ids=["saved its state", "had to be killed", "nobody saw it", "was done a moment before"],
+)
+def test_a_rank_that_ends_while_its_agent_leaves_was_told_to_unless_it_had_ended_by_itself(
+    code: int | None, told: str, ended_for: str
+) -> None:
+    state, _ = run(training(), StopRequested(grace_s=5.0), exited(0, code=code, ended_for=told))
+    fact = state.assignments[JOB].ranks[0].exit
+    assert fact is not None and fact.ended_for == ended_for
 
 
 # ---- checkpoints -----------------------------------------------------------------------------------------

@@ -271,6 +271,20 @@ def test_a_job_that_wants_something_of_a_library_gets_a_zygote_that_has_it(quick
     assert it.rank("print('served')").end() == (0, "served\n")
 
 
+def test_a_job_that_never_says_that_it_has_started_gets_its_zygote_too(
+    quick_nursery: Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A script that counts no steps; but one that has just begun is not disturbed by another's imports."""
+    first = quick_nursery.ready()
+    quick_nursery.quiet, quick_nursery.wanted = False, [LIBRARIES]
+    quick_nursery.rank("print('while it comes up')").end()
+    assert quick_nursery.zygotes.pid == first
+    monkeypatch.setattr(zygotes, "STARTS_LAST_S", 0.5)
+    another_zygote(quick_nursery, first)
+    script = "import os; print(os.environ['OMP_WAIT_POLICY'])"
+    assert quick_nursery.rank(script, env=LIBRARIES).end() == (0, "passive\n")
+
+
 def test_needs_that_no_zygote_can_serve_are_tried_once_and_the_others_are_served(
     quick_nursery: Nursery, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -105,7 +105,7 @@ class FailureKind(StrEnum):
     CONNECTION = "connection"  # ranks lost each other, and nothing else was seen to be wrong
     KILLED = "killed"  # a signal from outside ended the trainer
     MEMORY = "memory"  # the kernel was out of memory, and killed it
-    PREEMPTED = "preempted"  # its worker was shut down, or fenced itself
+    PREEMPTED = "preempted"  # its node told it to end: its worker was shut down, fenced itself or was gone for too long
     NODE = "node"  # the worker is gone
     CHECKPOINT = "checkpoint"  # what it was to start from is damaged
     HANG = "hang"  # nothing failed and nothing moved

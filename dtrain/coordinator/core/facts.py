@@ -56,7 +56,7 @@ class RankReport:
     exited_at: float = 0.0  # unix time
     traceback: str = ""  # of the exception that ended it; empty if none is known
     out_of_memory: str = ""  # what is known of the kernel's kill for want of memory; empty: it counted none just then
-    fenced: bool = False  # its worker ended it, because it saw no coordinator for too long; ``error`` says so
+    ended_for: str = ""  # why its own node told it to end; empty if it did not
     stack: str = ""  # where it stands, newest frame first; or why that is not known
     stack_number: int = 0  # of the suspicion that ``stack`` answers; 0: none yet
     upload: Transfer | None = None  # of its staged state, while it is under way

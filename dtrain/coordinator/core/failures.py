@@ -205,12 +205,11 @@ def _furthest(job: JobState, generation: GenerationState, observed: Observed) ->
 
 def how_it_ended(rank: RankReport) -> str:
     """The end of a trainer in words."""
-    if rank.fenced:
-        return f"was {rank.error}"
+    if rank.ended_for:
+        at = f" after step {rank.completed_step} of {rank.until_step}" if rank.until_step else ""
+        return f"was ended by its node{at}: {rank.ended_for}"
     if rank.exit_unknown:
         return "ended unseen"
-    if rank.exit_code == 0:
-        return f"was told to end after step {rank.completed_step} of {rank.until_step}: its worker is being shut down"
     if rank.out_of_memory and rank.exit_code == -_SIGKILL:
         return f"was killed by the kernel, which was out of memory: {rank.out_of_memory}"
     beside = " (just then the kernel, out of memory, killed a process beside it)" if rank.out_of_memory else ""

@@ -81,18 +81,19 @@ def failed_ranks(reported: Iterable[tuple[Member, AssignmentReport]], observed: 
     for member, report in reported:
         leaving = observed.view(member.worker).leaving
         for rank in report.ranks:
-            if rank.failed or (leaving and cut_short(rank)):
+            if rank.failed or cut_short(rank):
                 found.append(FailedRank(member=member, report=rank, kind=kind_of(rank, leaving=leaving)))
     return sorted(found, key=_precedence)
 
 
 def cut_short(rank: RankReport) -> bool:
-    """Whether a rank ended well before it had done its steps.
+    """Whether a rank ended well only because it was told to end, and not because its work was done.
 
-    By itself it may: a script that has converged stops. But where its worker is leaving, it was told to: a script that
-    catches SIGTERM saves its state and exits with 0. Of a script that counts no steps nobody knows; its 0 stands.
+    One that catches SIGTERM saves its state and exits with 0. One that ends well by itself is done, at any step: a
+    script that has converged stops.
     """
-    return rank.succeeded and rank.completed_step < rank.until_step
+    done = 0 < rank.until_step <= rank.completed_step
+    return rank.succeeded and rank.ended_for != "" and not done
 
 
 def _precedence(failed: FailedRank) -> tuple[bool, bool, float, int]:
@@ -102,7 +103,7 @@ def _precedence(failed: FailedRank) -> tuple[bool, bool, float, int]:
 
 def kind_of(rank: RankReport, *, leaving: bool) -> FailureKind:
     """Who is to answer for the end of this rank; ``leaving``: its worker is ending what it runs."""
-    if leaving or rank.fenced:
+    if leaving or rank.ended_for:
         return FailureKind.PREEMPTED
     number = -rank.exit_code if rank.exit_code < 0 else rank.exit_code - SIGNAL_EXIT_BASE
     if rank.out_of_memory and number == _SIGKILL:

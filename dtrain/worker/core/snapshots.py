@@ -38,7 +38,6 @@ class AssignmentSnapshot:
     restore: RestoreProgress
     restore_checkpoint: int  # number of the checkpoint that it starts from; 0 for none
     position: LogPosition | None
-    fenced: str  # why the agent ended its trainers by itself; empty if it did not
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +86,6 @@ def project(state: NodeState) -> NodeSnapshot:
             restore=assignment.restore,
             restore_checkpoint=assignment.spec.restore.checkpoint if assignment.spec and assignment.spec.restore else 0,
             position=assignment.position,
-            fenced=assignment.fenced,
         )
         for assignment in state.assignments.values()
     )

@@ -182,6 +182,7 @@ class ExitFact:
     error: str  # one line: what it said last
     traceback: str = ""  # of the exception that ended it, bounded; empty if none is known
     out_of_memory: str = ""  # what is known, if the kernel killed for want of memory just then; else empty
+    ended_for: str = ""  # why this node told it to end; empty if it did not
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

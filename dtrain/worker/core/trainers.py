@@ -27,6 +27,7 @@ from dtrain.worker.core.states import (
     RANK_MOVES,
     SHARD_MOVES,
     Assignment,
+    ExitFact,
     GenerationStage,
     RankRun,
     RankStage,
@@ -36,6 +37,8 @@ from dtrain.worker.core.states import (
     move,
 )
 from dtrain.worker.core.turns import Turn
+
+LEAVING = "its worker is being shut down"
 
 
 def folders_ready(turn: Turn, ready: FoldersReady) -> None:
@@ -96,7 +99,7 @@ def trainer_exited(turn: Turn, exited: TrainerExited) -> None:
         _retired(turn, assignment, exited)
         return
     if run.stage is not RankStage.EXITED:
-        fact = exited.exit if not assignment.fenced else replace(exited.exit, error=assignment.fenced)
+        fact = replace(exited.exit, ended_for=_order(turn, assignment, exited.exit))
         stage = move(RANK_MOVES, run.stage, RankStage.EXITED, f"{exited.job} rank {exited.rank}")
         assignment = turn.put_rank(assignment, replace(run, stage=stage, exit=fact))
         if all(other.stage is RankStage.EXITED for other in assignment.ranks):
@@ -104,6 +107,13 @@ def trainer_exited(turn: Turn, exited: TrainerExited) -> None:
             assignment = replace(assignment, stage=over)
         turn.put(assignment, journal=True)
     _fail_unstaged(turn, assignment, exited.rank)
+
+
+def _order(turn: Turn, assignment: Assignment, fact: ExitFact) -> str:
+    """Why it was told to end. Empty if it ended by itself, be it a moment before the order would have reached it."""
+    if not fact.ended_for and fact.code is not None:
+        return ""
+    return assignment.fenced or (LEAVING if turn.state.stopping else fact.ended_for)
 
 
 def _retired(turn: Turn, assignment: Assignment, exited: TrainerExited) -> None:
@@ -186,6 +196,6 @@ def fence(turn: Turn) -> None:
     for assignment in tuple(turn.state.assignments.values()):
         if assignment.stage in (GenerationStage.OVER, GenerationStage.ENDING):
             continue
-        reason = f"ended by its worker: no coordinator was seen for {silent_s:.0f} s"
+        reason = f"its worker saw no coordinator for {silent_s:.0f} s"
         end_generation(turn, replace(assignment, fenced=reason), 0.0, reason)
         turn.act(SendSnapshot())

@@ -125,7 +125,6 @@ def _assignment(assignment: AssignmentSnapshot, transfers: Transfers) -> wire.As
         restore=_restore(assignment.restore, assignment.restore_checkpoint),
     )
     for rank in message.ranks:
-        rank.fenced = bool(assignment.fenced) and rank.error == assignment.fenced  # others had ended before
         of = RankId(job=assignment.job, generation=assignment.generation, rank=rank.rank)
         if (upload := transfers.uploads.get(of)) is not None:
             rank.upload.CopyFrom(_transfer(upload))
@@ -157,6 +156,7 @@ def _rank(run: RankRun) -> wire.RankReport:
         message.traceback = run.exit.traceback
         message.exited_at = run.exit.at_unix_s
         message.out_of_memory = run.exit.out_of_memory
+        message.ended_for = run.exit.ended_for
     return message
 
 

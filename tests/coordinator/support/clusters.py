@@ -273,10 +273,10 @@ class Cluster:
         error: str = "",
         at_s: float = 0.0,
         traceback: str = "",
-        fenced: bool = False,
+        ended_for: str = "",
     ) -> None:
         """One rank ends and its worker reports it."""
-        told = {"exit_code": code, "error": error, "exited_at": at_s, "traceback": traceback, "fenced": fenced}
+        told = {"exit_code": code, "error": error, "exited_at": at_s, "traceback": traceback, "ended_for": ended_for}
         self._rank(name, rank, state=RankState.EXITED, **told)
         self.reports(self._worker_of(name, rank))
 

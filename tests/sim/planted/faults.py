@@ -131,8 +131,6 @@ PLANTED = (
             "if view.journal and view.journal != member.journal:", "if False:"),
     Planted("let a registration go before it is put anew", "etcd/registrations.py",
             "asyncio.create_task(self._carry(lease, moved))", "asyncio.create_task(asyncio.sleep(0))"),
-    Planted("put a registration over what was put since", "etcd/registrations.py",
-            "self._client.txn([unchanged], ", "self._client.txn([], "),
     Planted("meet under one prefix for all generations", "worker/environment.py",
             '"DTRAIN_GENERATION": str(of.generation)', '"DTRAIN_GENERATION": "1"'),
     Planted("delete the shards before the manifest", _EFFECTS,
