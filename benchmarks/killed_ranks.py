@@ -10,15 +10,14 @@ from contenders import Contender, running
 TURNS = 2  # of each side
 SETTLED_S = 6.0  # of training before the first kill
 BETWEEN_S = 1.5  # of training between two kills: more than a checkpoint takes
-MOMENTS = ("born", "first line", "imported", "joined", "built", "restored", "step")
+MOMENTS = ("first line", "imported", "joined", "built", "restored", "step")
 DECISION = ("seen", "decided", "appended", "commanded")  # of dtrain only
 PARTS = {
     "seen": "detect: the agent has seen the exit",
     "decided": "decide: reported, decided",
     "appended": "append: both events are in etcd",
     "commanded": "command: the worker has it",
-    "born": "spawn: old ranks ended, folders, new ones forked",
-    "first line": "spawn: the script's first line",
+    "first line": "spawn: old ranks ended, new ones at the script's first line",
     "imported": "imports",
     "joined": "process group",
     "built": "model, DDP, optimizer",

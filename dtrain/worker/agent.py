@@ -278,7 +278,8 @@ class Agent:
             self._emit(Tick())
             for job in self._shells.arenas.expire(_now()):
                 self._shells.caches.remove(job)
-            self._zygotes.tend(quiet=not self._state.is_starting, wanted=needs_here(self._state))
+            state = self._state
+            self._zygotes.tend(quiet=not state.is_starting, wanted=needs_here(state), spares=state.running)
             await asyncio.sleep(TICK_S)
 
     # ---- beginning and end -------------------------------------------------------------------------------

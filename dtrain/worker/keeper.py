@@ -2,7 +2,8 @@
 
 Run as ``python -I -S keeper.py <rank folder>``. It is a program of its own: standard library only, so that it
 starts in a few milliseconds, and it imports nothing of dtrain. A zygote (zygote.py) runs the same code in a process
-that it forked, with another way to begin the trainer.
+that it forked, with another way to begin the trainer; or it has keepers wait, each with a trainer that is forked
+already, until a rank folder is named: ``keeper.py --spare <socket> <pipe> <trainer's pid> <nice value>``.
 
 Rules:
 - at most one trainer a rank folder, ever: the lock is taken first, and whoever finds that the folder was used
@@ -28,6 +29,10 @@ import sys
 import time
 from collections.abc import Callable
 
+TYPE_CHECKING = False  # importing typing would take half of the start-up time
+if TYPE_CHECKING:
+    from typing import NoReturn
+
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 PR_SET_CHILD_SUBREAPER = 36
 EXIT_USED = 75  # this folder had its keeper, or has it now
@@ -45,6 +50,7 @@ NOISE_MAX_LINES = 20  # what exit handlers may print after a traceback; one furt
 UNCAUGHT = 1  # exit code of a Python program that an exception ended
 TRACEBACK_START = "Traceback (most recent call last):"
 GROUP_START = "  + Exception Group Traceback (most recent call last):"
+FOLDER_MAX_BYTES = 4096  # PATH_MAX
 CHILD_SIGNALS = {signal.SIGCHLD, signal.SIGTERM, signal.SIGQUIT, signal.SIGINT, signal.SIGHUP}
 
 
@@ -56,10 +62,29 @@ class Born(BaseException):
         self.plan = plan
 
 
-def keep(folder: str, begin: Callable[[dict], None]) -> int:  # type: ignore[type-arg]
+class Spare:
+    """A trainer that was forked before anybody needed it. It waits for the name of its rank folder."""
+
+    def __init__(self, pid: int, pipe: int) -> None:
+        self.pid = pid
+        self._pipe = pipe
+
+    def release(self, folder: str) -> bool:
+        """Have it begin; return False if it is gone."""
+        gone = os.waitpid(self.pid, os.WNOHANG) != (0, 0)
+        try:  # noqa: SIM105  contextlib is one import more
+            os.write(self._pipe, folder.encode())
+        except BrokenPipeError:
+            pass  # it ended right here: as any trainer that was killed at its start
+        os.close(self._pipe)
+        return not gone
+
+
+def keep(folder: str, begin: Callable[[dict], None], spare: Spare | None = None) -> int:  # type: ignore[type-arg]
     """Run and keep the trainer of this rank folder; return the keeper's exit code.
 
-    ``begin`` is called with the plan in the trainer's process. It executes a program, or raises ``Born``.
+    ``begin`` is called with the plan in the trainer's process. It executes a program, or raises ``Born``. A ``spare``
+    trainer that lives needs no ``begin``.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, CHILD_SIGNALS)  # from now on they are waited for, never delivered
     lock = os.open(os.path.join(folder, "keeper.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -76,7 +101,8 @@ def keep(folder: str, begin: Callable[[dict], None]) -> int:  # type: ignore[typ
     me = {"keeper_pid": os.getpid(), "keeper_start": start_time(os.getpid())}
     reserve(folder, "exited.json", EXITED_MAX_BYTES)
     write_json(folder, "started.json", {**me, "trainer_pid": 0, "trainer_start": 0})
-    trainer = spawn(plan, libc, lock, begin)
+    os.close(open_log(plan))
+    trainer = spare.pid if spare is not None and spare.release(folder) else spawn(plan, libc, lock, begin)
     write_json(folder, "started.json", {**me, "trainer_pid": trainer, "trainer_start": start_time(trainer)})
     ended = wait(trainer, plan)
     # The wall clock may be set between two exits of one node; this one only grows.
@@ -114,23 +140,35 @@ def reserve(folder: str, name: str, size: int) -> None:
 
 
 def spawn(plan: dict, libc: ctypes.CDLL, lock: int, begin: Callable[[dict], None]) -> int:  # type: ignore[type-arg]
-    """Fork the trainer into a session of its own. What keeps it from running is told in its log."""
+    """Fork the trainer; return its pid."""
     keeper = os.getpid()
-    log = os.open(plan["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
     trainer = os.fork()
-    if trainer:
-        os.close(log)
-        return trainer
+    if trainer == 0:
+        die_with(keeper, libc)
+        be_trainer(plan, begin, lock)
+    return trainer
+
+
+def die_with(keeper: int, libc: ctypes.CDLL) -> None:
+    """In its child: end when it ends."""
+    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != keeper:  # it died before the line above
+        os._exit(EXIT_CANNOT_RUN)
+
+
+def open_log(plan: dict) -> int:  # type: ignore[type-arg]
+    return os.open(plan["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+
+
+def be_trainer(plan: dict, begin: Callable[[dict], None], *inherited: int) -> "NoReturn":  # type: ignore[type-arg]
+    """Become the trainer, in a session of its own. What keeps it from running is told in its log."""
     try:
-        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != keeper:  # it died before the line above
-            os._exit(EXIT_CANNOT_RUN)
         os.setsid()
-        null = os.open(os.devnull, os.O_RDONLY)
+        log, null = open_log(plan), os.open(os.devnull, os.O_RDONLY)
         os.dup2(null, 0)
         os.dup2(log, 1)
         os.dup2(log, 2)
-        for descriptor in {null, log, lock} - {0, 1, 2}:  # nobody else closes them where no program is executed
+        for descriptor in {null, log, *inherited} - {0, 1, 2}:  # nobody else closes them where no program is executed
             os.close(descriptor)
         signal.pthread_sigmask(signal.SIG_SETMASK, set())
         os.chdir(plan["cwd"])
@@ -336,5 +374,22 @@ def children() -> list[int]:
     return found
 
 
+def keep_with_spare(orders: int, pipe: int, trainer: int, niceness: int) -> int:
+    """Wait until the zygote names a rank folder on the socket ``orders``, and keep it; return the exit code."""
+    os.setpriority(os.PRIO_PROCESS, 0, niceness)
+    os.write(orders, b"waits")
+    folder = os.read(orders, FOLDER_MAX_BYTES).decode()
+    os.close(orders)
+    if not folder:  # the zygote is gone, or needs fewer: the trainer that waits ends with this process
+        return 0
+    log = os.open(os.path.join(folder, "keeper.log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.close(log)
+    return keep(folder, execute, Spare(trainer, pipe))
+
+
 if __name__ == "__main__":
+    if sys.argv[1] == "--spare":
+        sys.exit(keep_with_spare(*map(int, sys.argv[2:])))
     sys.exit(keep(sys.argv[1], execute))

@@ -8,6 +8,7 @@ Rules:
 - one that died is started again in the background, after a pause that doubles;
 - one that lacks what the jobs here want of their libraries is replaced by one that has it, when all is quiet or a
   start lasts very long: of a script that counts no steps nobody knows when it has started;
+- spares are made when all is quiet: as many as there are ranks on this node, of which a failure takes all;
 - one that says it cannot serve here is believed, and not started again for the same needs;
 - it never outlives its agent (the kernel sees to it), and the keepers it forked always do.
 """
@@ -41,6 +42,7 @@ BACKOFF_MAX_S = 60.0
 STEADY_S = 60.0  # one that served for so long was no failure
 PADDING_BYTES = 65536  # how much longer a trainer's environment may be; one variable has at most 128 KiB
 TITLE_BYTES = 1024  # room for a trainer's arguments, as the process list shows them
+SPARES_MAX = 16  # a spare costs some 10 MB; ranks beyond these are forked when they are needed
 REFUSED_MAX = 16  # needs remembered: as many as an agent remembers jobs
 LOG_MAX_BYTES = 1_000_000  # its log is begun anew beyond this
 
@@ -107,6 +109,8 @@ class Zygotes:
         self._control: socket.socket | None = None
         self._ready = False
         self._asked: dict[int, ForkedKeeper] = {}
+        self._asked_spares = 0  # how many it was asked for, since the last was taken
+        self.spares = 0  # how many keepers wait, with their trainers
         self._number = 0
         self._began_at = 0.0
         self._start_at = time.monotonic() + QUIET_FIRST_S
@@ -128,8 +132,12 @@ class Zygotes:
             return "the worker has no warm process here"
         return "" if self._ready else "the worker's warm process is not ready yet"
 
-    def tend(self, *, quiet: bool, wanted: Sequence[Needs] = ()) -> None:
-        """Look after it. ``quiet``: no rank of this node is coming up. ``wanted``: the needs of each job here."""
+    def tend(self, *, quiet: bool, wanted: Sequence[Needs] = (), spares: int = 0) -> None:
+        """Look after it.
+
+        ``quiet``: no rank of this node is coming up. ``wanted``: the needs of each job here. ``spares``: how many
+        trainers may be needed at once; 0: as many as before.
+        """
         now = time.monotonic()
         served = [needs for needs in wanted if needs not in self._refused]
         if not served or self._needs in served:
@@ -150,6 +158,9 @@ class Zygotes:
         due = quiet or now >= self._insist_at
         if self._enabled and self._process is None and now >= self._start_at and due:
             self._start()
+        if self._ready and quiet and spares and spares != self._asked_spares:
+            self._asked_spares = spares
+            self._send({"spares": min(spares, SPARES_MAX)})
 
     def fork_keeper(self, folder: Path) -> ForkedKeeper | None:
         """Have a keeper of this rank folder forked; None if nobody can be asked."""
@@ -157,13 +168,21 @@ class Zygotes:
             return None
         self._number += 1
         asked = ForkedKeeper(time.monotonic())
-        try:
-            self._control.send(json.dumps({"number": self._number, "folder": str(folder)}).encode())
-        except OSError:  # it is gone, or so far behind that its socket is full
-            self._end()
+        if not self._send({"number": self._number, "folder": str(folder)}):
             return None
         self._asked[self._number] = asked
+        self._asked_spares = 0  # if that took one, it is missed when all is quiet again
+        self.spares = max(self.spares - 1, 0)
         return asked
+
+    def _send(self, message: Mapping[str, object]) -> bool:
+        assert self._control is not None
+        try:
+            self._control.send(json.dumps(message).encode())
+        except OSError:  # it is gone, or so far behind that its socket is full
+            self._end()
+            return False
+        return True
 
     def _start(self) -> None:
         ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -209,6 +228,8 @@ class Zygotes:
         if "ready" in answer:
             self._ready = True
             logger.info("the warm process is ready: imported in %.1f s", answer["ready"])
+        elif "spares" in answer:
+            self.spares = answer["spares"]
         elif "cannot" in answer:
             logger.warning("no warm process here: %s; ranks start cold", answer["cannot"])
             self._refused = [*self._refused, self._needs][-REFUSED_MAX:]
@@ -225,6 +246,7 @@ class Zygotes:
     def _end(self) -> None:
         """Let go of it; whoever still waits for its answer is told."""
         self._ready = False
+        self._asked_spares = self.spares = 0
         for asked in self._asked.values():
             asked.lost = True
         self._asked.clear()

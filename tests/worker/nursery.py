@@ -34,13 +34,14 @@ class Nursery:
         self._ranks = 0
         self.wanted: list[dict[str, str]] = []
         self.quiet = True
+        self.spares = 1  # trainers that wait; 0: each is forked when it is needed
 
     def until(self, what: str, look: Any) -> Any:
         """Wait for a fact while the agent's loop runs."""
 
         def turn() -> Any:
             async def once() -> Any:
-                self.zygotes.tend(quiet=self.quiet, wanted=self.wanted)
+                self.zygotes.tend(quiet=self.quiet, wanted=self.wanted, spares=self.spares)
                 await asyncio.sleep(0.005)
                 return look()
 
@@ -86,6 +87,8 @@ class Rank:
 
     def fork(self) -> "Rank":
         self.nursery.ready()
+        if self.nursery.spares and self.nursery.quiet:
+            self.nursery.until("spares wait", lambda: self.nursery.zygotes.spares == self.nursery.spares)
 
         async def ask() -> None:
             assert self.nursery.zygotes.fork_keeper(self.folder) is not None
