@@ -17,7 +17,7 @@ from typing import Any
 SCRIPT = Path(__file__).with_name("recovering.py")
 BIN = Path(sys.executable).parent
 DEADLINE_S = 120.0
-WARM = "the warm process is ready"  # said in the worker's log
+WARM = "trainers wait, forked in advance"  # said in the worker's log
 EVERY_STEPS = 20
 JOB = "killed"
 
@@ -73,7 +73,10 @@ class Contender(Record):
         ]
 
     def wait_until_warm(self) -> None:
-        """Wait for dtrain's warm process: it begins to import when the ranks train, and gives way to them."""
+        """Wait for dtrain's warm process: it begins to import when the ranks train, and gives way to them.
+
+        Then it forks as many trainers as there are ranks.
+        """
         deadline = time.monotonic() + DEADLINE_S
         while self.name == "dtrain" and time.monotonic() < deadline:
             if any(WARM in log.read_text() for log in (self.folder / "data").rglob("worker-0.log")):

@@ -9,7 +9,7 @@ from contenders import Contender, running
 
 TURNS = 2  # of each side
 SETTLED_S = 6.0  # of training before the first kill
-BETWEEN_S = 1.5  # of training between two kills: more than a checkpoint takes
+BETWEEN_S = 3.0  # of training between two kills: more than a checkpoint takes, and dtrain's next trainers to fork
 MOMENTS = ("first line", "imported", "joined", "built", "restored", "step")
 DECISION = ("seen", "decided", "appended", "commanded")  # of dtrain only
 PARTS = {

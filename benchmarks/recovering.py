@@ -10,7 +10,6 @@ FIRST_LINE = time.time()
 
 import json  # noqa: E402 - what comes before the imports is measured
 import os  # noqa: E402
-from pathlib import Path  # noqa: E402
 
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
@@ -23,12 +22,6 @@ STEP_S = 0.02
 NEVER = 1_000_000  # steps: it trains until it is ended
 
 
-def born() -> float:
-    """When this process was forked, to a hundredth of a second."""
-    ticks = int(Path("/proc/self/stat").read_bytes().rsplit(b")", 1)[1].split()[19])
-    return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + ticks / os.sysconf("SC_CLK_TCK")
-
-
 def main() -> None:
     imported = time.time()
     record = os.open(os.environ["RECOVERY_RECORD"], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
@@ -38,7 +31,6 @@ def main() -> None:
         line = {"rank": int(os.environ["RANK"]), "pid": os.getpid(), "moment": moment, "at": at, "step": step}
         os.write(record, json.dumps(line).encode() + b"\n")
 
-    say("born", born())
     say("first line", FIRST_LINE)
     say("imported", imported)
     with dtrain.join() as run:

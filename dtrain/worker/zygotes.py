@@ -138,7 +138,7 @@ class Zygotes:
         ``quiet``: no rank of this node is coming up. ``wanted``: the needs of each job here. ``spares``: how many
         trainers may be needed at once; 0: as many as before.
         """
-        now = time.monotonic()
+        now, spares = time.monotonic(), min(spares, SPARES_MAX)
         served = [needs for needs in wanted if needs not in self._refused]
         if not served or self._needs in served:
             self._differ_since = now
@@ -160,7 +160,7 @@ class Zygotes:
             self._start()
         if self._ready and quiet and spares and spares != self._asked_spares:
             self._asked_spares = spares
-            self._send({"spares": min(spares, SPARES_MAX)})
+            self._send({"spares": spares})
 
     def fork_keeper(self, folder: Path) -> ForkedKeeper | None:
         """Have a keeper of this rank folder forked; None if nobody can be asked."""
@@ -230,6 +230,8 @@ class Zygotes:
             logger.info("the warm process is ready: imported in %.1f s", answer["ready"])
         elif "spares" in answer:
             self.spares = answer["spares"]
+            if self.spares == self._asked_spares:
+                logger.info("%d trainers wait, forked in advance", self.spares)
         elif "cannot" in answer:
             logger.warning("no warm process here: %s; ranks start cold", answer["cannot"])
             self._refused = [*self._refused, self._needs][-REFUSED_MAX:]

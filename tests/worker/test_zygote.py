@@ -17,9 +17,10 @@ from dtrain.worker.keepers import mark_of
 from dtrain.worker.rank_dirs import read_exited, read_started
 from dtrain.worker.warm_trainers import Origin, needs_of
 from dtrain.worker.zygote import NICENESS, SESSION_NICENESS
+from tests.support.facts import wait_for
 from tests.support.processes import MARK, end_all, new_mark
 from tests.worker.nodes import alive
-from tests.worker.nursery import TRAINER_MARK, Nursery
+from tests.worker.nursery import DEADLINE_S, TRAINER_MARK, Nursery
 
 
 @contextlib.contextmanager
@@ -244,6 +245,74 @@ def test_trainer_and_keeper_outlive_the_zygote_and_another_one_serves_after_it(n
     assert nursery.rank("print('served')").end() == (0, "served\n")
     os.kill(first.keeper_pid, signal.SIGQUIT)
     nursery.until("the exit is recorded", lambda: read_exited(rank.folder))
+
+
+def waiting(nursery: Nursery) -> list[int]:
+    """The processes that wait, each keeper before its trainer."""
+    found: list[int] = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                command = (entry / "cmdline").read_bytes().split(b"\0")
+                parent = int((entry / "stat").read_bytes().rsplit(b")", 1)[1].split()[1])
+                if b"--spare" in command and parent == nursery.zygotes.pid:
+                    trainer = int(command[command.index(b"--spare") + 3])
+                    if Path(f"/proc/{trainer}/cmdline").read_bytes().startswith(b"dtrain-spare"):
+                        found += [int(entry.name), trainer]
+    return found
+
+
+def test_a_rank_takes_a_trainer_that_waits_and_another_one_waits_when_all_is_quiet_again(
+    nursery: Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nursery.ready()
+    nursery.until("a spare waits", lambda: nursery.zygotes.spares == 1)
+    keeper_pid, trainer_pid = waiting(nursery)
+    monkeypatch.setattr(nursery, "quiet", False)
+    rank = nursery.rank(WAITS).fork()
+    started = rank.started()
+    assert (started.keeper_pid, started.trainer_pid) == (keeper_pid, trainer_pid)
+    rank.said("up")
+    assert waiting(nursery) == [], "another one was forked while a rank came up"
+    monkeypatch.setattr(nursery, "quiet", True)
+    nursery.until("the next one waits", lambda: nursery.zygotes.spares == 1)
+    os.kill(started.keeper_pid, signal.SIGQUIT)
+    nursery.until("the exit is recorded", lambda: read_exited(rank.folder))
+
+
+def test_more_and_fewer_wait_as_they_are_wanted_and_none_when_the_zygote_is_gone(
+    nursery: Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nursery, "spares", 3)
+    zygote = nursery.ready()
+    nursery.until("three wait", lambda: nursery.zygotes.spares == 3)
+    three = waiting(nursery)
+    assert len(three) == 6
+    monkeypatch.setattr(nursery, "spares", 1)
+    nursery.until("one waits", lambda: sum(map(alive, three)) == 2)
+    os.kill(zygote, signal.SIGKILL)
+    wait_for("none is left", lambda: not any(map(alive, three)), deadline_s=DEADLINE_S)
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["its keeper", "the trainer"])
+def test_who_waited_and_was_killed_costs_no_start(
+    nursery: Nursery, monkeypatch: pytest.MonkeyPatch, which: int
+) -> None:
+    nursery.ready()
+    nursery.until("a spare waits", lambda: nursery.zygotes.spares == 1)
+    pids = waiting(nursery)
+    monkeypatch.setattr(nursery, "quiet", False)
+    os.kill(pids[which], signal.SIGKILL)
+    wait_for("it is gone", lambda: not alive(pids[which]), deadline_s=DEADLINE_S)
+    assert nursery.rank("print('ran')").end() == (0, "ran\n")
+
+
+def test_where_none_waits_one_is_forked(nursery: Nursery, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nursery, "spares", 0)
+    script = nursery.rank("import os; print(os.getppid())")
+    code, said = script.end()
+    started = script.started()
+    assert (code, said) == (0, f"{started.keeper_pid}\n")
 
 
 def another_zygote(nursery: Nursery, than: int) -> int:
