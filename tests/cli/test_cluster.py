@@ -12,6 +12,7 @@ import pytest
 
 from tests.cli.commands import DTRAIN, Running, dtrain, environment
 from tests.support.etcd_server import etcd_server, etcdctl_binary
+from tests.support.facts import wait_for
 
 STOP_S = 20.0  # a worker gives its ranks 5 s
 
@@ -143,6 +144,11 @@ def test_a_standby_takes_over_when_the_leader_is_killed(cluster: tuple[Path, str
         assert isinstance(found, dict)
         return found
 
+    def begun() -> bool:
+        status = ask(cluster, "status", "wait")
+        return isinstance(status, dict) and status["generation"] == 1
+
+    wait_for("it has begun", begun, deadline_s=60.0)
     before = leader()
     process = before["process"]
     assert isinstance(process, dict)

@@ -1,24 +1,29 @@
 """A zygote that serves, with the agent's side of it, and rank folders to try it on."""
 
 import asyncio
+import contextlib
 import fcntl
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from dtrain.worker import zygotes
 from dtrain.worker.environment import zygote_environment
 from dtrain.worker.rank_dirs import Started, read_exited, read_started
 from dtrain.worker.zygotes import Zygotes
 from tests.support.facts import wait_for
-from tests.support.processes import MARK
+from tests.support.processes import MARK, end_all, new_mark
 from tests.worker.nodes import alive
 
 DEADLINE_S = 60.0
 TRAINER_MARK = "journal/job/1/0"
+WAITS = "import os, sys, time\nprint('up')\ntime.sleep(600)"  # a script
 
 
 class Nursery:
@@ -133,3 +138,24 @@ class Rank:
             check=False,
         )
         return done.returncode, done.stdout
+
+
+@contextlib.contextmanager
+def nursery_in(folder: Path, modules: Mapping[str, str]) -> Iterator[Nursery]:
+    mark = new_mark()
+    with pytest.MonkeyPatch.context() as patch, contextlib.closing(asyncio.new_event_loop()) as loop:
+        patch.setattr(zygotes, "QUIET_FIRST_S", 0.0)
+        patch.setattr(zygotes, "BACKOFF_FIRST_S", 0.05)
+        patch.setenv(MARK, mark)
+        (folder / "site-packages").mkdir()
+        for name, source in modules.items():
+            (folder / "site-packages" / f"{name}.py").write_text(source)
+            patch.setattr(zygotes, "WARM_MODULE", name)
+        patch.setenv("PYTHONPATH", str(folder / "site-packages"))
+        it = Nursery(folder, loop, mark)
+        try:
+            it.ready()
+            yield it
+        finally:
+            it.close()
+            end_all(mark)
