@@ -279,7 +279,7 @@ class Agent:
             for job in self._shells.arenas.expire(_now()):
                 self._shells.caches.remove(job)
             state = self._state
-            self._zygotes.tend(quiet=not state.is_starting, wanted=needs_here(state), spares=state.running)
+            self._zygotes.tend(quiet=not state.is_starting, wanted=needs_here(state), spares=state.slots)
             await asyncio.sleep(TICK_S)
 
     # ---- beginning and end -------------------------------------------------------------------------------

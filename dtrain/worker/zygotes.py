@@ -8,7 +8,7 @@ Rules:
 - one that died is started again in the background, after a pause that doubles;
 - one that lacks what the jobs here want of their libraries is replaced by one that has it, when all is quiet or a
   start lasts very long: of a script that counts no steps nobody knows when it has started;
-- spares are made when all is quiet: as many as there are ranks on this node, of which a failure takes all;
+- spares are made when all is quiet: as many as this node has slots, for a failure may take all of its ranks at once;
 - one that says it cannot serve here is believed, and not started again for the same needs;
 - it never outlives its agent (the kernel sees to it), and the keepers it forked always do.
 """
@@ -136,7 +136,7 @@ class Zygotes:
         """Look after it.
 
         ``quiet``: no rank of this node is coming up. ``wanted``: the needs of each job here. ``spares``: how many
-        trainers may be needed at once; 0: as many as before.
+        trainers may be needed at once; 0: none is made.
         """
         now, spares = time.monotonic(), min(spares, SPARES_MAX)
         served = [needs for needs in wanted if needs not in self._refused]

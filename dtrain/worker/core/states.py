@@ -312,13 +312,6 @@ class NodeState:
         return sum(assignment.slots_used for assignment in self.assignments.values())
 
     @property
-    def running(self) -> int:
-        """How many ranks run on this node."""
-        return sum(
-            run.stage is RankStage.RUNNING for assignment in self.assignments.values() for run in assignment.ranks
-        )
-
-    @property
     def is_starting(self) -> bool:
         """Whether some rank of this node has not done its first step yet, or is about to start."""
         return any(
