@@ -90,6 +90,11 @@ class Cluster:
         self.workers.append(service)
         return service
 
+    def wait_for_worker(self, service: Service) -> None:
+        """Wait until the worker has registered: from then on it ends well when it is asked to."""
+        key = f"{PREFIX}/workers/{service.log.stem}"
+        wait_for(f"{key} in etcd", lambda: self._etcd(lambda client: client.get(key)), deadline_s=60.0)
+
     def run(self, verb: str, *args: str, deadline_s: float = 60.0) -> "subprocess.CompletedProcess[str]":
         """Run a dtrain command against this cluster to its end."""
         argv = [sys.executable, "-m", "dtrain", verb, "--etcd", self.etcd.endpoint, *args]

@@ -146,7 +146,7 @@ def test_a_used_store_is_not_taken_for_a_new_job(tmp_path: Path, rng: random.Ran
         worker = it.workers[0]
         assert worker.terminate() == 0
         it.coordinators[0].start()
-        it.add_worker()  # another node: it remembers nothing
+        it.wait_for_worker(it.add_worker())  # another node: it remembers nothing
         it.workers.remove(worker)
         options = ("--name", attack.job, "--store", attack.store, "--every-steps", "10")
         # Until the new leader is there, a submission is refused as well, for another reason.
