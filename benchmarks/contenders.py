@@ -75,7 +75,7 @@ class Contender(Record):
     def wait_until_warm(self) -> None:
         """Wait for dtrain's warm process: it begins to import when the ranks train, and gives way to them.
 
-        Then it forks as many trainers as there are ranks.
+        Then it forks as many trainers as the node has slots.
         """
         deadline = time.monotonic() + DEADLINE_S
         while self.name == "dtrain" and time.monotonic() < deadline:

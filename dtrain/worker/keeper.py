@@ -71,13 +71,15 @@ class Spare:
 
     def release(self, folder: str) -> bool:
         """Have it begin; return False if it is gone."""
-        gone = os.waitpid(self.pid, os.WNOHANG) != (0, 0)
-        try:  # noqa: SIM105  contextlib is one import more
+        try:
+            if os.waitpid(self.pid, os.WNOHANG) != (0, 0):
+                return False
             os.write(self._pipe, folder.encode())
         except BrokenPipeError:
             pass  # it ended right here: as any trainer that was killed at its start
-        os.close(self._pipe)
-        return not gone
+        finally:
+            os.close(self._pipe)
+        return True
 
 
 def keep(folder: str, begin: Callable[[dict], None], spare: Spare | None = None) -> int:  # type: ignore[type-arg]
@@ -101,7 +103,7 @@ def keep(folder: str, begin: Callable[[dict], None], spare: Spare | None = None)
     me = {"keeper_pid": os.getpid(), "keeper_start": start_time(os.getpid())}
     reserve(folder, "exited.json", EXITED_MAX_BYTES)
     write_json(folder, "started.json", {**me, "trainer_pid": 0, "trainer_start": 0})
-    os.close(open_log(plan))
+    os.close(open_log(plan))  # a log that cannot be written ends the keeper, which can say so: the trainer could not
     trainer = spare.pid if spare is not None and spare.release(folder) else spawn(plan, libc, lock, begin)
     write_json(folder, "started.json", {**me, "trainer_pid": trainer, "trainer_start": start_time(trainer)})
     ended = wait(trainer, plan)
@@ -374,6 +376,14 @@ def children() -> list[int]:
     return found
 
 
+def say_into(folder: str) -> None:
+    """Have what this keeper prints go to the rank folder's ``keeper.log``."""
+    log = os.open(os.path.join(folder, "keeper.log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.close(log)
+
+
 def keep_with_spare(orders: int, pipe: int, trainer: int, niceness: int) -> int:
     """Wait until the zygote names a rank folder on the socket ``orders``, and keep it; return the exit code."""
     os.setpriority(os.PRIO_PROCESS, 0, niceness)
@@ -382,14 +392,9 @@ def keep_with_spare(orders: int, pipe: int, trainer: int, niceness: int) -> int:
     os.close(orders)
     if not folder:  # the zygote is gone, or needs fewer: the trainer that waits ends with this process
         return 0
-    log = os.open(os.path.join(folder, "keeper.log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    os.close(log)
+    say_into(folder)
     return keep(folder, execute, Spare(trainer, pipe))
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "--spare":
-        sys.exit(keep_with_spare(*map(int, sys.argv[2:])))
-    sys.exit(keep(sys.argv[1], execute))
+    sys.exit(keep_with_spare(*map(int, sys.argv[2:])) if sys.argv[1] == "--spare" else keep(sys.argv[1], execute))

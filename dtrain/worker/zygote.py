@@ -116,28 +116,30 @@ class Zygote:
         """Fork keepers until the agent is gone. Raises Born, in a trainer only."""
         self._looks.register(self._control, select.POLLIN)
         while True:
-            for descriptor, _ in self._looks.poll(0 if len(self._spares) < self._wanted else None):
-                if descriptor != self._control.fileno():
-                    self._hear_spare(descriptor) if descriptor in self._coming else self._reap(descriptor)
-                    continue
-                request = self._control.recv(MESSAGE_BYTES)
-                if not request:
-                    return
-                asked = json.loads(request)
-                if "spares" in asked:
-                    self._wanted = asked["spares"]
-                    continue
+            # One at a time: what is done about one may close the descriptor of the next.
+            ready = self._looks.poll(0 if len(self._spares) != self._wanted else None)[:1]
+            if not ready:  # a request need not wait for more than one fork
+                self._fork_spare() if len(self._spares) < self._wanted else self._drop_spare()
+                continue
+            ((descriptor, _),) = ready
+            if descriptor in self._coming:
+                self._hear_spare(descriptor)
+            elif descriptor != self._control.fileno():
+                self._reap(descriptor)
+            elif not (request := self._control.recv(MESSAGE_BYTES)):
+                return
+            elif "spares" in (asked := json.loads(request)):
+                self._wanted = asked["spares"]
+            else:
                 self._give_keeper(asked)
                 if self._origin.is_outdated():
                     return  # the agent starts a new one
-            if len(self._spares) != self._wanted:  # one at a time: a request need not wait for more than a fork
-                self._fork_spare() if len(self._spares) < self._wanted else self._drop_spare()
 
     def _hear_spare(self, orders: int) -> None:
         """It waits, or is gone, which its pidfd tells as well."""
         self._looks.unregister(orders)
-        spare = self._spares.get(self._coming.pop(orders))
-        if spare is not None and spare.orders.recv(MESSAGE_BYTES):
+        spare = self._spares[self._coming.pop(orders)]
+        if spare.orders.recv(MESSAGE_BYTES):
             spare.waits = True
             self._tell_spares()
 
@@ -222,15 +224,10 @@ class Zygote:
                 orders.close()
                 os.close(names)
                 self._be_spare_trainer(me, waits)
-            environment = {name: value for name, value in os.environ.items() if not name.startswith("DTRAIN_")}
             for descriptor in (orders.fileno(), names):
                 os.set_inheritable(descriptor, True)
             numbers = (orders.fileno(), names, trainer, self._ordinary)
-            os.execve(
-                sys.executable,
-                [sys.executable, "-I", "-S", keeper.__file__, "--spare", *map(str, numbers)],
-                environment,
-            )
+            os.execv(sys.executable, [sys.executable, "-I", "-S", keeper.__file__, "--spare", *map(str, numbers)])
         except keeper.Born:
             raise
         except BaseException:
@@ -262,10 +259,7 @@ class Zygote:
         try:
             os.setsid()
             self._let_go()
-            log = os.open(f"{folder}/keeper.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-            os.dup2(log, 1)
-            os.dup2(log, 2)
-            os.close(log)
+            keeper.say_into(folder)
             show_arguments(("dtrain-keeper", folder))
             code = keeper.keep(folder, self._begin)
         except keeper.Born:

@@ -230,7 +230,7 @@ class Zygotes:
             logger.info("the warm process is ready: imported in %.1f s", answer["ready"])
         elif "spares" in answer:
             self.spares = answer["spares"]
-            if self.spares == self._asked_spares:
+            if 0 < self.spares == self._asked_spares:
                 logger.info("%d trainers wait, forked in advance", self.spares)
         elif "cannot" in answer:
             logger.warning("no warm process here: %s; ranks start cold", answer["cannot"])

@@ -78,7 +78,7 @@ def test_a_node_that_fetched_its_checkpoint_starts_again_while_the_store_is_away
             wait_for(
                 "the next generation to train",
                 lambda: all(attack.steps(rank)[-1]["generation"] == point + 1 for rank in (0, 1)),
-                deadline_s=90,
+                deadline_s=30,
             )
         finally:
             os.kill(server.pid, signal.SIGCONT)

@@ -27,6 +27,14 @@ def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
 
 
 @pytest.fixture
+def barren_nursery(tmp_path: Path) -> Iterator[Nursery]:
+    """One in which no keeper can be made to wait: there is no interpreter for it."""
+    source = "import sys\ndef preload(): sys.executable = '/nowhere'\ndef settle(environment): pass\n"
+    with nursery_in(tmp_path, {"barren": source}) as it:
+        yield it
+
+
+@pytest.fixture
 def quick_nursery(tmp_path: Path) -> Iterator[Nursery]:
     """One whose zygote imports nothing."""
     with nursery_in(tmp_path, {"nothing": "def preload(): pass\ndef settle(environment): pass\n"}) as it:

@@ -90,6 +90,20 @@ def test_who_waited_and_was_killed_costs_no_start(
     assert nursery.rank("print('ran')").end() == (0, "ran\n")
 
 
+def test_where_none_can_wait_the_zygote_serves_without(
+    barren_nursery: Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    it = barren_nursery
+    zygote = it.ready()
+    said = it.folder / "zygote.log"
+    it.until("it was tried", lambda: "FileNotFoundError" in said.read_text())
+    monkeypatch.setattr(it, "quiet", False)
+    for _ in range(2):
+        code, text = it.rank("print('ran')").end()
+        assert (code, text.splitlines()[-1]) == (0, "ran")
+    assert it.zygotes.pid == zygote and it.zygotes.is_ready and "KeyError" not in said.read_text()
+
+
 def test_where_none_waits_one_is_forked(nursery: Nursery, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nursery, "spares", 0)
     script = nursery.rank("import os; print(os.getppid())")
