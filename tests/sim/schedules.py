@@ -39,13 +39,14 @@ class Verdict:
 def draw_shape(rng: random.Random) -> Shape:
     nnodes = rng.choice((2, 3, 4, 4, 4))
     step_s = rng.choice((0.15, 0.25))
+    nproc = rng.choice((1, 1, 2))
     return Shape(
         workers=rng.choice((4, 4, 5)),
-        slots=rng.choice((1, 1, 2)),
+        slots=nproc * rng.choice((1, 1, 2)),
         coordinators=rng.choice((2, 2, 3)),
         nnodes_min=rng.choice((1, 2, nnodes)) if nnodes > 1 else 1,
         nnodes_max=nnodes,
-        nproc=1,
+        nproc=nproc,
         every_steps=rng.choice((4, 5, 6) if step_s > 0.2 else (7, 8, 9)),
         checkpoints=rng.choice((8, 8, 12, 20)),  # a short job meets its faults nearer to its end
         step_s=step_s,

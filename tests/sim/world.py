@@ -46,7 +46,7 @@ class Shape:
     coordinators: int
     nnodes_min: int
     nnodes_max: int
-    nproc: int
+    nproc: int  # ranks of the job on each node
     every_steps: int
     checkpoints: int  # about so many
     step_s: float
