@@ -80,9 +80,10 @@ def _salvage_disturbed(storm: "Storm") -> Undo | None:
     def staged(entry: Entry) -> None:
         if entry.what != "staged" or undo.due:
             return
-        same = (entry.of.generation, entry.detail)
-        ranks = {e.of.rank for e in world.diary.entries if e.what == "staged" and (e.of.generation, e.detail) == same}
-        living = [t for node in world.nodes for t in node.living if t.of.generation == entry.of.generation]
+        same = (entry.of.job, entry.of.generation, entry.detail)
+        staging = [e for e in world.diary.entries if e.what == "staged"]
+        ranks = {e.of.rank for e in staging if (e.of.job, e.of.generation, e.detail) == same}
+        living = [t for node in world.nodes for t in node.living if (t.of.job, t.of.generation) == same[:2]]
         if not living or len(ranks) < living[0].world_size:
             return
         world.diary.readers.remove(staged)

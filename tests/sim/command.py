@@ -82,8 +82,8 @@ def _many(options: argparse.Namespace) -> int:
         seen.update(verdict.seen.keys())
         cpu_s += verdict.cpu_s
         if not verdict.findings:
-            logs.append(verdict.log)
-        if len(logs) == REPLAYED_AT_ONCE:
+            logs += verdict.logs
+        if len(logs) >= REPLAYED_AT_ONCE:
             failed += _replayed_otherwise(logs, first)
             logs.clear()
         if verdict.findings:

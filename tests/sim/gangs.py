@@ -39,9 +39,9 @@ class Gang:
         """A rank came. One that finds strangers or a broken group there fails, as with any process group."""
         world = self._world
         trainer.gang = self
-        stranger = any(other.of.generation != trainer.of.generation for other in self.ranks.values())
-        if stranger:
-            world.faults_seen.append(f"{trainer.of} met ranks of another generation at its rendezvous")
+        own = (trainer.of.job, trainer.of.generation)
+        if any((other.of.job, other.of.generation) != own for other in self.ranks.values()):
+            world.faults_seen.append(f"{trainer.of} met ranks of another generation or job at its rendezvous")
         if self._broken or trainer.of.rank in self.ranks:
             trainer.end(1, "the process group is broken")
             return

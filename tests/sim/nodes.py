@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 HEARTBEAT_S = 1.0
 LEASE_TTL_S = 5.0
 PORTS = (20_001, 20_002)  # that a machine has free, so that ranks of an older generation still know the newest's
+PORTS_OF_TWO = (*PORTS, 20_003, 20_004)  # where two jobs may want one at a time
 SPAWNED = "spawned"  # in a rank's folder: its trainer was started
 FORBIDDEN = "forbidden"  # it never will be
 
@@ -149,7 +150,7 @@ class Keepers:
                 self._finish(of, trainer.exit)
             elif trainer.started and of not in self._told:
                 self._told.add(of)
-                pid = 1000 + of.generation * 16 + of.rank
+                pid = 1000 + (self._node.world.jobs.index(of.job) * 1000 + of.generation) * 16 + of.rank
                 self._emit(TrainerStarted(job=of.job, generation=of.generation, rank=of.rank, pid=pid))
 
     def _finish(self, of: RankId, fact: ExitFact) -> None:
@@ -211,7 +212,7 @@ class Node:
         self.trainers: dict[RankId, Trainer] = {}
         self.agent: Process | None = None
         self.left = False  # its agent ended by itself
-        self._ports = itertools.cycle(PORTS)
+        self._ports = itertools.cycle(PORTS if len(world.jobs) == 1 else PORTS_OF_TWO)
         self._incarnations = 0
 
     def wall(self) -> float:
@@ -223,7 +224,11 @@ class Node:
         return disk.rows(self.folder / "data" / "journal.sqlite", statement, parameters)
 
     def next_port(self) -> int:
-        return next(self._ports)
+        """Another than the last; with two jobs none at which a trainer may still be listening."""
+        port = next(self._ports)
+        while len(self.world.jobs) > 1 and any(t.rendezvous.endswith(f":{port}") for t in self.living):
+            port = next(self._ports)
+        return port
 
     @property
     def living(self) -> list[Trainer]:

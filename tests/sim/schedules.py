@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dtrain.proto import agent_pb2 as wire
-from tests.sim import checkers, faults, situations
+from tests.sim import checkers, faults, replays, situations
 from tests.sim.surroundings import installed
-from tests.sim.world import JOB, Shape, World, swept
+from tests.sim.world import JOB, OTHER_JOB, Shape, World, swept
 
 CPU_S = time.process_time
-CALM_S = 150.0  # after the storm the job ends within this, and what its steps take twice over
+CALM_S = 150.0  # after the storm a job ends within this, and what its steps take twice over; two one after the other
 REST_S = (5.0, 12.0)  # behind its end, for what is still owed: at least, and at most
 ROOM = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else Path(tempfile.gettempdir())
 
@@ -33,7 +33,7 @@ class Verdict:
     seen: dict[str, int]
     storm: list[tuple[float, str]]
     cpu_s: float
-    log: list[tuple[str, str]] = field(default_factory=list)  # key and value of each event, for the replay elsewhere
+    logs: list[replays.Log] = field(default_factory=list)  # of each job, for the replay elsewhere
 
 
 def draw_shape(rng: random.Random) -> Shape:
@@ -54,17 +54,26 @@ def draw_shape(rng: random.Random) -> Shape:
         fence_after_s=rng.choice((1800.0, 1800.0, 10.0)),
         drift=rng.choice((0.0, 0.0, 0.03)),
         hang_timeout_s=rng.choice((None, None, 5.0)),
+        other_after_s=rng.choice((None, None, None, None, None, None, 0.0, rng.uniform(0.0, 20.0))),
     )
 
 
-def job_of(shape: Shape) -> wire.Spec:
+def jobs_of(shape: Shape) -> list[tuple[float, wire.Spec]]:
+    """What is submitted, and when. The other job is content with fewer nodes, and as often needs all of its own."""
+    jobs = [(0.0, _spec(shape, JOB, shape.nnodes_min, shape.nnodes_max))]
+    if shape.other_after_s is not None:
+        jobs.append((shape.other_after_s, _spec(shape, OTHER_JOB, 1, min(2, shape.nnodes_max))))
+    return jobs
+
+
+def _spec(shape: Shape, name: str, nnodes_min: int, nnodes_max: int) -> wire.Spec:
     return wire.Spec(
-        name=JOB,
+        name=name,
         python="python",
         script="/train.py",
         cwd="/",
-        nnodes_min=min(shape.nnodes_min, shape.nnodes_max),
-        nnodes_max=shape.nnodes_max,
+        nnodes_min=min(nnodes_min, nnodes_max),
+        nnodes_max=nnodes_max,
         nproc_per_node=shape.nproc,
         max_restarts=10_000,
         store="file:///simulated",
@@ -92,9 +101,9 @@ def _run(seed: int, watch: Callable[[World, faults.Storm], None] | None) -> Verd
         with installed(world):
             if watch is not None:
                 watch(world, storm)
-            world.begin(job=job_of(shape))
+            world.begin(jobs_of(shape))
             storm.begin()
-            bound_s = storm.mix.safety_s + CALM_S + 2 * world.habits.until * shape.step_s
+            bound_s = storm.mix.safety_s + len(world.jobs) * (CALM_S + 2 * world.habits.until * shape.step_s)
             world.loop.run_while(lambda: not world.ended, until_s=bound_s)
             ended_s = world.loop.now_s
             if not world.healed:
@@ -103,7 +112,7 @@ def _run(seed: int, watch: Callable[[World, faults.Storm], None] | None) -> Verd
                 if rest_s == REST_S[0] or checkers.owes(world, storm):
                     world.loop.run_while(lambda: not world.loop.errors, until_s=ended_s + rest_s)
             findings = checkers.check(world, storm)
-            for situation in set() if findings else set(situations.met(checkers.Story(world, storm))):
+            for situation in set() if findings else situations.met(world, storm):
                 world.saw(situation)
         return Verdict(
             seed=seed,
@@ -115,8 +124,13 @@ def _run(seed: int, watch: Callable[[World, faults.Storm], None] | None) -> Verd
             seen=dict(world.seen),
             storm=storm.log,
             cpu_s=CPU_S() - began_s,
-            log=[(change.key, (change.value or b"").decode()) for _, change in world.log],
+            logs=[_log(world, job) for job in world.jobs],
         )
     finally:
         world.close()
         gc.enable()
+
+
+def _log(world: World, job: str) -> replays.Log:
+    """Key and value of each event of a job."""
+    return [(change.key, (change.value or b"").decode()) for _, change in world.log if f"/jobs/{job}/" in change.key]

@@ -1,11 +1,15 @@
 """Which rare situations a schedule met, as its histories tell afterwards. One that never comes is a gap to close."""
 
 from collections.abc import Container, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tests.sim.checkers import deletions
 from tests.sim.checkers.stories import Story
 from tests.support.checkpoints import SPREAD
+
+if TYPE_CHECKING:
+    from tests.sim.faults import Storm
+    from tests.sim.world import World
 
 # What a large number of schedules must have met, or the storms are too kind.
 EXPECTED = (
@@ -66,6 +70,9 @@ EXPECTED = (
     "trainer hung",
     "checkpoint named an older one's pack",
     "pack deleted",
+    "trainers of two jobs on one machine",
+    "job began when another had ended",
+    "job cancelled",
 )
 
 
@@ -74,8 +81,31 @@ def never_met(seen: Container[str]) -> list[str]:
     return [situation for situation in EXPECTED if situation not in seen]
 
 
-def met(story: Story) -> Iterator[str]:
+def met(world: "World", storm: "Storm") -> set[str]:
     """Situations that only the whole history shows."""
+    stories = [Story(world, storm, job) for job in world.jobs]
+    found = {situation for story in stories for situation in _of_one(story)}
+    return found.union(_of_two(*stories) if len(stories) > 1 else ())
+
+
+def _of_two(one: Story, other: Story) -> Iterator[str]:
+    alive: set[tuple[str, str, int, int]] = set()
+    for entry in one.world.diary.entries:
+        of = entry.node, entry.of.job, entry.of.generation, entry.of.rank
+        if entry.what == "spawned":
+            alive.add(of)
+            if any(node == entry.node and job != entry.of.job for node, job, _, _ in alive):
+                yield "trainers of two jobs on one machine"
+        elif entry.what == "ended":
+            alive.discard(of)
+    for first, second in ((one, other), (other, one)):
+        ends, begins = first.events_of(first.ended), second.events_of("GenerationStarted")
+        submitted = second.events_of("JobSubmitted")
+        if ends and begins and submitted[0].at_s < ends[0].at_s < begins[0].at_s:
+            yield "job began when another had ended"
+
+
+def _of_one(story: Story) -> Iterator[str]:
     began = {told.data["attempt"]: told for told in story.events_of("CheckpointStarted")}
     for told in story.events_of("CheckpointCommitted", "CheckpointAborted"):
         word = "committed" if told.type == "CheckpointCommitted" else "aborted"
@@ -91,6 +121,8 @@ def met(story: Story) -> Iterator[str]:
     for kind in ("CheckpointQuarantined", "CheckpointExpired", "CheckpointPinned"):
         if story.events_of(kind):
             yield f"checkpoint {kind.removeprefix('Checkpoint').lower()}"
+    if story.ended == "JobCancelled":
+        yield "job cancelled"
     for told in story.events_of("GenerationFailed"):
         yield f"generation failed: {told.data.get('kind') or 'unknown'}"
     salvaged = {told.data["attempt"] for told in story.events_of("SalvageStarted")}

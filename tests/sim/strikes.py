@@ -123,7 +123,7 @@ def _control_plane_starts_again(storm: "Storm") -> Undo | None:
 def _agent_dies(storm: "Storm") -> Undo | None:
     node = storm.node()
     storm.say(f"the agent of {node.machine.name} is killed")
-    storm.world.hurt(node.machine.name, "agent killed")
+    storm.world.hurt(node.machine.name)
     node.kill_agent()
     return node.start_agent
 
@@ -134,7 +134,7 @@ def _agent_pauses(storm: "Storm") -> Undo | None:
     if agent is None or not agent.alive:
         return None
     storm.say(f"the agent of {node.machine.name} pauses")
-    storm.world.hurt(node.machine.name, "agent paused")
+    storm.world.hurt(node.machine.name)
     agent.pause()
     return agent.go_on
 
@@ -147,7 +147,7 @@ def _power(storm: "Storm", *, wipe: bool) -> Undo | None:
 def _lose_power(storm: "Storm", node: "Node", *, wipe: bool) -> Undo:
     storm.say(f"{node.machine.name} loses power{' and its disk' if wipe else ''}")
     storm.world.saw("machine lost its disk" if wipe else "machine lost power")
-    storm.world.hurt(node.machine.name, "power lost")
+    storm.world.hurt(node.machine.name)
     node.lose_power(wipe=wipe)
     if node.tear_cache(storm.rng):
         storm.world.saw("cache torn")
@@ -158,7 +158,7 @@ def trainer_ends(storm: "Storm", code: int, error: str) -> Undo | None:
     trainer = storm.trainer()
     if trainer is not None:
         storm.say(f"{trainer.of} ends with {code}")
-        storm.world.hurt(trainer.node.machine.name, "trainer ended")
+        storm.world.hurt(trainer.node.machine.name, trainer.of.job)
         trainer.end(code, error)
     return None
 
@@ -169,7 +169,7 @@ def _trainer_hangs(storm: "Storm") -> Undo | None:
         return None
     storm.say(f"{trainer.of} hangs")
     storm.world.saw("trainer hung")
-    storm.world.hurt(trainer.node.machine.name, "trainer hangs")
+    storm.world.hurt(trainer.node.machine.name, trainer.of.job)
     trainer.hangs = True
     if storm.world.shape.hang_timeout_s and storm.rng.random() < 0.5:
         return None  # for good, so that it is found
@@ -184,7 +184,7 @@ def _worker_cut_off(storm: "Storm") -> Undo | None:
     node, world = storm.node(), storm.world
     storm.say(f"{node.machine.name} is cut off")
     world.saw("worker cut off from the control plane")
-    world.hurt(node.machine.name, "cut off")
+    world.hurt(node.machine.name)
     others = [host.name for host in world.hosts] + [member.machine.name for member in world.members]
     return storm.cut(node.machine.name, others)
 
@@ -192,15 +192,15 @@ def _worker_cut_off(storm: "Storm") -> Undo | None:
 def _worker_loses_etcd(storm: "Storm") -> Undo | None:
     node, world = storm.node(), storm.world
     storm.say(f"{node.machine.name} loses etcd")
-    world.hurt(node.machine.name, "cut off from etcd")
+    world.hurt(node.machine.name)
     return storm.cut(node.machine.name, [member.machine.name for member in world.members])
 
 
 def _workers_lose_each_other(storm: "Storm") -> Undo | None:
     one, other = storm.rng.sample(storm.world.nodes, 2)
     storm.say(f"{one.machine.name} and {other.machine.name} lose each other")
-    storm.world.hurt(one.machine.name, "peers cut")
-    storm.world.hurt(other.machine.name, "peers cut")
+    storm.world.hurt(one.machine.name)
+    storm.world.hurt(other.machine.name)
     return storm.cut(one.machine.name, [other.machine.name])
 
 
@@ -275,7 +275,7 @@ def _blob_rots(storm: "Storm") -> Undo | None:
     key = storm.rng.choice(newest or shards)
     storm.say(f"{key} rots")
     world.saw("blob rotted")
-    world.hurt("store", "blob rotted")
+    world.hurt("store")
     world.blobs.rot(key)
     rank = int(key.rpartition("rank-")[2][:5])
     keeping = [node for node in world.nodes if any(trainer.of.rank == rank for trainer in node.living)]

@@ -42,10 +42,10 @@ def story(events: tuple[tuple[str, dict[str, Any]], ...], deeds: list[tuple[floa
         blobs=SimpleNamespace(history=[Deed(at_s, "c1", key, data, True) for at_s, key, data in sorted(deeds)]),
         diary=SimpleNamespace(entries=[]),
         loop=SimpleNamespace(now_s=99.0),
-        ended="JobSucceeded",
+        ends={"job": "JobSucceeded"},
         healed=True,
     )
-    return Story(cast(Any, world), cast(Any, None))
+    return Story(cast(Any, world), cast(Any, None), "job")
 
 
 def found(it: Story) -> set[str]:

@@ -37,7 +37,7 @@ def test_fresh_schedules_hold_every_rule(part: int) -> None:
 
 def test_a_seed_gives_the_same_schedule_every_time() -> None:
     """Told line by line, with all faults and everything logged: in two processes, nothing differs."""
-    one, other = simulate("--seed", "106", "--trace"), simulate("--seed", "106", "--trace")
+    one, other = simulate("--seed", "111", "--trace"), simulate("--seed", "111", "--trace")
     assert one.stdout.count("FAULT") > 5, "nothing befell it"
     assert one.stdout == other.stdout
 

@@ -143,6 +143,10 @@ class Trainer:
         if self.meets_in_file:
             stores.setdefault(self.rendezvous, Store(None))
         elif self.of.rank == 0:
+            listening = stores.get(self.rendezvous)
+            if listening is not None and listening.host not in (None, self) and listening.host.alive:
+                self.end(1, "address already in use")
+                return
             stores[self.rendezvous] = Store(self)
         store = stores.get(self.rendezvous)
         if store is not None and self._reaches(store.host):
@@ -218,7 +222,7 @@ class Trainer:
         """The end of a step, as this rank comes to it."""
         world = self.node.world
         before, self.step = self.state, step
-        self.state = xxhash.xxh3_64_hexdigest(f"{before}/{step}/{self.of.generation}".encode())
+        self.state = xxhash.xxh3_64_hexdigest(f"{before}/{step}/{self.of.job}/{self.of.generation}".encode())
         world.diary.parents[self.state] = (before, step, self.of.generation)
         self.note("trained")
         self.box.completed_step = step

@@ -30,10 +30,12 @@ from tests.sim.trainers import Diary, Habits
 from tests.sim.witnesses import Witness
 
 JOB = "job"
+OTHER_JOB = "another"  # in some schedules: it wants the same slots, and comes first by name
 PREFIX = "/dtrain"
 COORDINATOR_PORT = 9000
 RESTART_S = (0.2, 2.0)  # a supervisor brings a coordinator back within this
 _TYPE = re.compile(rb'"type":"(\w+)"')
+_JOB = re.compile(r"/jobs/([^/]+)/events/")
 ENDS = frozenset({"JobSucceeded", "JobFailed", "JobCancelled", "RunInterrupted"})
 
 
@@ -54,6 +56,7 @@ class Shape:
     fence_after_s: float
     drift: float
     hang_timeout_s: float | None  # None: the product's own, far longer than a schedule
+    other_after_s: float | None  # when another job is submitted; None: there is none
 
 
 @dataclass
@@ -77,7 +80,7 @@ class World:
         self.seen: dict[str, int] = {}
         self.faults_seen: list[str] = []  # what a model itself found to be wrong
         self.endings: list[Ending] = []
-        self.hurts: list[tuple[float, str, str]] = []  # when, which machine, what: what was done to the data plane
+        self.hurts: list[tuple[float, str, str]] = []  # when, which machine, which job (all: ""): to the data plane
         self.loop = SimLoop()
         self.loop.thread_delay_s = lambda: self.rng.uniform(0.0, 0.003)
         self.net = Network(self.loop, self.rng, self.saw)
@@ -91,7 +94,8 @@ class World:
         self.stores: dict[str, Store] = {}  # by the address at which ranks meet
         self.habits = Habits(until=shape.every_steps * shape.checkpoints, step_s=shape.step_s)
         self.fence_after_s = shape.fence_after_s
-        self.ended = ""  # the event that ended the job
+        self.ends: dict[str, str] = {}  # job -> the event that ended it
+        self.cancelled: set[str] = set()  # jobs of which a person asked that
         self.log: list[tuple[str, Change]] = []  # type and change of each event, as it was appended
         self.etcd.on_change.append(self._note_event)
         self._pids = 100
@@ -125,6 +129,15 @@ class World:
         return next(m for m in (*(node.machine for node in self.nodes), *self.hosts) if m.name == name)
 
     @property
+    def jobs(self) -> tuple[str, ...]:
+        return (JOB,) if self.shape.other_after_s is None else (JOB, OTHER_JOB)
+
+    @property
+    def ended(self) -> bool:
+        """Whether every job has."""
+        return len(self.ends) == len(self.jobs)
+
+    @property
     def leader(self) -> Machine | None:
         """The machine that etcd says leads."""
         found = self.etcd.value(f"{PREFIX}/leader")
@@ -132,16 +145,18 @@ class World:
             return None
         return next((host for host in self.hosts if f'"{host.name}"'.encode() in found.value), None)
 
-    def hurt(self, machine: str, what: str) -> None:
-        self.hurts.append((self.loop.now_s, machine, what))
+    def hurt(self, machine: str, job: str = "") -> None:
+        """Note that something was done to what trains there, of this job or of all."""
+        self.hurts.append((self.loop.now_s, machine, job))
 
     def _note_event(self, change: Change) -> None:
         if change.value is not None and "/events/" in change.key:
             found = _TYPE.search(change.value)
             kind = found[1].decode() if found else "?"
             self.log.append((kind, change))
-            if kind in ENDS:
-                self.ended = kind
+            job = _JOB.search(change.key)
+            if kind in ENDS and job is not None:
+                self.ends[job[1]] = kind
 
     # -- processes ----------------------------------------------------------------------------------------
 
@@ -168,13 +183,15 @@ class World:
         self.endings.append(Ending(self.loop.now_s, node.machine.name, error))
         self.loop.after(self.rng.uniform(*RESTART_S), node.start_agent)
 
-    def begin(self, *, job: wire.Spec) -> None:
+    def begin(self, jobs: list[tuple[float, wire.Spec]]) -> None:
+        """Start everything. ``jobs``: when each is submitted."""
         for host in self.hosts:
             self.loop.after(self.rng.uniform(0, 0.5), self.start_coordinator, host)
         for node in self.nodes:
             self.loop.after(self.rng.uniform(0, 1.0), node.start_agent)
-        request = wire.SubmitRequest(spec=job, request="the first")
-        self.ask("Submit", request, until_done=True)
+        for after_s, job in jobs:
+            request = wire.SubmitRequest(spec=job, request=f"the first of {job.name}")
+            self.loop.after(after_s, lambda asked: self.ask("Submit", asked, until_done=True), request)
 
     def ask(self, method: str, request: object, *, until_done: bool = False) -> None:
         """Have a person ask this of whoever leads; again and again if it must be done."""

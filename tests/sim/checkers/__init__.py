@@ -51,21 +51,21 @@ CHECKERS = {
 
 
 def owes(world: "World", storm: "Storm") -> bool:
-    """Whether something is left to be done at the end of a job."""
-    story = Story(world, storm)
+    """Whether something is left to be done when the jobs have ended."""
+    stories = [Story(world, storm, job) for job in world.jobs]
     try:
-        return any(True for checker in (outcomes.settled, trainers.ended) for _ in checker(story))
+        return any(True for story in stories for checker in (outcomes.settled, trainers.ended) for _ in checker(story))
     except LookupError:  # a history that makes no sense; check() says so
         return False
 
 
 def check(world: "World", storm: "Storm") -> list[Finding]:
     """Everything that is wrong with a schedule that has ended."""
-    story = Story(world, storm)
     found: list[Finding] = []
-    for name, checker in CHECKERS.items():
-        try:
-            found += [Finding(name, text) for text in checker(story)]
-        except LookupError as error:  # an event about what the log never began: no rule is written for such a log
-            found.append(Finding(name, f"the history makes no sense: {type(error).__name__}: {error}"))
-    return found
+    for story in [Story(world, storm, job) for job in world.jobs]:
+        for name, checker in CHECKERS.items():
+            try:
+                found += [Finding(name, text) for text in checker(story)]
+            except LookupError as error:  # an event about what the log never began: no rule is written for such a log
+                found.append(Finding(name, f"the history makes no sense: {type(error).__name__}: {error}"))
+    return list(dict.fromkeys(found))  # what concerns no job is found in each one's story

@@ -112,7 +112,7 @@ def leftovers(story: Story) -> Iterator[str]:
     Counted, and no rule: a put that was on its way when its attempt was swept may arrive behind the sweep, and only a
     later look at the store could find it. It costs room, and promises nothing.
     """
-    if not story.world.ended or not story.world.healed:
+    if not story.ended or not story.world.healed:
         return
     end_s, standing = story.world.loop.now_s, story.final()
     for told in story.events_of("CheckpointCommitted"):

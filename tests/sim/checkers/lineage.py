@@ -25,6 +25,8 @@ def restored(story: Story) -> Iterator[str]:
     for entry in story.diary:
         if entry.what == "restored" and entry.detail == "garbage":
             yield f"{entry.of} was given bytes that are no state"
+        elif entry.what == "restored" and entry.detail != story.job:
+            yield f"{entry.of} was given the state of {entry.detail}"
         if entry.what != "began":
             continue
         if entry.of.generation not in points:

@@ -22,7 +22,8 @@ def undisturbed(story: Story) -> Iterator[str]:
     started = {told.data["generation"]: told for told in story.events_of("GenerationStarted")}
     failures = story.events_of("GenerationFailed")
     fences = [entry for entry in story.diary if entry.detail.endswith("told to end") and story.fenced(entry)]
-    hurts = [*story.world.hurts, *((entry.at_s, entry.node, "fenced") for entry in fences)]
+    hurts = [(at_s, where) for at_s, where, job in story.world.hurts if job in ("", story.job)]
+    hurts += [(entry.at_s, entry.node) for entry in fences]
     if story.storm.mix.spares_workers and failures and not fences:
         yield f"nothing touched the workers, but {failures[0].data['reason']}"
         return
@@ -75,12 +76,14 @@ def standing_by(story: Story) -> Iterator[str]:
 
 
 def finished(story: Story) -> Iterator[str]:
-    """After the storm the job ends, and well."""
-    if not story.world.ended:
+    """After the storm the job ends, and well, unless a person cancelled it."""
+    if not story.ended:
         last = story.events[-1] if story.events else None
-        yield f"the job has not ended {story.world.loop.now_s:.0f} s after its begin; last event: {last}"
-    elif story.world.ended != "JobSucceeded":
-        yield f"the job ended with {story.events_of(story.world.ended)[-1]}"
+        yield f"{story.job} has not ended {story.world.loop.now_s:.0f} s after the begin; last event: {last}"
+    elif story.ended == "JobCancelled" and story.job in story.world.cancelled:
+        return
+    elif story.ended != "JobSucceeded":
+        yield f"{story.job} ended with {story.events_of(story.ended)[-1]}"
 
 
 def succeeded(story: Story) -> Iterator[str]:
@@ -100,7 +103,7 @@ def succeeded(story: Story) -> Iterator[str]:
 
 def saved(story: Story) -> Iterator[str]:
     """A job that ends in kind times ends with its last step saved."""
-    if story.world.ended != "JobSucceeded" or story.storm.healed_s + KIND_S > story.events_of("JobSucceeded")[-1].at_s:
+    if story.ended != "JobSucceeded" or story.storm.healed_s + KIND_S > story.events_of("JobSucceeded")[-1].at_s:
         return
     steps = [told.data["step"] for told in story.events_of("CheckpointCommitted")]
     if story.world.habits.until not in steps:
@@ -109,7 +112,7 @@ def saved(story: Story) -> Iterator[str]:
 
 def settled(story: Story) -> Iterator[str]:
     """Whatever the coordinator owed at the job's end is done soon after."""
-    if not story.world.ended:
+    if not story.ended:
         return
     objects = story.world.blobs.objects
     swept = {told.data["attempt"] for told in story.events_of("AttemptSwept")}

@@ -70,6 +70,7 @@ class Standing:
     started: dict[int, Told] = field(default_factory=dict)  # attempts in flight
     aborted: dict[int, Told] = field(default_factory=dict)
     generation: Told | None = None
+    to_be_cancelled: bool = False
     ended: bool = False
 
     @property
@@ -102,21 +103,26 @@ class Standing:
                 self.generation = told
             case "GenerationFailed":
                 self.generation = None
+            case "CancelRequested":
+                self.to_be_cancelled = True
             case "JobSubmitted":
-                self.ended = False
+                self.to_be_cancelled = self.ended = False
             case kind if kind in ENDS:
                 self.ended, self.generation = True, None
 
 
 class Story:
-    """See the module's text."""
+    """What happened to one job. See the module's text."""
 
-    def __init__(self, world: "World", storm: "Storm") -> None:
+    def __init__(self, world: "World", storm: "Storm", job: str) -> None:
         self.world = world
         self.storm = storm
-        self.changes: list[Change] = world.etcd.history
-        self.deeds: list[Deed] = world.blobs.history
-        self.diary: list[Entry] = world.diary.entries
+        self.job = job
+        self.ended = world.ends.get(job, "")  # the event that ended it
+        own, folder = f"/jobs/{job}/", f"jobs/{job}/"
+        self.changes: list[Change] = [c for c in world.etcd.history if "/jobs/" not in c.key or own in c.key]
+        self.deeds: list[Deed] = [deed for deed in world.blobs.history if deed.key.startswith(folder)]
+        self.diary: list[Entry] = [entry for entry in world.diary.entries if entry.of.job == job]
         self.events: list[Told] = []
         for change in self.changes:
             found = _EVENT.fullmatch(change.key)

@@ -12,7 +12,7 @@ STOPPED = ("told to end", "it was a stray")  # how the models of keepers and of 
 def slots(story: Story) -> Iterator[str]:
     """Never more trainers on a machine than slots, and never of two generations of a job."""
     alive: dict[str, set[RankId]] = {node.machine.name: set() for node in story.world.nodes}
-    for entry in story.diary:
+    for entry in story.world.diary.entries:
         here = alive[entry.node]
         if entry.what == "spawned":
             older = {of for of in here if of.job == entry.of.job and of.generation != entry.of.generation}
@@ -48,19 +48,19 @@ def told(story: Story) -> Iterator[str]:
 
 def ended(story: Story) -> Iterator[str]:
     """When the job is over and the world was kind for a while, no trainer lives."""
-    if not story.world.ended or not story.world.healed:
+    if not story.ended or not story.world.healed:
         return
     for node in story.world.nodes:
-        for trainer in node.living:
+        for trainer in [living for living in node.living if living.of.job == story.job]:
             yield f"{trainer.of} still lives on {node.machine.name} after the job's end"
 
 
 def stopped(story: Story) -> Iterator[str]:
-    """A worker ends a trainer only if the log says by then that its generation is over, or if it is fenced."""
+    """A worker ends a trainer only if the log says by then that its generation is over or is to end, or if fenced."""
     for entry in story.diary:
         if entry.what != "ended" or not entry.detail.endswith(STOPPED):
             continue
         standing = story.standing_at(entry.at_s)
         active = standing.generation is not None and standing.generation.data["generation"] == entry.of.generation
-        if active and not story.fenced(entry):
+        if active and not standing.to_be_cancelled and not story.fenced(entry):
             yield f"{entry.of} was ended by its worker at {entry.at_s:.3f} s while its generation went on"

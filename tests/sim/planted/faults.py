@@ -14,6 +14,7 @@ class Planted:
 _CHECKPOINTS = "coordinator/core/checkpoints.py"
 _EFFECTS = "coordinator/effects.py"
 _RETENTION = "coordinator/core/retention.py"
+_PLACEMENT = "coordinator/core/placement.py"
 _PACKS = "coordinator/core/packs.py"
 _LOG = "coordinator/log.py"
 
@@ -157,5 +158,11 @@ PLANTED = (
     Planted("never delete what has expired", "coordinator/core/effects.py",
             "        if c.expired\n    ]", "        if False\n    ]"),
     Planted("never sweep", "coordinator/core/effects.py", "for a in sweepable(job)", "for a in ()"),
+    Planted("count the slots of other jobs by desired state alone", _PLACEMENT,
+            "    if view.snapshot is not None:\n        for assignment", "    if False:\n        for assignment"),
+    Planted("count the slots of other jobs by report alone", _PLACEMENT,
+            "if other.name != job and other.generation is not None:", "if False:"),
+    Planted("give the port that another job was given", _PLACEMENT,
+            "(view.worker, view.snapshot.rendezvous_port) not in given:", "True:"),
     Planted("never send a command again", "coordinator/rpc/agents.py", "RESEND_S = 2.0", "RESEND_S = 2e9"),
 )  # fmt: skip
