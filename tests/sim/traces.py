@@ -15,6 +15,7 @@ def tell(world: World, storm: Storm) -> None:
     """Print everything about ``world`` from now on."""
 
     def say(who: str, what: str) -> None:
+        what = what.replace(f"{world.folder}", "")  # its name has the number of this process
         print(f"{world.loop.now_s:9.3f}  {who:8s}  {what[:MAX_CHARS]}")
 
     class ToTrace(logging.Handler):
