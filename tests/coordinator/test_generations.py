@@ -2,7 +2,7 @@
 
 from dtrain.coordinator.core.events import FailureKind, GenerationStarted
 from dtrain.coordinator.core.facts import RegistrationsListed, RestorePhase, StreamClosed, WorkerUnregistered
-from dtrain.coordinator.core.observed import LOST_AFTER_S, UNSEEN_LOST_AFTER_S, Observed
+from dtrain.coordinator.core.observed import LOST_AFTER_S, MUTE_AFTER_S, UNSEEN_LOST_AFTER_S, Observed
 from dtrain.coordinator.core.placement import GATHER_S, waiting_for
 from dtrain.coordinator.core.states import JobPhase
 from tests.coordinator.support.clusters import Cluster, spec
@@ -238,12 +238,37 @@ def test_the_closing_of_an_older_stream_does_not_disconnect_a_worker_with_a_newe
 
 def test_a_new_leader_gives_every_worker_time_to_find_it_before_it_calls_one_lost() -> None:
     cluster = Cluster()
-    cluster.joins("w1")
+    cluster.joins("w1", "w2")
     cluster.runs(step=5)
     cluster.passes(1000)
     successor = cluster.fails_over()
     assert successor.decides() == []
+    successor.joins("w9")
     successor.passes(UNSEEN_LOST_AFTER_S - 0.1)
+    assert successor.decides() == []
+    successor.passes(0.1)
+    assert successor.decides()[0] == "GenerationFailed"
+
+
+def test_a_new_leader_that_no_worker_reaches_may_be_the_one_that_is_cut_off() -> None:
+    cluster = Cluster()
+    cluster.joins("w1")
+    cluster.runs(step=5)
+    successor = cluster.fails_over()
+    successor.passes(MUTE_AFTER_S - 1.0)
+    assert successor.decides() == [], "whoever it does not hear of may train"
+    successor.joins("w9")
+    assert successor.decides() == [], "its way is open again: the others need a moment too"
+    successor.passes(UNSEEN_LOST_AFTER_S)
+    assert successor.decides()[0] == "GenerationFailed"
+
+
+def test_a_new_leader_that_no_worker_ever_reaches_gives_up_those_that_it_never_saw() -> None:
+    cluster = Cluster()
+    cluster.joins("w1")
+    cluster.runs(step=5)
+    successor = cluster.fails_over()
+    successor.passes(MUTE_AFTER_S + UNSEEN_LOST_AFTER_S - 0.1)
     assert successor.decides() == []
     successor.passes(0.1)
     assert successor.decides() == ["GenerationFailed"]

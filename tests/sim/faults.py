@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 # What only the control plane suffers: however bad it is, no healthy trainer may be restarted for it.
 CONTROL_PLANE = (
     "coordinator dies",
+    "coordinator leaves",
     "coordinator pauses",
     "coordinator loses etcd",
     "coordinator loses workers",
@@ -40,6 +41,7 @@ CONTROL_PLANE = (
 )
 DATA_PLANE = (
     "agent dies",
+    "agent leaves",
     "agent pauses",
     "machine loses power",
     "machine loses its disk",

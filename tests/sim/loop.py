@@ -147,7 +147,10 @@ class SimLoop(asyncio.AbstractEventLoop):
         self.call_exception_handler(context)
 
     def add_signal_handler(self, sig: int, callback: Callable[..., object], *args: Any) -> None:
-        """Nobody signals a process here; it is killed, or asked through the model."""
+        """The process in which this is called hears ``sig`` (:meth:`Process.signal`)."""
+        process = CURRENT.get()
+        if process is not None:
+            process.handlers[sig] = lambda: callback(*args)
 
     def remove_signal_handler(self, sig: int) -> bool:
         return True

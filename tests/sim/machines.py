@@ -45,6 +45,7 @@ class Process:
         self.alive = True
         self.paused = False
         self.at_end: list[Callable[[], None]] = []  # what the kernel does when it is gone
+        self.handlers: dict[int, Callable[[], None]] = {}  # of signals
         self.main: asyncio.Task[None] | None = None
         self._kept: list[Handle] = []
         self.context = Context()
@@ -79,6 +80,13 @@ class Process:
             self.paused = False
             self.loop.give_back(self._kept)
             self._kept = []
+
+    def signal(self, sig: int) -> None:
+        """Have it hear the signal soon; one that does not listen yet ends by it."""
+        if not self.alive:
+            return
+        handler = self.handlers.get(sig, self.kill)
+        self.loop.call_soon(handler, context=self.context.copy())
 
     def kill(self) -> None:
         """kill -9: nothing of it runs again, and the kernel closes what it held."""

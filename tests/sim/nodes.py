@@ -211,7 +211,7 @@ class Node:
         self.memory.mkdir(parents=True)
         self.trainers: dict[RankId, Trainer] = {}
         self.agent: Process | None = None
-        self.left = False  # its agent ended by itself
+        self.due_back_s = 0.0  # when an agent that was asked to leave is started again
         self._ports = itertools.cycle(PORTS if len(world.jobs) == 1 else PORTS_OF_TWO)
         self._incarnations = 0
 
@@ -260,6 +260,8 @@ class Node:
             config.data_dir.mkdir(parents=True, exist_ok=True)
             journal = journal_module.Journal(config.data_dir / "journal.sqlite")
             await agent_module.Agent(config, journal, self.folder / "agent.lock").run()
+            self.world.saw("agent left in order")
+            self.world.loop.after(max(0.0, self.due_back_s - self.world.loop.now_s), self.start_agent)
         except asyncio.CancelledError:
             raise
         except BaseException as error:

@@ -27,6 +27,8 @@ EXPECTED = (
     "attempt aborted as its parts make no whole",
     "rank staged another's part",
     "agent restarted with an attempt in flight",
+    "agent left in order",
+    "coordinator left in order",
     "control plane started again after its leases",
     "registration late after a restart, and the leader cut off from the workers",
     "checkpoint expired",

@@ -1,5 +1,6 @@
 """The single faults: what each does to the world, and how it is undone. Those that lie in wait are in ambushes.py."""
 
+import signal
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     from tests.sim.nodes import Node
 
 Undo = Callable[[], None]
+
+LEAVES_WITHIN_S = 60.0  # an agent that was asked to, whatever else is the matter: its trainers have some seconds
 
 
 def kill(storm: "Storm", host: Machine) -> Undo:
@@ -125,6 +128,34 @@ def _agent_dies(storm: "Storm") -> Undo | None:
     storm.say(f"the agent of {node.machine.name} is killed")
     storm.world.hurt(node.machine.name)
     node.kill_agent()
+    return node.start_agent
+
+
+def _coordinator_leaves(storm: "Storm") -> Undo | None:
+    host = storm.host()
+    storm.say(f"{host.name} is asked to leave")
+    for process in list(host.processes):
+        process.signal(signal.SIGTERM)
+    return lambda: storm.world.start_coordinator(host)
+
+
+def _agent_leaves(storm: "Storm") -> Undo | None:
+    """As at an upgrade, or when a node is drained: it ends its trainers, says so, and is back after a while."""
+    node, world = storm.node(), storm.world
+    agent = node.agent
+    if agent is None or not agent.alive or agent.paused:
+        return None
+    storm.say(f"the agent of {node.machine.name} is asked to leave")
+    world.hurt(node.machine.name)
+    world.asked_to_leave.append((world.loop.now_s, node.machine.name))
+    node.due_back_s = world.loop.now_s + storm.rng.uniform(0.2, 12.0)
+    agent.signal(signal.SIGTERM)
+
+    def look() -> None:
+        if agent.alive and not agent.paused:
+            world.faults_seen.append(f"{agent.name} was asked to leave {LEAVES_WITHIN_S:.0f} s ago and is there")
+
+    world.loop.after(LEAVES_WITHIN_S, look)
     return node.start_agent
 
 
@@ -295,6 +326,7 @@ def _clock_jumps(storm: "Storm") -> Undo | None:
 
 FAULTS: dict[str, Callable[["Storm"], Undo | None]] = {
     "coordinator dies": lambda storm: kill(storm, storm.host()),
+    "coordinator leaves": _coordinator_leaves,
     "coordinator pauses": lambda storm: pause(storm, storm.host()),
     "coordinator loses etcd": lambda storm: lose_etcd(storm, storm.host()),
     "coordinator loses workers": _coordinator_loses_workers,
@@ -302,6 +334,7 @@ FAULTS: dict[str, Callable[["Storm"], Undo | None]] = {
     "registration late": _registration_late,
     "control plane starts again": _control_plane_starts_again,
     "agent dies": _agent_dies,
+    "agent leaves": _agent_leaves,
     "agent pauses": _agent_pauses,
     "machine loses power": lambda storm: _power(storm, wipe=False),
     "machine loses its disk": lambda storm: _power(storm, wipe=True),

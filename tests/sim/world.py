@@ -15,8 +15,7 @@ from pathlib import Path
 import grpc
 import grpc.aio
 
-from dtrain.coordinator.service import Coordinator, CoordinatorConfig
-from dtrain.etcd.client import EtcdClient
+from dtrain.coordinator.service import CoordinatorConfig, serve
 from dtrain.proto import agent_pb2 as wire
 from dtrain.proto.agent_pb2_grpc import JobsStub
 from tests.sim.blobs import Blobs
@@ -96,6 +95,7 @@ class World:
         self.fence_after_s = shape.fence_after_s
         self.ends: dict[str, str] = {}  # job -> the event that ended it
         self.cancelled: set[str] = set()  # jobs of which a person asked that
+        self.asked_to_leave: list[tuple[float, str]] = []  # when, and which worker
         self.log: list[tuple[str, Change]] = []  # type and change of each event, as it was appended
         self.etcd.on_change.append(self._note_event)
         self._pids = 100
@@ -172,7 +172,9 @@ class World:
             etcd=self.endpoints, listen=f"{host.name}:{COORDINATOR_PORT}", prefix=PREFIX, identity=host.name
         )
         try:
-            await Coordinator(config, EtcdClient(self.endpoints)).run()
+            await serve(config)
+            self.saw("coordinator left in order")
+            process.kill()
         except Exception as error:
             self.endings.append(Ending(self.loop.now_s, process.name, error))
             process.kill()

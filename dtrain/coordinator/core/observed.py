@@ -33,7 +33,8 @@ from dtrain.coordinator.core.step_clocks import StepClocks
 # the worker has had the lease's whole time to live to come back, and only a stream that is opened again is waited for,
 # or a key that a late put of an earlier life took along with its own lease: its owner puts that right at once.
 LOST_AFTER_S = 0.5
-# Where a leader never saw the lease, the worker may not have found this leader yet.
+# Where a leader never saw the lease, the worker may not have found this leader yet. While no worker has, it may be the
+# leader that is cut off: so the time counts from the first snapshot of any, or from when all of them are mute.
 UNSEEN_LOST_AFTER_S = 3.0
 # A stream that brings nothing for so long is none: six heartbeats. A node whose power fails closes no stream.
 STREAM_SILENT_S = 3.0
@@ -103,6 +104,7 @@ class Observed:
     since_s: float  # monotonic time at which this leadership began
     # Monotonic time at which this leadership first knew every registration; None: an absent lease means nothing yet.
     listed_at_s: float | None = None
+    heard_at_s: float | None = None  # monotonic time of the first snapshot of any worker; None: nobody has come yet
     workers: dict[WorkerId, WorkerView] = field(default_factory=dict)
     manifests: dict[tuple[JobName, AttemptNumber], ManifestFact] = field(default_factory=dict)
     markers: set[tuple[JobName, CheckpointNumber]] = field(default_factory=set)
@@ -134,7 +136,10 @@ class Observed:
         view = self.view(worker)
         if view.absent_since_s is not None:
             since_s = max(view.absent_since_s, self.listed_at_s)
-            return now.mono_s - since_s >= (UNSEEN_LOST_AFTER_S if view.lease_ended_s is None else LOST_AFTER_S)
+            if view.lease_ended_s is not None:
+                return now.mono_s - since_s >= LOST_AFTER_S
+            heard_at_s = self.since_s + MUTE_AFTER_S if self.heard_at_s is None else self.heard_at_s
+            return now.mono_s - max(since_s, heard_at_s) >= UNSEEN_LOST_AFTER_S
         if view.registration is not None or view.lease_ended_s is None:
             return False
         return now.mono_s - view.lease_ended_s >= LOST_AFTER_S and now.mono_s - view.snapshot_at_s >= STREAM_SILENT_S
@@ -212,6 +217,8 @@ class Observed:
         before = view.snapshot
         if before is not None and before.incarnation == snapshot.incarnation and before.number >= snapshot.number:
             return set()
+        if self.heard_at_s is None:
+            self.heard_at_s = now.mono_s
         touched = self._jobs_of(view)
         self._note_progress(snapshot, now.mono_s - view.snapshot_at_s if before is not None else 0.0)
         view.stream = stream

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 _EVENT = re.compile(r"/dtrain/jobs/([^/]+)/events/(\d{12})")
 _ATTEMPT = re.compile(r".*/checkpoints/(\d+)/attempt-(\d+)/.*")
 _PACK = re.compile(r".*/packs/attempt-(\d+)/.*")
+LEAVES_S = 15.0  # trainers have 5 s when their agent is asked to leave, and it may have been asleep
 ENDS = frozenset({"JobSucceeded", "JobFailed", "JobCancelled", "RunInterrupted"})
 
 
@@ -172,6 +173,10 @@ class Story:
         before = bisect.bisect_left(spoke, entry.at_s)
         silent_s = entry.at_s - spoke[before - 1] if before else entry.at_s
         return silent_s >= self.world.fence_after_s * (1 - self.world.shape.drift) - 1.0
+
+    def leaving(self, entry: Entry) -> bool:
+        """Whether the entry's worker had just been asked to leave."""
+        return any(node == entry.node and 0 <= entry.at_s - at_s < LEAVES_S for at_s, node in self.world.asked_to_leave)
 
     def deeds_of(self, key: str) -> list[Deed]:
         return self._objects.get(key, [])

@@ -56,11 +56,12 @@ def ended(story: Story) -> Iterator[str]:
 
 
 def stopped(story: Story) -> Iterator[str]:
-    """A worker ends a trainer only if the log says by then that its generation is over or is to end, or if fenced."""
+    """A worker ends a trainer only if the log says by then that it is over or to end, or if fenced, or leaving."""
     for entry in story.diary:
         if entry.what != "ended" or not entry.detail.endswith(STOPPED):
             continue
         standing = story.standing_at(entry.at_s)
         active = standing.generation is not None and standing.generation.data["generation"] == entry.of.generation
-        if active and not standing.to_be_cancelled and not story.fenced(entry):
+        excused = standing.to_be_cancelled or story.leaving(entry) or story.fenced(entry)
+        if active and not excused:
             yield f"{entry.of} was ended by its worker at {entry.at_s:.3f} s while its generation went on"
