@@ -6,7 +6,7 @@ is create-only and the same whoever writes them, so a second writer finds its ow
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
 from typing import assert_never
@@ -32,7 +32,7 @@ from dtrain.coordinator.core.facts import (
 )
 from dtrain.storage import keys, manifests
 from dtrain.storage.catalogs import catalog_of
-from dtrain.storage.objects import AlreadyExists, NotFound, ObjectStore
+from dtrain.storage.objects import AlreadyExists, NotFound, ObjectStore, StorageUnavailable
 from dtrain.storage.retrying import read_again_if_damaged
 from dtrain.storage.uris import open_store
 from dtrain.storage.verify import read_index
@@ -41,6 +41,7 @@ logger = logging.getLogger(__name__)
 
 THREADS_MAX = 8  # for each store: effects are small objects; more at once would only queue there
 READS_MAX = 16  # shards looked at together before a manifest: a commit of 1024 ranks waits for 64 turns, not 1024
+LOOKS_MAX = 4  # at what is to be empty, before it is tried again after a pause
 _RETRY_FIRST_S = 0.2
 _RETRY_MAX_S = 10.0
 
@@ -207,16 +208,25 @@ def _delete_attempt(store: ObjectStore, effect: DeleteAttempt) -> ObjectsDeleted
     if effect.committed:
         store.delete(keys.marker_key(effect.job, effect.checkpoint))  # first: from here on nothing is promised
     store.delete(keys.manifest_key(effect.job, effect.checkpoint, effect.attempt))
-    prefix = keys.attempt_prefix(effect.job, effect.checkpoint, effect.attempt)
-    store.abandon(prefix)  # before the list, which so holds whatever was completed meanwhile
-    for info in list(store.list(prefix)):
-        store.delete(info.key)
-    made = keys.pack_prefix(effect.job, effect.attempt)
-    store.abandon(made)
-    for info in list(store.list(made)):
-        if info.key not in effect.keep:
-            store.delete(info.key)
+    _empty(store, keys.attempt_prefix(effect.job, effect.checkpoint, effect.attempt))
+    _empty(store, keys.pack_prefix(effect.job, effect.attempt), keep=effect.keep)
     return ObjectsDeleted(job=effect.job, attempt=effect.attempt)
+
+
+def _empty(store: ObjectStore, prefix: str, *, keep: Collection[str] = ()) -> None:
+    """Delete what is below ``prefix`` until nothing is listed there: a put may arrive while the others are deleted.
+
+    Raises :class:`StorageUnavailable` if the store goes on listing something, so that it is tried again later.
+    """
+    store.abandon(prefix)  # before the list, which so holds whatever was completed meanwhile
+    left: list[str] = []
+    for _ in range(LOOKS_MAX):
+        left = [info.key for info in store.list(prefix) if info.key not in keep]
+        if not left:
+            return
+        for key in left:
+            store.delete(key)
+    raise StorageUnavailable(f"{left[0]} is still listed, though it was deleted {LOOKS_MAX} times")
 
 
 def _delete_packs(store: ObjectStore, effect: DeletePacks) -> PacksGone:

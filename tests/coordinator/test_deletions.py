@@ -13,7 +13,7 @@ from dtrain.coordinator import effects as performing
 from dtrain.coordinator.core.effects import DeleteAttempt, Effect, ReadMarkers, WriteManifest
 from dtrain.coordinator.core.facts import Fact, ManifestWritten, ObjectsDeleted, ShardPhase, Ticked
 from dtrain.coordinator.core.observed import AUDIT_EVERY_S
-from dtrain.coordinator.effects import EffectRunner
+from dtrain.coordinator.effects import LOOKS_MAX, EffectRunner
 from dtrain.storage import keys
 from dtrain.storage.manifests import CommitMarker, encode
 from dtrain.storage.objects import ObjectStore, StorageUnavailable
@@ -149,6 +149,45 @@ def test_one_leader_goes_on_by_itself_when_storage_answers_again(store: MemorySt
     assert listed(store) == sorted(checkpoint_keys(2, 2))
 
 
+def test_what_arrives_while_the_others_are_deleted_goes_too(
+    store: MemoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster, (late, *_) = two_saved(store), attempt_keys(1, 1)
+    delete = store.delete
+
+    def deletes(key: str) -> None:
+        delete(key)
+        if key == checkpoint_keys(1, 1)[-1]:
+            monkeypatch.setattr(store, "delete", delete)
+            store.put(late, b"on its way when its attempt was given up")
+
+    monkeypatch.setattr(store, "delete", deletes)
+
+    async def goes_on(runner: EffectRunner, told: list[Fact]) -> None:
+        runner.perform(deletions(cluster))
+        await until(lambda: told != [])
+
+    assert performed(goes_on) == [ObjectsDeleted(job=MNIST, attempt=AttemptNumber(1))]
+    assert listed(store) == sorted(checkpoint_keys(2, 2))
+
+
+def test_a_store_that_goes_on_listing_what_was_deleted_is_not_believed(
+    store: MemoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster, delete = two_saved(store), store.delete
+    monkeypatch.setattr(store, "delete", lambda key: None)
+
+    async def goes_on(runner: EffectRunner, told: list[Fact]) -> None:
+        runner.perform(deletions(cluster))
+        await until(lambda: sum(operation == "list" for operation, _ in store.calls) > LOOKS_MAX)
+        monkeypatch.setattr(store, "delete", delete)
+        assert told == []
+        await until(lambda: told != [])
+
+    assert performed(goes_on) == [ObjectsDeleted(job=MNIST, attempt=AttemptNumber(1))]
+    assert listed(store) == sorted(checkpoint_keys(2, 2))
+
+
 def test_the_sweep_of_an_aborted_attempt_touches_nothing_of_the_checkpoint_that_came_of_the_next(
     store: MemoryStore,
 ) -> None:
@@ -173,8 +212,9 @@ def test_the_sweep_of_an_aborted_attempt_touches_nothing_of_the_checkpoint_that_
     prefix = keys.attempt_prefix(MNIST, CheckpointNumber(1), AttemptNumber(1))
     cleaned = [call for call in store.calls if call[0] in ("abandon", "list") and call[1]]
     packs = keys.pack_prefix(MNIST, AttemptNumber(1))
-    expected = [("abandon", prefix), ("list", prefix), ("abandon", packs), ("list", packs)]
-    assert cleaned == expected, "uploads that were cut off go first"
+    looked = [("list", prefix), ("list", prefix)]
+    expected = [("abandon", prefix), *looked, ("abandon", packs), ("list", packs)]
+    assert cleaned == expected, "uploads that were cut off go first, and it is looked at again"
     cluster.tells(fact)
     assert cluster.decides() == ["AttemptSwept"]
 

@@ -80,6 +80,11 @@ def test_what_is_called_swept_must_be_gone_and_must_not_come_back(key: str) -> N
     assert found(story(SWEPT, [(0.5, key, b""), *gone])) == set()
     assert found(story(SWEPT, [(0.5, key, b"")])) == {"confirmed", "leftovers"}
     assert found(story(SWEPT, [(0.5, key, b""), *gone, (9.0, key, b"")])) == {"leftovers"}
+    late = [(1.4, key, b""), *((1.5, name, None) for name in (MANIFEST, SHARD, PACK) if name != key)]
+    others = [(0.5, name, b"") for name in (MANIFEST, SHARD, PACK) if name != key]
+    assert "confirmed" in found(story(SWEPT, [*others, *late])), "it came while the others were deleted"
+    behind = [*others, *late[1:], (1.9, key, b"")]
+    assert found(story(SWEPT, behind)) == {"leftovers"}, "it came behind them"
 
 
 def test_packs_that_are_named_must_not_expire() -> None:

@@ -127,7 +127,7 @@ PLANTED = (
             "    return jobs",
             "    for c in (c for state in jobs.values() for c in state.committed.values()):\n"
             "        object.__setattr__(c, 'quarantined', '')\n    return jobs"),
-    Planted("delete packs that others name", _EFFECTS, "if info.key not in effect.keep:", "if True:"),
+    Planted("delete packs that others name", _EFFECTS, ", keep=effect.keep)", ")"),
     Planted("take a new data folder for the old one", "coordinator/core/failures.py",
             "if view.journal and view.journal != member.journal:", "if False:"),
     Planted("let a registration go before it is put anew", "etcd/registrations.py",
@@ -136,16 +136,14 @@ PLANTED = (
             '"DTRAIN_GENERATION": str(of.generation)', '"DTRAIN_GENERATION": "1"'),
     Planted("delete the shards before the manifest", _EFFECTS,
             "    store.delete(keys.manifest_key(effect.job, effect.checkpoint, effect.attempt))\n"
+            "    _empty(store, keys.attempt_prefix(effect.job, effect.checkpoint, effect.attempt))\n",
             "    prefix = keys.attempt_prefix(effect.job, effect.checkpoint, effect.attempt)\n"
-            "    store.abandon(prefix)  # before the list, which so holds whatever was completed meanwhile\n"
-            "    for info in list(store.list(prefix)):\n",
-            "    prefix = keys.attempt_prefix(effect.job, effect.checkpoint, effect.attempt)\n"
-            "    store.abandon(prefix)\n"
-            "    for info in reversed(list(store.list(prefix))):\n"),
+            "    for info in reversed(list(store.list(prefix))):\n        store.delete(info.key)\n"),
     Planted("leave the indexes of what is deleted", _EFFECTS,
-            "    for info in list(store.list(prefix)):\n        store.delete(info.key)\n",
-            "    for info in list(store.list(prefix)):\n"
-            "        if not info.key.endswith('.index.json'):\n            store.delete(info.key)\n"),
+            "if info.key not in keep]", "if info.key not in keep and not info.key.endswith('.index.json')]"),
+    Planted("do not look again at what was deleted", _EFFECTS,
+            "            store.delete(key)\n    raise StorageUnavailable",
+            "            store.delete(key)\n        return\n    raise StorageUnavailable"),
     Planted("note a sweep before it is done", _RETENTION,
             "        if (job.name, aborted.attempt) in observed.deleted:\n            swept",
             "        if aborted in sweepable(job):\n            swept"),
