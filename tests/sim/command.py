@@ -1,14 +1,19 @@
-"""Runs many schedules on all cores, or one with its story told, and says how to see a failure again."""
+"""Runs many schedules on all cores, or one with its story told, and says how to see a failure again.
+
+A run that Ctrl-C or SIGTERM ends says what it has met until then.
+"""
 
 import argparse
+import contextlib
 import logging
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -16,6 +21,7 @@ if TYPE_CHECKING:
 
 MET_WITHIN = 2000  # schedules: in so many everything that is expected comes, or the storms are too kind
 REPLAYED_AT_ONCE = 500  # logs that another process replays as well: a bound on what is kept of them
+INTERRUPTED_CODE = 130  # as shells have it
 HASH_SEED = "0"  # sets of strings have one order, so that a seed gives the same schedule in every process
 
 
@@ -32,7 +38,7 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     if os.environ.get("PYTHONHASHSEED") != HASH_SEED:
         environment = {**os.environ, "PYTHONHASHSEED": HASH_SEED}
-        return subprocess.run([sys.executable, "-m", "tests.sim", *arguments], env=environment, check=False).returncode
+        os.execve(sys.executable, [sys.executable, "-m", "tests.sim", *arguments], environment)
     sys.unraisablehook = lambda _: None  # coroutines of ended worlds that would like to wind up
     if options.seed is not None:
         return _one(options.seed, trace=options.trace)
@@ -60,6 +66,7 @@ def _work(seed: int) -> "schedules.Verdict":
 def _prepare() -> None:
     import gc
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a whole process group: it is the first process that ends the run
     sys.unraisablehook = lambda _: None
     logging.disable(logging.CRITICAL)
     from tests.sim import schedules  # noqa: F401
@@ -68,7 +75,24 @@ def _prepare() -> None:
     gc.freeze()  # what is loaded once need not be looked at after each schedule
 
 
+@contextlib.contextmanager
+def _interruptible() -> Iterator[Callable[[], bool]]:
+    """Give what says whether somebody has asked this process to end."""
+    heard: list[int] = []
+    before = {number: signal.signal(number, lambda n, _: heard.append(n)) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(heard)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def _many(options: argparse.Namespace) -> int:
+    with _interruptible() as asked_to_end:
+        return _search(options, asked_to_end)
+
+
+def _search(options: argparse.Namespace, asked_to_end: Callable[[], bool]) -> int:
     from tests.sim import replays, schedules, situations  # noqa: F401  what cannot be loaded fails here, once
 
     first = options.first if options.first is not None else int(time.time() * 1000) % 1_000_000_000
@@ -77,6 +101,7 @@ def _many(options: argparse.Namespace) -> int:
     totals: Counter[str] = Counter()
     failed = []
     logs: list[replays.Log] = []
+    interrupted = False
     for verdict in _verdicts(range(first, first + options.seeds), options.jobs):
         totals.update(schedules=1, events=verdict.events, generations=verdict.generations, commits=verdict.committed)
         seen.update(verdict.seen.keys())
@@ -91,7 +116,8 @@ def _many(options: argparse.Namespace) -> int:
             _say_failure(verdict)
             if options.until_found:
                 break
-        if time.monotonic() - began_s > options.within_s:
+        interrupted = asked_to_end()
+        if interrupted or time.monotonic() - began_s > options.within_s:
             break
     took_s = time.monotonic() - began_s
     failed += _replayed_otherwise(logs, first)
@@ -108,7 +134,9 @@ def _many(options: argparse.Namespace) -> int:
     missed = situations.never_met(seen) if totals["schedules"] >= MET_WITHIN else []
     if missed:
         print(f"too little happened: {totals['schedules']} schedules never met {'; '.join(missed)}")
-    return 1 if failed or missed else 0
+    if failed or missed:
+        return 1
+    return INTERRUPTED_CODE if interrupted else 0
 
 
 def _replayed_otherwise(logs: "list[replays.Log]", first: int) -> list[int]:

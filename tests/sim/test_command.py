@@ -1,5 +1,7 @@
 """What the simulator's command says of many schedules: storms that are too kind fail, once there were enough."""
 
+import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -35,3 +37,26 @@ def test_many_schedules_that_never_met_something_fail(
 ) -> None:
     assert simulate(monkeypatch, schedules, met) == code
     assert (f"never met {EXPECTED[0]}" in capsys.readouterr().out) is bool(code)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_ended_says_what_it_met_until_then(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen = {"leader killed": 1}
+
+    def verdicts(seeds: range, jobs: int) -> Iterator[Verdict]:
+        for seed in seeds:
+            if seed == 3:
+                os.kill(os.getpid(), number)
+            yield Verdict(seed, [], 0.0, 0, 0, 0, seen, [], 0.0)
+
+    monkeypatch.setattr(command, "_verdicts", verdicts)
+    monkeypatch.setattr(replays, "elsewhere", lambda logs: [replays.digest(log) for log in logs])
+    monkeypatch.setenv("PYTHONHASHSEED", command.HASH_SEED)
+    before = signal.getsignal(number)
+    assert command.main(["--first", "1", "--seeds", "9"]) == command.INTERRUPTED_CODE
+    said = capsys.readouterr().out
+    assert "3  leader killed" in said
+    assert said.splitlines()[-1].startswith("3 schedules from seed 1: 0 with findings")
+    assert signal.getsignal(number) is before
