@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 _EVENT = re.compile(r"/dtrain/jobs/([^/]+)/events/(\d{12})")
 _ATTEMPT = re.compile(r".*/checkpoints/(\d+)/attempt-(\d+)/.*")
 _PACK = re.compile(r".*/packs/attempt-(\d+)/.*")
+FENCED_ENDS_S = 1.0  # so long after its order, at most, a trainer has ended
 LEAVES_S = 15.0  # trainers have 5 s when their agent is asked to leave, and it may have been asleep
 ENDS = frozenset({"JobSucceeded", "JobFailed", "JobCancelled", "RunInterrupted"})
 
@@ -168,11 +169,19 @@ class Story:
         return standing
 
     def fenced(self, entry: Entry) -> bool:
-        """Whether the entry's worker reached no coordinator for so long that it has to end its trainers."""
+        """Whether the entry's worker reached no coordinator for so long that it had to end its trainers.
+
+        It may have reached one again by the time at which the trainer has ended.
+        """
         spoke = self.world.net.spoke.get(entry.node, [])
-        before = bisect.bisect_left(spoke, entry.at_s)
-        silent_s = entry.at_s - spoke[before - 1] if before else entry.at_s
-        return silent_s >= self.world.fence_after_s * (1 - self.world.shape.drift) - 1.0
+        until_s, bound_s = entry.at_s, self.world.fence_after_s * (1 - self.world.shape.drift) - 1.0
+        for since_s in (*reversed(spoke[: bisect.bisect_left(spoke, entry.at_s)]), 0.0):
+            if until_s - since_s >= bound_s:
+                return True
+            if since_s < entry.at_s - FENCED_ENDS_S:
+                return False
+            until_s = since_s
+        return False
 
     def leaving(self, entry: Entry) -> bool:
         """Whether the entry's worker had just been asked to leave."""
