@@ -11,9 +11,11 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -69,7 +71,6 @@ def _work(seed: int) -> "schedules.Verdict":
 def _prepare() -> None:
     import gc
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a whole process group: it is the first process that ends the run
     sys.unraisablehook = lambda _: None
     logging.disable(logging.CRITICAL)
     from tests.sim import schedules  # noqa: F401
@@ -93,6 +94,14 @@ def _interruptible() -> Iterator[Callable[[], bool]]:
 def _many(options: argparse.Namespace) -> int:
     with _interruptible() as asked_to_end:
         return _search(options, asked_to_end)
+
+
+def _prepare_helper(room: str) -> None:
+    from tests.sim import schedules
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for all processes of a group: the first one ends the run
+    schedules.ROOM = Path(room)
+    _prepare()
 
 
 def _search(options: argparse.Namespace, asked_to_end: Callable[[], bool]) -> int:
@@ -157,8 +166,13 @@ def _verdicts(seeds: range, jobs: int) -> "Iterator[schedules.Verdict]":
         _prepare()
         yield from map(_work, seeds)
         return
+    from tests.sim import schedules
+
     spawn = multiprocessing.get_context("spawn")
-    with spawn.Pool(jobs, initializer=_prepare, maxtasksperchild=SCHEDULES_A_PROCESS) as pool:
+    with (  # helpers that are ended in the middle of a schedule leave its folder there
+        tempfile.TemporaryDirectory(prefix=f"dtrain-sim-{os.getpid()}-", dir=schedules.ROOM) as room,
+        spawn.Pool(jobs, _prepare_helper, (room,), maxtasksperchild=SCHEDULES_A_PROCESS) as pool,
+    ):
         yield from pool.imap_unordered(_work, seeds, chunksize=1)
 
 

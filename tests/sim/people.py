@@ -1,11 +1,10 @@
 """What people do in a schedule: they ask for checkpoints, pin them, find them damaged, and cancel a job."""
 
 import json
-import re
 from typing import TYPE_CHECKING
 
 from dtrain.proto import agent_pb2 as wire
-from tests.sim.world import OTHER_JOB
+from tests.sim.world import OTHER_JOB, job_of
 
 if TYPE_CHECKING:
     from tests.sim.faults import Storm
@@ -34,9 +33,7 @@ def condemn_newest(storm: "Storm") -> None:
     committed = [change for kind, change in storm.world.log if kind == "CheckpointCommitted"]
     if not committed or storm.trainer() is None:
         return
-    of = re.search(r"/jobs/([^/]+)/", committed[-1].key)
-    assert of is not None
-    _condemn(storm, of[1], json.loads(committed[-1].value or b"")["data"]["checkpoint"])
+    _condemn(storm, job_of(committed[-1].key), json.loads(committed[-1].value or b"")["data"]["checkpoint"])
     storm.world.loop.after(storm.rng.uniform(0.05, 0.5), storm.strike, "coordinator dies")
     storm.world.loop.after(storm.rng.uniform(0.3, 2.0), storm.strike, "trainer dies")
 

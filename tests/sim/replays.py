@@ -16,6 +16,7 @@ from dtrain.common.names import JobName
 from dtrain.coordinator import codec
 from dtrain.coordinator.core.evolve import evolve
 from dtrain.coordinator.core.states import JobState
+from tests.sim.world import job_of
 
 OTHER_HASH_SEED = "4242"
 Log = list[tuple[str, str]]
@@ -25,8 +26,7 @@ def digest(log: Log) -> str:
     """Fold the log; return one digest over the state after each of its events, in the order of their dicts."""
     hasher, state = xxhash.xxh3_128(), None
     for key, value in log:
-        job = JobName(key.rpartition("/events/")[0].rpartition("/")[2])
-        state = evolve(state, codec.decode(key, value.encode(), job))
+        state = evolve(state, codec.decode(key, value.encode(), JobName(job_of(key))))
         hasher.update(_encoded(state))
     return hasher.hexdigest()
 

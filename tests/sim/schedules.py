@@ -12,7 +12,7 @@ from pathlib import Path
 from dtrain.proto import agent_pb2 as wire
 from tests.sim import checkers, faults, replays, situations
 from tests.sim.surroundings import installed
-from tests.sim.world import JOB, OTHER_JOB, Shape, World, swept
+from tests.sim.world import JOB, OTHER_JOB, Shape, World, job_of, swept
 
 CPU_S = time.process_time
 CALM_S = 150.0  # after the storm a job ends within this, and what its steps take twice over; two one after the other
@@ -133,4 +133,4 @@ def _run(seed: int, watch: Callable[[World, faults.Storm], None] | None) -> Verd
 
 def _log(world: World, job: str) -> replays.Log:
     """Key and value of each event of a job."""
-    return [(change.key, (change.value or b"").decode()) for _, change in world.log if f"/jobs/{job}/" in change.key]
+    return [(change.key, (change.value or b"").decode()) for _, change in world.log if job_of(change.key) == job]

@@ -1,14 +1,22 @@
 """What the simulator's command says of many schedules: storms that are too kind fail, once there were enough."""
 
+import contextlib
 import os
+import re
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.sim import command, replays
-from tests.sim.schedules import Verdict
+from tests.sim.schedules import ROOM, Verdict
 from tests.sim.situations import EXPECTED
+from tests.support.facts import wait_for
+
+ROOT = Path(__file__).parents[2]
 
 
 def simulate(monkeypatch: pytest.MonkeyPatch, schedules: int, met: tuple[str, ...]) -> int:
@@ -40,23 +48,22 @@ def test_many_schedules_that_never_met_something_fail(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_run_that_is_ended_says_what_it_met_until_then(
-    number: signal.Signals, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    seen = {"leader killed": 1}
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_a_search_that_is_ended_says_what_it_met_until_then(number: signal.Signals, jobs: str) -> None:
+    command_line = [sys.executable, "-m", "tests.sim", "--seeds", "100000", "--jobs", jobs]
+    search = subprocess.Popen(command_line, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        wait_for("a schedule", lambda: any(folders_of(search.pid)), deadline_s=60.0)
+        search.send_signal(number)
+        said, _ = search.communicate(timeout=120.0)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(search.pid, signal.SIGKILL)
+        search.wait()
+    assert search.returncode == command.INTERRUPTED_CODE, said
+    assert not list(folders_of(search.pid))
+    assert re.fullmatch(r"[1-9]\d* schedules from seed \d+: 0 with findings.*", said.splitlines()[-1]), said
 
-    def verdicts(seeds: range, jobs: int) -> Iterator[Verdict]:
-        for seed in seeds:
-            if seed == 3:
-                os.kill(os.getpid(), number)
-            yield Verdict(seed, [], 0.0, 0, 0, 0, seen, [], 0.0)
 
-    monkeypatch.setattr(command, "_verdicts", verdicts)
-    monkeypatch.setattr(replays, "elsewhere", lambda logs: [replays.digest(log) for log in logs])
-    monkeypatch.setenv("PYTHONHASHSEED", command.HASH_SEED)
-    before = signal.getsignal(number)
-    assert command.main(["--first", "1", "--seeds", "9"]) == command.INTERRUPTED_CODE
-    said = capsys.readouterr().out
-    assert "3  leader killed" in said
-    assert said.splitlines()[-1].startswith("3 schedules from seed 1: 0 with findings")
-    assert signal.getsignal(number) is before
+def folders_of(pid: int) -> Iterator[Path]:
+    return ROOM.glob(f"dtrain-sim-{pid}-*")

@@ -10,6 +10,7 @@ import sys
 from asyncio import events
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -34,8 +35,12 @@ PREFIX = "/dtrain"
 COORDINATOR_PORT = 9000
 RESTART_S = (0.2, 2.0)  # a supervisor brings a coordinator back within this
 _TYPE = re.compile(rb'"type":"(\w+)"')
-_JOB = re.compile(r"/jobs/([^/]+)/events/")
 ENDS = frozenset({"JobSucceeded", "JobFailed", "JobCancelled", "RunInterrupted"})
+
+
+def job_of(key: str) -> str:
+    """The job of an event, by the event's key."""
+    return key.rpartition("/events/")[0].rpartition("/")[2]
 
 
 @dataclass
@@ -154,9 +159,8 @@ class World:
             found = _TYPE.search(change.value)
             kind = found[1].decode() if found else "?"
             self.log.append((kind, change))
-            job = _JOB.search(change.key)
-            if kind in ENDS and job is not None:
-                self.ends[job[1]] = kind
+            if kind in ENDS:
+                self.ends[job_of(change.key)] = kind
 
     # -- processes ----------------------------------------------------------------------------------------
 
@@ -193,7 +197,7 @@ class World:
             self.loop.after(self.rng.uniform(0, 1.0), node.start_agent)
         for after_s, job in jobs:
             request = wire.SubmitRequest(spec=job, request=f"the first of {job.name}")
-            self.loop.after(after_s, lambda asked: self.ask("Submit", asked, until_done=True), request)
+            self.loop.after(after_s, partial(self.ask, "Submit", request, until_done=True))
 
     def ask(self, method: str, request: object, *, until_done: bool = False) -> None:
         """Have a person ask this of whoever leads; again and again if it must be done."""
