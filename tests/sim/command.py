@@ -23,9 +23,6 @@ if TYPE_CHECKING:
 
 MET_WITHIN = 2000  # schedules: in so many everything that is expected comes, or the storms are too kind
 REPLAYED_AT_ONCE = 500  # logs that another process replays as well: a bound on what is kept of them
-# Some worlds are never freed: coroutines of killed processes that would like to wind up. Collecting around them took
-# half of all time after two thousand schedules.
-SCHEDULES_A_PROCESS = 100
 INTERRUPTED_CODE = 130  # as shells have it
 HASH_SEED = "0"  # sets of strings have one order, so that a seed gives the same schedule in every process
 
@@ -171,7 +168,7 @@ def _verdicts(seeds: range, jobs: int) -> "Iterator[schedules.Verdict]":
     spawn = multiprocessing.get_context("spawn")
     with (  # helpers that are ended in the middle of a schedule leave its folder there
         tempfile.TemporaryDirectory(prefix=f"dtrain-sim-{os.getpid()}-", dir=schedules.ROOM) as room,
-        spawn.Pool(jobs, _prepare_helper, (room,), maxtasksperchild=SCHEDULES_A_PROCESS) as pool,
+        spawn.Pool(jobs, _prepare_helper, (room,)) as pool,
     ):
         yield from pool.imap_unordered(_work, seeds, chunksize=1)
 

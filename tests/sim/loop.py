@@ -82,6 +82,7 @@ class SimLoop(asyncio.AbstractEventLoop):
         self._ready: deque[Handle] = deque()
         self._timers: list[tuple[float, int, Handle]] = []
         self._order = itertools.count()
+        self._threads: set[greenlet] = set()  # those that have not ended
 
     # -- what asyncio asks ---------------------------------------------------------------------------
 
@@ -176,9 +177,11 @@ class SimLoop(asyncio.AbstractEventLoop):
             except Exception as raised:
                 error = raised
             self.call_later(self.thread_delay_s(), done, result, error, context=context)
+            self._threads.discard(getcurrent())
 
         def begin() -> None:
             thread = greenlet(body)
+            self._threads.add(thread)
             thread.gr_context = context.copy()
             thread.switch()
 
@@ -242,3 +245,7 @@ class SimLoop(asyncio.AbstractEventLoop):
         self.over = True
         self._ready.clear()
         self._timers.clear()
+        # The collector does not see what a thread's stack holds, so one that waits for ever would keep its whole world.
+        for thread in tuple(self._threads):
+            thread.throw()
+        self._threads.clear()
