@@ -3,6 +3,7 @@
 A failure prints the seed, the commit and the command that repeats it. Longer runs: `make sim`.
 """
 
+import os
 import re
 import secrets
 import subprocess
@@ -10,6 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from tests.sim.command import HASH_SEED
 
 ROOT = Path(__file__).parents[2]
 PARTS = 4  # so that processes of pytest can share them
@@ -48,3 +51,19 @@ def test_a_log_folds_into_the_same_states_in_another_process() -> None:
     assert "replay is the same everywhere" not in done.stdout, done.stdout
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     assert "checkpoint named an older one's pack" in done.stdout.partition("never")[0], "nothing was packed"
+
+
+def test_a_world_that_has_ended_is_freed() -> None:
+    """One that a thread waits in for ever, too: else a long search spends its time collecting around it."""
+    program = (
+        "import gc, logging, sys; from tests.sim import schedules; from tests.sim.world import World\n"
+        "sys.unraisablehook = lambda _: None; logging.disable(logging.CRITICAL)\n"
+        "for seed in range(4): schedules.run(seed)\n"
+        "gc.collect(); print(sum(isinstance(each, World) for each in gc.get_objects()))"
+    )
+    environment = {**os.environ, "PYTHONHASHSEED": HASH_SEED}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=DEADLINE_S,
+        check=False,
+    )  # fmt: skip
+    assert done.stdout.strip() == "0", done.stdout + done.stderr[-2000:]
