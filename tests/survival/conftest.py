@@ -13,6 +13,7 @@ from dtrain.coordinator.core.events import CheckpointCommitted, GenerationStarte
 from dtrain.storage.uris import open_store
 from dtrain.storage.verify import verify_checkpoint
 from tests.support.cluster import Cluster, cluster
+from tests.support.facts import wait_for
 from tests.support.s3_server import S3Server, seaweedfs
 
 SCRIPT = Path(__file__).with_name("train.py")
@@ -38,6 +39,14 @@ class Attack:
 
     def furthest(self) -> int:
         return max((line["step"] for rank in (0, 1) for line in self.steps(rank)), default=0)
+
+    def wait_until_training(self, *, generation: int) -> None:
+        """Wait until both ranks of this generation have begun a step."""
+
+        def begun() -> bool:
+            return all(any(line["generation"] == generation for line in self.steps(rank)) for rank in (0, 1))
+
+        wait_for(f"a step of both ranks in generation {generation}", begun, deadline_s=60)
 
     def hurry(self) -> None:
         """What is to be seen has been seen: let the steps that are left take no longer than they must."""

@@ -70,16 +70,13 @@ def test_a_node_that_fetched_its_checkpoint_starts_again_while_the_store_is_away
         it.wait_for_event(attack.job, "GenerationStarted", count=2)
         cache = it.folder / "w0" / CACHE / attack.job
         wait_for("both shards are kept", lambda: len(list(cache.rglob("*.ranges.json"))) == 2, deadline_s=60)
+        attack.wait_until_training(generation=2)
         os.kill(server.pid, signal.SIGSTOP)
         try:
             point = len(attack.started())
             os.kill(attack.steps(0)[-1]["pid"], signal.SIGKILL)
             it.wait_for_event(attack.job, "GenerationStarted", count=point + 1)
-            wait_for(
-                "the next generation to train",
-                lambda: all(attack.steps(rank)[-1]["generation"] == point + 1 for rank in (0, 1)),
-                deadline_s=30,
-            )
+            attack.wait_until_training(generation=point + 1)
         finally:
             os.kill(server.pid, signal.SIGCONT)
         attack.hurry()
