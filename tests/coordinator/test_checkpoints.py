@@ -331,6 +331,32 @@ def test_an_attempt_of_the_last_step_is_kept_until_every_rank_was_asked() -> Non
     assert cluster.decides()[0] == "CheckpointAborted"
 
 
+def test_a_new_leader_aborts_no_attempt_of_the_last_step_before_it_has_heard_of_every_member() -> None:
+    """Its base was found damaged, one worker's ranks were asked and have ended, and the other's were not."""
+    cluster = Cluster()
+    cluster.joins("w1", "w2")
+    cluster.runs(spec(nnodes_min=2, nnodes_max=2, every_steps=100), step=50)
+    cluster.asks_for_checkpoint()
+    cluster.commits()
+    cluster.trains(step=101, until=101, phase="holding")
+    assert cluster.decides() == ["CheckpointStarted"]
+    for rank in (0, 1):
+        cluster.shard(rank, ShardPhase.DURABLE)
+        cluster.exits(rank, 0)
+    cluster.quarantines(1)
+    assert cluster.decides() == []
+    successor = cluster.fails_over()
+    assert successor.decides() == []
+    successor.connects("w2")
+    assert successor.decides() == []
+    successor.connects("w1")
+    assert successor.decides() == []
+    assert "/checkpoint-2/" in "".join(command.id for command in successor.commands("w2")), "it is asked all the same"
+    for rank in (2, 3):
+        successor.shard(rank, ShardPhase.DURABLE)
+    assert successor.decides()[0] == "CheckpointAborted"
+
+
 def test_a_refused_manifest_aborts_the_attempt_with_the_reason() -> None:
     cluster = training()
     cluster.asks_for_checkpoint()

@@ -192,12 +192,16 @@ def _parts_ranks(job: JobState, generation: GenerationState, inflight: InflightC
 
     A rank goes on once it was asked for the state of its last step, whatever came of it. Nothing can be saved without
     it, so a peer that was not asked by then would hold on for nothing. The attempt is kept until that one has answered.
+    A leader that has not heard of every member yet does not know, and keeps it as well.
     """
+    heard = list(reports(job, generation, observed))
+    if len(heard) < len(generation.members):
+        return True
     shards = _shards(job, generation, inflight, observed)
     answered = {shard.rank for shard, _ in shards if shard.phase is not ShardPhase.REQUESTED}
     if not answered:
         return False
-    for member, report in reports(job, generation, observed):
+    for member, report in heard:
         if not _refusals(job, inflight, observed, member):
             for rank in report.ranks:
                 last = rank.state is RankState.RUNNING and rank.until_step == inflight.step
