@@ -186,8 +186,8 @@ def _without_copies(
         if (one.piece_bytes, one.digests[name]) != (other.piece_bytes, other.digests[name]):
             raise IncompleteCheckpoint(
                 f"tensor {name!r}: ranks {first.shard} and {chunk.shard} hold different values of the same part. "
-                "If these are different things (stages of a pipeline), track each under a name of its own; "
-                "if they are copies, keep them equal."
+                "If they are copies, keep them equal, as DistributedDataParallel does; if each rank has its own, give "
+                "it to run.track_local(); if they are stages of a pipeline, track each under a name of its own."
             )
     return list(kept.values())
 

@@ -10,7 +10,9 @@ Parts of DTensors are stored where they are. Where an object's DTensors lie on s
 pipeline), the others may have no such object, and so the first of those ranks stores what is plain in it.
 
 If ranks do not have the same names after all, the parts do not add up, and the checkpoint is refused before it is
-committed (storage/catalogs.py).
+committed (storage/catalogs.py). If the names are alike and the values are not (nothing kept the ranks' models equal),
+the shares would make such a mix too. So every rank stores some small tensors, the witnesses, in full: copies that
+differ are refused there as well.
 """
 
 import heapq
@@ -24,6 +26,8 @@ from dtrain.storage.tensor_codes import size_bytes
 from dtrain.trainer.parts import TensorPart, kind_of
 
 CUT_BYTES = 32 * 1024 * 1024  # larger tensors are cut into rows; smaller ones even out among themselves
+WITNESSES_MAX = 16  # half a MiB a rank at most
+WITNESS_BYTES_MAX = 32 * 1024  # the norms and biases of any model are smaller
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,7 +108,10 @@ def _assign(tensors: dict[str, torch.Tensor], first_bytes: int, world_size: int)
     found: list[dict[str, _Rows | None]] = [{} for _ in range(world_size)]
     loads = [(first_bytes if rank == 0 else 0, rank) for rank in range(world_size)]
     heapq.heapify(loads)
-    for name in sorted(tensors, key=lambda name: (-size_bytes(tensors[name]), name)):
+    witnesses = _witnesses(tensors)
+    for mine in found:
+        mine.update(dict.fromkeys(witnesses))
+    for name in sorted(tensors.keys() - witnesses, key=lambda name: (-size_bytes(tensors[name]), name)):
         tensor = tensors[name]
         parts = min(world_size, tensor.shape[0]) if tensor.dim() and size_bytes(tensor) > CUT_BYTES else 1
         taken = [heapq.heappop(loads) for _ in range(parts)]
@@ -113,3 +120,12 @@ def _assign(tensors: dict[str, torch.Tensor], first_bytes: int, world_size: int)
             found[rank][name] = _Rows(start=start, stop=stop) if parts > 1 else None
             heapq.heappush(loads, (load + size_bytes(tensor) // parts, rank))
     return found
+
+
+def _witnesses(tensors: dict[str, torch.Tensor]) -> set[str]:
+    """Return some small tensors from all over the state: of a model that was frozen in part, some that are trained.
+
+    Numbers without a dimension are not among them: steps that optimizers count are equal whatever else is.
+    """
+    small = sorted(name for name, held in tensors.items() if held.dim() and size_bytes(held) <= WITNESS_BYTES_MAX)
+    return set(small[:: -(-len(small) // WITNESSES_MAX) or 1])

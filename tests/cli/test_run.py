@@ -21,7 +21,7 @@ import torch
 import dtrain
 
 with dtrain.join() as run:
-    torch.manual_seed(run.rank)
+    torch.manual_seed(0)
     model = torch.nn.Linear(4, 4)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     run.track(model=model, optimizer=optimizer)

@@ -19,7 +19,8 @@ from torch.nn.parallel import DistributedDataParallel
 import dtrain
 from dtrain.trainer import partition
 
-partition.CUT_BYTES = 100  # so that even these tensors are cut into rows
+partition.CUT_BYTES = 100  # so that even these tensors are cut into rows,
+partition.WITNESS_BYTES_MAX = 24  # and most are no witnesses
 
 
 class Net(nn.Module):

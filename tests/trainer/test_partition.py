@@ -33,6 +33,7 @@ def shares(tensors: dict[str, torch.Tensor], world_size: int, spread: set[str] |
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
 def test_every_byte_is_stored_once_and_by_everybody_alike(world_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(partition, "CUT_BYTES", 1000)
+    monkeypatch.setattr(partition, "WITNESS_BYTES_MAX", 0)
     tensors = {f"t{n}": torch.arange(n * 100.0).view(n * 10, 10) for n in range(1, 12)}
     tensors |= {f"s{n}": torch.zeros(n) for n in range(20)}
     found = shares(tensors, world_size)
@@ -50,13 +51,29 @@ def test_every_byte_is_stored_once_and_by_everybody_alike(world_size: int, monke
 
 def test_a_tensor_with_fewer_rows_than_ranks_is_cut_into_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(partition, "CUT_BYTES", 10)
+    monkeypatch.setattr(partition, "WITNESS_BYTES_MAX", 0)
     found = shares({"w": torch.ones(2, 50)}, 3)
     assert [tuple(share.tensors["w"].shape) for share in found if "w" in share.tensors] == [(1, 50), (1, 50)]
 
 
 def test_what_nothing_keeps_equal_is_rank_0s_and_its_load_is_counted() -> None:
-    found = shares({"buffer": torch.ones(100), "a": torch.ones(60), "b": torch.ones(40)}, 2, {"a", "b"})
+    tensors = {"buffer": torch.ones(100_000), "a": torch.ones(60_000), "b": torch.ones(40_000)}
+    found = shares(tensors, 2, {"a", "b"})
     assert [set(share.tensors) for share in found] == [{"buffer"}, {"a", "b"}]
+
+
+def test_some_small_tensors_from_all_over_the_state_are_stored_by_every_rank() -> None:
+    large = {f"layer{n:02}.weight": torch.ones(10_000) for n in range(40)}
+    small = {f"layer{n:02}.bias": torch.ones(100) for n in range(40)}
+    counts = {f"layer{n:02}.step": torch.tensor(1.0) for n in range(40)}
+    found = [set(share.tensors) for share in shares(large | small | counts, 3)]
+    witnesses = found[0] & found[1] & found[2]
+    assert witnesses <= small.keys()
+    assert len(witnesses) > partition.WITNESSES_MAX / 2
+    assert {name[:6] for name in witnesses} == {"layer0", "layer1", "layer2", "layer3"}
+    for one, other in ((0, 1), (0, 2), (1, 2)):
+        assert found[one] & found[other] == witnesses, "all else is stored once"
+    assert found[0] | found[1] | found[2] == large.keys() | small.keys() | counts.keys()
 
 
 def test_the_share_follows_when_the_state_changes() -> None:
@@ -75,7 +92,10 @@ def captured(rank: int, world_size: int, **items: object) -> CapturedState:
     return tracked.capture(Step(1), position)
 
 
-def test_parameters_are_spread_buffers_are_rank_0s_and_what_is_a_ranks_own_is_each_ranks() -> None:
+def test_parameters_are_spread_buffers_are_rank_0s_and_what_is_a_ranks_own_is_each_ranks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(partition, "WITNESS_BYTES_MAX", 0)
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
     states = [captured(rank, 2, model=model, compiled=torch.compile(nn.Linear(2, 2))) for rank in (0, 1)]
     names = [{name for name in state.tensors if name.startswith("model.")} for state in states]

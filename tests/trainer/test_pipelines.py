@@ -61,11 +61,11 @@ def shard_of(rank: int, *, mesh_names: tuple[str, str], apart: str, differ: bool
         dtensors._ranks_of_mesh.cache_clear()
 
 
-def staged(rank: int, model: nn.Module, optimizer: torch.optim.Optimizer, *, name: str) -> bytes:
-    tracked = TrackedState(rank=rank, world_size=4)
+def staged(rank: int, model: nn.Module, optimizer: torch.optim.Optimizer, *, name: str, world_size: int = 4) -> bytes:
+    tracked = TrackedState(rank=rank, world_size=world_size)
     tracked.add("model", model)
     tracked.add(name, optimizer)
-    image = ShardLayouts(rank=rank, world_size=4).lay_out(tracked.capture(Step(1), DataPosition([1])))
+    image = ShardLayouts(rank=rank, world_size=world_size).lay_out(tracked.capture(Step(1), DataPosition([1])))
     page = bytearray(image.plan.total_bytes)
     image.copy_into(memoryview(page), Copier(1))
     return bytes(page)

@@ -11,6 +11,7 @@ STATE_BYTES = 8 * 1024 * 1024
 
 def main() -> None:
     torch.set_num_threads(1)
+    torch.manual_seed(0)  # no two ranks may hold different states under one name
     model = torch.nn.Linear(STATE_BYTES // 4 // 1024, 1024, bias=False)
     with dtrain.join() as run:
         run.track(model=model)
