@@ -10,6 +10,7 @@ import secrets
 import shutil
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -158,7 +159,8 @@ def run_command(
 
         spec = build_spec(asked, default_store="")
         return asyncio.run(run_on_cluster(Address(etcd=parse_endpoints(etcd), prefix=prefix), spec))
-    from dtrain.standalone.cluster import LocalPlan
+    from dtrain.common.scripts import names_torch
+    from dtrain.standalone.cluster import UNSURE_AFTER_S, LocalPlan
     from dtrain.standalone.data_folder import DataFolder
 
     if not asked.no_python and shutil.which(asked.python) is None:
@@ -166,7 +168,11 @@ def run_command(
     folder = DataFolder.at(data_dir)
     spec = build_spec(asked, default_store=folder.store.as_uri())
     plan = LocalPlan(
-        workers=spec.nnodes_max, slots=slots_for(spec, slots), prefix=prefix, upload_mib_per_s=upload_mib_per_s
+        workers=spec.nnodes_max,
+        slots=slots_for(spec, slots),
+        prefix=prefix,
+        upload_mib_per_s=upload_mib_per_s,
+        zygote_after_s=0.0 if names_torch(Path(spec.cwd, spec.script)) else UNSURE_AFTER_S,
     )
     return asyncio.run(run_here(folder, spec, plan))
 

@@ -111,6 +111,15 @@ def coordinator_command(etcd: str, prefix: str, listen: str, advertise: str, ide
     show_default=True,
     help="Fork ranks from a warm process that has imported torch.",
 )
+@click.option(
+    "--zygote-after",
+    "zygote_after_s",
+    type=click.FloatRange(min=0.0),
+    envvar="DTRAIN_ZYGOTE_AFTER",
+    default=0.0,
+    show_default=True,
+    help="Seconds from the worker's start until that process begins to import.",
+)
 @upload_cap_option
 @etcd_wait_option
 def worker_command(
@@ -124,6 +133,7 @@ def worker_command(
     orphan_after_s: float | None,
     lease_ttl_s: float | None,
     zygote: bool,
+    zygote_after_s: float,
     upload_mib_per_s: float | None,
     etcd_wait_s: float,
 ) -> int:
@@ -144,6 +154,7 @@ def worker_command(
         listen=listen,
         advertise=advertise,
         zygote=zygote,
+        zygote_after_s=zygote_after_s,
         upload_mib_per_s=upload_mib_per_s,
     )
     if orphan_after_s is not None:

@@ -28,6 +28,7 @@ Result = TypeVar("Result")
 ETCD_READY_S = 30.0  # a slow disk fsyncs for seconds; a healthy one answers within half a second
 ETCD_POLL_S = 0.05  # between two looks at a living etcd, where the kernel offers no pidfd
 ORPHAN_AFTER_S = 30.0  # a trainer without an agent ends after this: the supervisor restarts agents at once
+UNSURE_AFTER_S = 2.0  # a warm process is begun so late where the script may not need it
 WORKER_GRACE_S = 12.0  # a worker gives its trainers 5 s, then kills them
 COORDINATOR_GRACE_S = 3.0  # it only has a lease to hand back
 
@@ -40,6 +41,7 @@ class LocalPlan:
     slots: int  # trainers each worker has room for, >= 1
     prefix: str
     upload_mib_per_s: float | None = None  # that the uploads of each worker may take together; None: no cap
+    zygote_after_s: float = 0.0  # the age of a worker from which on it has a warm process
 
 
 class LocalCluster:
@@ -167,6 +169,7 @@ class LocalCluster:
                 *self._common(),
                 *("--listen", "127.0.0.1:0", "--worker-id", name, "--slots", str(self._plan.slots)),
                 *("--data-dir", str(self.folder.worker(number)), "--orphan-after", str(ORPHAN_AFTER_S)),
+                *("--zygote-after", str(self._plan.zygote_after_s)),
                 *(() if cap is None else ("--upload-mib-per-s", str(cap))),
             ),
             log=self.folder.service_log(name),

@@ -148,7 +148,9 @@ class Agent:
         caches = Caches(dirs)
         arenas = Arenas(dirs, self._open_slots, self._tell_rank, self._tasks.begin, make_room=caches.make_room)
         mailboxes = Mailboxes(self._emit, progress_every_s=PROGRESS_S, on_need=arenas.provide)
-        self._zygotes = Zygotes(config.data_dir.resolve() / "zygote.log", enabled=config.zygote)
+        self._zygotes = Zygotes(
+            config.data_dir.resolve() / "zygote.log", enabled=config.zygote, after_s=config.zygote_after_s
+        )
         self._shells = Shells(
             journal_id=journal.id,
             logs=config.data_dir.resolve() / "logs",

@@ -35,6 +35,7 @@ class WorkerConfig:
     orphan_after_s: float = 600.0  # without their agent for so long, the trainers are ended
     upload_mib_per_s: float | None = None  # all uploads of this agent together; None: as fast as they go
     zygote: bool = True  # fork trainers from a warm process where that is possible
+    zygote_after_s: float = 0.0  # the agent's age from which on there is one
     shared_memory: Path = SHARED_MEMORY  # where rank folders lie; the data folder if it is not there
 
     def __post_init__(self) -> None:

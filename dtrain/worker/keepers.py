@@ -50,6 +50,7 @@ class _Kept:
         self.of = of
         self.folder = folder
         self.child: subprocess.Popen[bytes] | ForkedKeeper | None = None  # the keeper that this process asked for
+        self.waits = False  # for the warm process, which is on its way
         self.started: Started | None = None
         self.pidfd = -1
         self.trainer_pidfd = -1
@@ -87,9 +88,21 @@ class Keepers:
         elif read_started(folder) is not None or read_exited(folder) is not None:
             self._look(kept)
         elif start:
-            self._spawn(kept)
+            kept.waits = self._zygotes.is_coming() and self._zygotes.is_for(folder)
+            if kept.waits:
+                logger.info("%s generation %d rank %d waits for the warm process", of.job, of.generation, of.rank)
+            else:
+                self._spawn(kept)
         else:
             self._look(kept)
+
+    def _look_waiting(self, kept: _Kept) -> None:
+        if kept.end_grace_s is not None:
+            kept.waits = False
+            self._end_never_started(kept)
+        elif not self._zygotes.is_coming():  # it is ready, or lost, or takes too long
+            kept.waits = False
+            self._spawn(kept)
 
     def _spawn(self, kept: _Kept) -> None:
         failpoints.hit(Point.SPAWN_BEFORE)
@@ -122,7 +135,9 @@ class Keepers:
     def poll(self) -> None:
         """Look after keepers that have not said yet who they are. The others wake the loop themselves."""
         for kept in tuple(self._kept.values()):
-            if not kept.told_started:
+            if kept.waits:
+                self._look_waiting(kept)
+            elif not kept.told_started:
                 self._look(kept)
 
     def _look(self, kept: _Kept) -> None:

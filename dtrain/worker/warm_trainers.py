@@ -4,8 +4,8 @@ A script must not notice the difference, so whatever the interpreter or a librar
 was remembered from the zygote's life, is either put right here or is a reason for a cold start: the process then
 executes the interpreter after all. ``why_cold`` finds these reasons; it looks, and changes nothing.
 
-Known differences that stay: a frame of the zygote lies below the script's first, and a script that sets a variable
-for a library's start before its import comes too late if the zygote has imported that library.
+Known differences that stay: a frame of the zygote lies below the script's first, and a module of the script's that
+sets a variable for a library's start comes too late. (What the script itself sets is seen in its text.)
 """
 
 # Names as the interpreter itself makes them, down to a "./", are what this file is about:
@@ -25,6 +25,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from dtrain.common.scripts import names_torch
+from dtrain.worker import late_settings
 from dtrain.worker.exec_memory import show_arguments, show_environment
 
 # Read once, by a library when it is loaded. A zygote can be given what a job wants of these.
@@ -72,6 +74,8 @@ class Origin:
             return f"{THREADS} is {threads!r}, and is read when a process starts"
         if self.is_outdated():
             return "packages were installed or removed since the worker loaded them"
+        if name := _set_too_late(argv[2]):
+            return f"the script sets {name}, which is read when a library is loaded"
         if shadowed := self._shadowed(_script_folder(argv[2])):
             return f"{shadowed} beside the script has the name of a module that is loaded already"
         return ""
@@ -104,13 +108,31 @@ def _unfinished(python_path: str) -> str | None:
     return next((entry or "." for entry in entries if not os.path.isabs(entry)), None)
 
 
+def is_worth_a_wait(plan: Plan, environment: Mapping[str, str]) -> bool:
+    """Whether this trainer is better off with a process that is about to have imported torch in ``environment``.
+
+    A first look, by the agent: the trainer itself looks closer before it begins (``why_cold``).
+    """
+    argv = plan["argv"]
+    return (
+        len(argv) >= 3
+        and argv[1] == "-u"
+        and needs_of(plan["env"]) == needs_of(environment)
+        and _is_this_interpreter(argv[0], plan["env"])
+        and names_torch(Path(plan["cwd"], argv[2]))
+    )
+
+
+def _set_too_late(script: str) -> str:
+    try:
+        return late_settings.set_by(Path(script).read_text(), lambda name: name == THREADS or _is_a_need(name))
+    except (SyntaxError, ValueError, RecursionError):  # the interpreter will say so
+        return ""
+
+
 def needs_of(environment: Mapping[str, str]) -> dict[str, str]:
     """What a zygote must have in its environment to serve a job that sets these variables."""
-    return {
-        name: value
-        for name, value in environment.items()
-        if name.startswith(READ_BY_LIBRARIES) and _is_read_at_start(name)
-    }
+    return {name: value for name, value in environment.items() if _is_a_need(name)}
 
 
 def become(plan: Plan, settle: Settle) -> tuple[types.CodeType, dict[str, Any]]:
@@ -163,6 +185,10 @@ def hide_frames(code: types.CodeType | None) -> None:
         inner(kind, error, trace)
 
     sys.excepthook = hook
+
+
+def _is_a_need(name: str) -> bool:
+    return name.startswith(READ_BY_LIBRARIES) and _is_read_at_start(name)
 
 
 def _is_read_at_start(name: str) -> bool:

@@ -1,7 +1,8 @@
 """The warm process of a node: it has imported torch, and forks keepers whose trainers need not.
 
-Run as ``python -u zygote.py <agent's pid> <control socket> <module> <padding>``. Importing what a first step needs
-takes longer than everything else of a recovery together; a fork of a process that has imported it takes milliseconds.
+Run as ``python -u zygote.py <agent's pid> <control socket> <module> <priority> <padding>``. Importing what a first
+step needs takes longer than everything else of a recovery together; a fork of a process that has imported it takes
+milliseconds.
 
     agent --exec--> zygote --fork--> keeper --fork--> trainer
 
@@ -20,7 +21,7 @@ On the control socket, one JSON object a message:
 Rules:
 - one thread, always: a fork copies the calling thread only, and locks of the others would stay shut in the child;
 - low priority while it imports, of its thread and of its session, ordinary when it serves; a thread's only if this
-  user may go back;
+  user may go back. With the priority ``ordinary``, because nobody trains yet or somebody waits for it, at no time;
 - it dies with its agent, and its spares with it; keepers that have a rank folder, and their trainers, live in sessions
   of their own, and survive both;
 - low priority for the fork of a spare: others train meanwhile;
@@ -63,6 +64,7 @@ from dtrain.worker.warm_trainers import Origin, become, can_show, hide_frames
 
 PADDING = "_DTRAIN_PADDING"  # room for a trainer's longer environment
 MESSAGE_BYTES = 65536  # a folder's name is far shorter
+ORDINARY, LOW = "ordinary", "low"  # priorities of the imports
 NICENESS = 15
 SESSION_NICENESS = 5  # a third of a trainer's share of a core; by much less it would never be ready where all are busy
 
@@ -79,7 +81,7 @@ class Spare:
 class Zygote:
     """The loop, and what its children begin with."""
 
-    def __init__(self, control: socket.socket, settle_module: str) -> None:
+    def __init__(self, control: socket.socket, settle_module: str, *, gives_way: bool) -> None:
         self._control = control
         self._kept: dict[int, int] = {}  # pidfd -> pid of a keeper that has a rank folder, or is to end
         self._spares: dict[int, Spare] = {}  # by pidfd
@@ -89,16 +91,18 @@ class Zygote:
         self._yields = False  # whether this process may lower its priority and take it back
         self._looks = select.poll()
         self._module = settle_module
+        self._gives_way = gives_way  # to those that train while it imports
         self._origin: Origin
 
     def load(self) -> str:
         """Import everything. Return why this process cannot serve; empty if it can."""
         began = time.monotonic()
         environment = dict(os.environ)
-        self._yields = _may_come_back(self._ordinary) and _set_niceness(NICENESS)
-        lowered = lower_session(SESSION_NICENESS)
+        self._yields = _may_come_back(self._ordinary)
+        yields = self._gives_way and self._yields and _set_niceness(NICENESS)
+        lowered = self._gives_way and lower_session(SESSION_NICENESS)
         importlib.import_module(self._module).preload()
-        if (self._yields and not _set_niceness(self._ordinary)) or (lowered and not raise_session()):
+        if (yields and not _set_niceness(self._ordinary)) or (lowered and not raise_session()):
             return "it cannot get its priority back"
         if len(list(Path("/proc/self/task").iterdir())) != 1:
             return "an import left a thread running"
@@ -302,7 +306,7 @@ def _may_come_back(ordinary: int) -> bool:
     return os.waitpid(pid, 0)[1] == 0
 
 
-def serve_until_born(agent: int, control: int, module: str) -> dict[str, Any]:
+def serve_until_born(agent: int, control: int, module: str, *, gives_way: bool) -> dict[str, Any]:
     """Serve; return only in a process that is to be a trainer, with its plan."""
     ctypes.CDLL(None).prctl(keeper.PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != agent:  # it died before the line above
@@ -310,7 +314,7 @@ def serve_until_born(agent: int, control: int, module: str) -> dict[str, Any]:
     os.environ.pop(PADDING, None)
     move_environment()
     show_arguments(("dtrain-zygote",))
-    zygote = Zygote(socket.socket(fileno=control), module)
+    zygote = Zygote(socket.socket(fileno=control), module, gives_way=gives_way)
     try:
         if reason := zygote.load():
             zygote._tell({"cannot": reason})
@@ -325,7 +329,7 @@ def serve_until_born(agent: int, control: int, module: str) -> dict[str, Any]:
 
 if __name__ == "__main__":
     _module = sys.argv[3]
-    _plan = serve_until_born(int(sys.argv[1]), int(sys.argv[2]), _module)
+    _plan = serve_until_born(int(sys.argv[1]), int(sys.argv[2]), _module, gives_way=sys.argv[4] != ORDINARY)
     _zygote_module = sys.modules["__main__"]  # kept: the frames below still use it
     _code = None
     try:

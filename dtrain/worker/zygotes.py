@@ -4,7 +4,8 @@ Nothing depends on it. Whoever asks while no zygote serves, or asks one that die
 of its own: if both keepers come, the lock in the rank folder lets one go on.
 
 Rules:
-- it is started late, when no rank of this node is still coming up: its imports would slow theirs down;
+- it begins with its agent, and the first ranks wait for it, for it imports but once what each of them would import.
+  Where ranks are here already, it is started late, when none is still coming up: its imports would slow theirs down;
 - one that died is started again in the background, after a pause that doubles;
 - one that lacks what the jobs here want of their libraries is replaced by one that has it, when all is quiet or a
   start lasts very long: of a script that counts no steps nobody knows when it has started;
@@ -29,12 +30,12 @@ from pathlib import Path
 from dtrain.worker import zygote
 from dtrain.worker.core.states import GenerationStage, NodeState
 from dtrain.worker.environment import zygote_environment
-from dtrain.worker.warm_trainers import needs_of
+from dtrain.worker.warm_trainers import is_worth_a_wait, needs_of
 
 logger = logging.getLogger(__name__)
 
 WARM_MODULE = "dtrain.trainer.warm"  # by its name: this process must never import torch
-QUIET_FIRST_S = 2.0  # after the agent's start: a job that waits for it comes within that time
+COMING_MAX_S = 60.0  # whoever waits for it to be ready starts cold after that
 STARTS_LAST_S = 60.0  # a rank that says nothing for so long is no reason to wait any more
 ANSWER_MAX_S = 5.0  # a fork takes milliseconds: one that takes longer is stuck
 BACKOFF_FIRST_S = 1.0
@@ -99,7 +100,8 @@ class ForkedKeeper:
 class Zygotes:
     """The node's zygote: one at a time. Used in the event loop only."""
 
-    def __init__(self, log: Path, *, enabled: bool) -> None:
+    def __init__(self, log: Path, *, enabled: bool, after_s: float = 0.0) -> None:
+        """``after_s``: how long the agent runs before the first is started."""
         self._log = log
         self._enabled = enabled
         self._needs: Needs = {}  # of the job that the one at hand serves
@@ -113,7 +115,8 @@ class Zygotes:
         self.spares = 0  # how many keepers wait, with their trainers
         self._number = 0
         self._began_at = 0.0
-        self._start_at = time.monotonic() + QUIET_FIRST_S
+        self._is_awaited = False  # begun while no job was here: so that the next one may wait for it
+        self._start_at = time.monotonic() + after_s
         self._insist_at = self._start_at + STARTS_LAST_S
         self._backoff_s = BACKOFF_FIRST_S
 
@@ -125,6 +128,19 @@ class Zygotes:
     @property
     def is_ready(self) -> bool:
         return self._ready
+
+    def is_coming(self) -> bool:
+        """Whether to wait for it takes no longer than to import what it imports."""
+        begun = self._process is not None and not self._ready and self._is_awaited
+        return begun and time.monotonic() - self._began_at < COMING_MAX_S
+
+    def is_for(self, folder: Path) -> bool:
+        """Whether the trainer of this rank folder is better off with the one at hand than with a cold start."""
+        try:
+            plan = json.loads((folder / "keeper.json").read_bytes())
+        except (OSError, ValueError):  # its keeper will say so
+            return False
+        return is_worth_a_wait(plan, zygote_environment(os.environ, self._needs))
 
     def why_not(self) -> str:
         """Why nobody can be asked now."""
@@ -157,7 +173,7 @@ class Zygotes:
             self._end()
         due = quiet or now >= self._insist_at
         if self._enabled and self._process is None and now >= self._start_at and due:
-            self._start()
+            self._start(is_awaited=not wanted)
         if self._ready and quiet and spares and spares != self._asked_spares:
             self._asked_spares = spares
             self._send({"spares": spares})
@@ -184,13 +200,14 @@ class Zygotes:
             return False
         return True
 
-    def _start(self) -> None:
+    def _start(self, *, is_awaited: bool) -> None:
         ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
         if self._log.exists() and self._log.stat().st_size > LOG_MAX_BYTES:
             self._log.unlink()
         env = {**zygote_environment(os.environ, self._needs), zygote.PADDING: "." * PADDING_BYTES}
-        command = [sys.executable, "-u", zygote.__file__, str(os.getpid()), str(its.fileno()), WARM_MODULE]
+        priority = zygote.ORDINARY if is_awaited else zygote.LOW
+        command = [sys.executable, "-u", zygote.__file__, str(os.getpid()), str(its.fileno()), WARM_MODULE, priority]
         try:
             with its, self._log.open("ab") as log:
                 self._process = subprocess.Popen(
@@ -209,6 +226,7 @@ class Zygotes:
             self._pause()
             return
         self._control = ours
+        self._is_awaited = is_awaited
         self._began_at = time.monotonic()
         asyncio.get_running_loop().add_reader(ours, self._hear)
 

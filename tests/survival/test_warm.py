@@ -50,9 +50,8 @@ def test_warm_ranks_survive_what_others_survive(
         attack = begin(it, rng, steps=STEPS)
         it.wait_for_event(attack.job, "CheckpointCommitted")
         wait_until_warm(attack)
-        said_cold = it.workers[0].log.read_text().count("starts cold")
         forked = kill_a_rank_and_wait_for_steps(attack, generation=2)
-        assert it.workers[0].log.read_text().count("starts cold") == said_cold == 2, "a rank started cold again"
+        assert "starts cold" not in it.workers[0].log.read_text(), "the first ranks wait for the warm process"
 
         os.kill(zygote_pid(it), signal.SIGKILL)
         wait_until_warm(attack, count=2)

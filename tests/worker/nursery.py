@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -141,10 +141,10 @@ class Rank:
 
 
 @contextlib.contextmanager
-def nursery_in(folder: Path, modules: Mapping[str, str]) -> Iterator[Nursery]:
+def nursery_in(folder: Path, modules: Mapping[str, str], *, wanted: Sequence[dict[str, str]] = ()) -> Iterator[Nursery]:
+    """``wanted``: the needs of jobs that are there before the zygote is."""
     mark = new_mark()
     with pytest.MonkeyPatch.context() as patch, contextlib.closing(asyncio.new_event_loop()) as loop:
-        patch.setattr(zygotes, "QUIET_FIRST_S", 0.0)
         patch.setattr(zygotes, "BACKOFF_FIRST_S", 0.05)
         patch.setenv(MARK, mark)
         (folder / "site-packages").mkdir()
@@ -153,6 +153,7 @@ def nursery_in(folder: Path, modules: Mapping[str, str]) -> Iterator[Nursery]:
             patch.setattr(zygotes, "WARM_MODULE", name)
         patch.setenv("PYTHONPATH", str(folder / "site-packages"))
         it = Nursery(folder, loop, mark)
+        it.wanted = list(wanted)
         try:
             it.ready()
             yield it

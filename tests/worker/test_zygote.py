@@ -152,6 +152,13 @@ def test_what_the_zygote_cannot_serve_starts_cold_and_the_log_says_why(nursery: 
         assert (code, rest) == (0, "ran False\n")
 
 
+def test_a_script_that_sets_what_a_library_reads_when_it_is_loaded_starts_cold(nursery: Nursery) -> None:
+    script = "import os, sys\nos.environ['OMP_NUM_THREADS'] = '1'\nprint('ran', 'torch' in sys.modules)"
+    code, said = nursery.rank(script).end()
+    assert (code, said.splitlines()[-1]) == (0, "ran False")
+    assert said.startswith("dtrain: a cold start: the script sets OMP_NUM_THREADS")
+
+
 @pytest.mark.parametrize("path", ["src", "/lib::/usr", "/lib:src", "./x"])
 def test_a_python_path_that_depends_on_the_folder_is_no_warm_processs(path: str, tmp_path: Path) -> None:
     """The zygote stands in another folder, where the same words mean other places."""
@@ -232,7 +239,8 @@ def test_a_zygote_has_one_thread_and_ordinary_priority(nursery: Nursery) -> None
     assert os.getpriority(os.PRIO_PROCESS, pid) == os.getpriority(os.PRIO_PROCESS, 0)
 
 
-def test_a_zygote_gives_way_while_it_imports_and_its_trainers_never_do(tmp_path: Path) -> None:
+@pytest.mark.parametrize("others", [True, False], ids=["beside others", "while nobody is here"])
+def test_a_zygote_gives_way_to_others_while_it_imports_and_its_trainers_never_do(tmp_path: Path, others: bool) -> None:
     def session_of(pid: int | str) -> str:  # "/autogroup-17 nice 0"; where the kernel weighs no sessions there is none
         file = Path(f"/proc/{pid}/autogroup")
         return file.read_text().rpartition(" ")[2].strip() if file.exists() else ""
@@ -249,8 +257,10 @@ def settle(environment): pass
     with subprocess.Popen(["cat"], stdin=subprocess.PIPE, start_new_session=True) as other:  # the tests' may have none
         ordinary = session_of(other.pid)
         other.communicate()
-    with nursery_in(tmp_path, {"looking": source}) as it:
-        assert seen.read_text().split(" ") == [str(NICENESS), str(SESSION_NICENESS) if ordinary else ""]
+    own = (str(os.getpriority(os.PRIO_PROCESS, 0)), ordinary)
+    with nursery_in(tmp_path, {"looking": source}, wanted=[{}] if others else []) as it:
+        given_way = (str(NICENESS), str(SESSION_NICENESS) if ordinary else "")
+        assert tuple(seen.read_text().split(" ")) == (given_way if others else own)
         assert session_of(it.ready()) == ordinary
         rank = it.rank(WAITS).fork()
         started = rank.started()
