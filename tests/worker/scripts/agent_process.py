@@ -24,6 +24,7 @@ if __name__ == "__main__":
         lease_ttl_s=given.get("lease_ttl_s", 2.0),
         fence_after_s=given.get("fence_after_s", 1800.0),
         orphan_after_s=given.get("orphan_after_s", 60.0),
+        zygote=False,  # what these tests run imports no torch
     )
     try:
         sys.exit(asyncio.run(serve(config)))
