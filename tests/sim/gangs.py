@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 STALLED_S = 4.0  # a collective that gets nowhere raises after this, in the words of gloo:
 TIMED_OUT = "RuntimeError: Timed out waiting 4000ms for recv operation to complete"
+# What waits for peers in a store whose host ends, in the words of torch:
+STORE_GONE = "DistNetworkError: Failed to recv, got 0 bytes. Connection was likely closed."
 
 
 @dataclass
@@ -22,6 +24,11 @@ class Store:
 
     host: "Trainer | None"  # the rank 0 that listens; None: a file
     gangs: dict[str, "Gang"] = field(default_factory=dict)  # by prefix
+
+    def host_ended(self) -> None:
+        """Whoever waits in it for peers has lost its connection, those of other generations too."""
+        for gang in self.gangs.values():
+            gang.store_gone()
 
 
 class Gang:
@@ -71,6 +78,15 @@ class Gang:
             if other is not trainer and other.alive:
                 spoiled_s = world.rng.uniform(0, world.habits.spoils_s) if world.habits.spoils_s else 0.0
                 world.loop.after(spoiled_s + world.rng.uniform(0.005, 0.2), other.end, 1, "connection closed by peer")
+
+    def store_gone(self) -> None:
+        """The host of its store is gone. A group that is up needs none; who still waits for peers raises."""
+        world = self._world
+        if self._broken or len(self.ranks) == self._world_size:
+            return
+        self._broken = True
+        for rank in list(self.ranks.values()):
+            world.loop.after(world.rng.uniform(0.005, 0.2), rank.end, 1, STORE_GONE)
 
     def _schedule(self) -> None:
         took_s = self._world.habits.step_s * self._world.rng.uniform(0.8, 1.2)

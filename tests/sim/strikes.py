@@ -11,11 +11,15 @@ from tests.sim.world import PREFIX
 
 if TYPE_CHECKING:
     from tests.sim.faults import Storm
+    from tests.sim.machines import Process
     from tests.sim.nodes import Node
+    from tests.sim.world import World
 
 Undo = Callable[[], None]
 
-LEAVES_WITHIN_S = 60.0  # an agent that was asked to, whatever else is the matter: its trainers have some seconds
+# Whoever was asked to leave is gone within this, whatever else is the matter.
+AGENT_LEAVES_S = 60.0  # its trainers have some seconds
+COORDINATOR_LEAVES_S = 20.0  # it only has a lease to hand back
 
 
 def kill(storm: "Storm", host: Machine) -> Undo:
@@ -136,7 +140,16 @@ def _coordinator_leaves(storm: "Storm") -> Undo | None:
     storm.say(f"{host.name} is asked to leave")
     for process in list(host.processes):
         process.signal(signal.SIGTERM)
+        _must_be_gone(storm.world, process, COORDINATOR_LEAVES_S)
     return lambda: storm.world.start_coordinator(host)
+
+
+def _must_be_gone(world: "World", process: "Process", within_s: float) -> None:
+    def look() -> None:
+        if process.alive and not process.paused:
+            world.faults_seen.append(f"{process.name} was asked to leave {within_s:.0f} s ago and is there")
+
+    world.loop.after(within_s, look)
 
 
 def _agent_leaves(storm: "Storm") -> Undo | None:
@@ -150,12 +163,7 @@ def _agent_leaves(storm: "Storm") -> Undo | None:
     world.asked_to_leave.append((world.loop.now_s, node.machine.name))
     node.due_back_s = world.loop.now_s + storm.rng.uniform(0.2, 12.0)
     agent.signal(signal.SIGTERM)
-
-    def look() -> None:
-        if agent.alive and not agent.paused:
-            world.faults_seen.append(f"{agent.name} was asked to leave {LEAVES_WITHIN_S:.0f} s ago and is there")
-
-    world.loop.after(LEAVES_WITHIN_S, look)
+    _must_be_gone(world, agent, AGENT_LEAVES_S)
     return node.start_agent
 
 

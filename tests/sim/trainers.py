@@ -313,6 +313,9 @@ class Trainer:
         self._page.close()
         if self.gang is not None:
             self.gang.lost(self, failed=code != 0)
+        store = world.stores.get(self.rendezvous)
+        if store is not None and store.host is self:
+            store.host_ended()
 
     def stop(self, grace_s: float) -> None:
         """Its keeper was told to end it."""
