@@ -138,6 +138,11 @@ def test_ranks_of_a_worker_that_is_shut_down_were_preempted() -> None:
             f"{NOT_JOINED}: Timed out after 601 seconds waiting for clients. 1/2 clients joined.",
             FailureKind.CONNECTION,
         ),
+        (
+            1,
+            f"{NOT_JOINED}: Gloo connectFullMesh failed with [pair.h:311] Connect timeout [none]",
+            FailureKind.CONNECTION,
+        ),
         (1, f"{NOT_JOINED}: rank 0 does not listen at 10.0.0.1:29500", FailureKind.CONNECTION),
         (1, f"{NOT_JOINED}: rank 0 cannot listen on port 29500: [Errno 98] Address in use", FailureKind.SCRIPT),
         (1, "OperationalError: (1205, 'Lock wait timeout exceeded')", FailureKind.SCRIPT),

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 STALLED_S = 4.0  # a collective that gets nowhere raises after this, in the words of gloo:
 TIMED_OUT = "RuntimeError: Timed out waiting 4000ms for recv operation to complete"
+# A rank that comes when a peer has gone again:
+TOO_LATE = "RuntimeError: Gloo connectFullMesh failed with Connect timeout [none]"
 # What waits for peers in a store whose host ends, in the words of torch:
 STORE_GONE = "DistNetworkError: Failed to recv, got 0 bytes. Connection was likely closed."
 
@@ -50,7 +52,7 @@ class Gang:
         if any((other.of.job, other.of.generation) != own for other in self.ranks.values()):
             world.faults_seen.append(f"{trainer.of} met ranks of another generation or job at its rendezvous")
         if self._broken or trainer.of.rank in self.ranks:
-            trainer.end(1, "the process group is broken")
+            trainer.end(1, TOO_LATE)
             return
         self.ranks[trainer.of.rank] = trainer
         if len(self.ranks) == self._world_size:

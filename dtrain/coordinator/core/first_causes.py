@@ -39,6 +39,7 @@ _LOST_CONNECTION = (
     "connection was closed",
     "connection was likely closed",
     "connection timed out",
+    "connectfullmesh failed",  # gloo's, of a rank that came when a peer had gone again
     "broken pipe",
     "socket closed",
     "socket timeout",
