@@ -8,6 +8,9 @@ it lies in its rank folder, so a restarted agent needs no memory of its own to g
 - started.json, and the keeper lives: the trainer runs; the keeper is watched;
 - started.json, and the keeper is gone: exited.json says how it ended, or nobody saw it; that is reported.
 
+The first ranks of a node may wait for the warm process before a keeper is asked for. Only this process knows of that:
+an agent that is restarted meanwhile finds nothing in the folder, and starts one.
+
 A keeper that is stopped or stuck says nothing: it is killed a while after its trainer's end.
 An exit is reported when the keeper is gone too, since it leaves last: then no descendant of the trainer holds a
 port, a device or a lock any more. A keeper that was itself killed takes its trainer along (the kernel does it);

@@ -3,7 +3,7 @@
 import ast
 from collections.abc import Callable, Iterator
 
-_SETTERS = frozenset({"setdefault", "update", "putenv", "__setitem__"})
+_SETTERS = frozenset({"setdefault", "update", "putenv"})
 
 
 def set_by(source: str, is_read_at_start: Callable[[str], bool]) -> str:

@@ -40,13 +40,14 @@ class Attack:
     def furthest(self) -> int:
         return max((line["step"] for rank in (0, 1) for line in self.steps(rank)), default=0)
 
-    def wait_until_training(self, *, generation: int) -> None:
-        """Wait until both ranks of this generation have begun a step."""
+    def wait_until_training(self, *, generation: int, deadline_s: float = 60.0) -> dict[int, int]:
+        """Wait until both ranks of this generation have begun a step; return their pids, by rank."""
 
-        def begun() -> bool:
-            return all(any(line["generation"] == generation for line in self.steps(rank)) for rank in (0, 1))
+        def look() -> dict[int, int] | None:
+            lines = {rank: line for rank in (0, 1) for line in self.steps(rank) if line["generation"] == generation}
+            return {rank: line["pid"] for rank, line in lines.items()} if len(lines) == 2 else None
 
-        wait_for(f"a step of both ranks in generation {generation}", begun, deadline_s=60)
+        return wait_for(f"a step of both ranks in generation {generation}", look, deadline_s=deadline_s)
 
     def hurry(self) -> None:
         """What is to be seen has been seen: let the steps that are left take no longer than they must."""

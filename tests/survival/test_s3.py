@@ -76,7 +76,7 @@ def test_a_node_that_fetched_its_checkpoint_starts_again_while_the_store_is_away
             point = len(attack.started())
             os.kill(attack.steps(0)[-1]["pid"], signal.SIGKILL)
             it.wait_for_event(attack.job, "GenerationStarted", count=point + 1)
-            attack.wait_until_training(generation=point + 1)
+            attack.wait_until_training(generation=point + 1, deadline_s=30)
         finally:
             os.kill(server.pid, signal.SIGCONT)
         attack.hurry()

@@ -34,12 +34,7 @@ def zygote_pid(it: Cluster) -> int:
 def kill_a_rank_and_wait_for_steps(attack: Attack, *, generation: int) -> dict[int, int]:
     """kill -9 of a rank; return the pids of the generation that replaces its own, by rank."""
     os.kill(attack.steps(attack.rng.randrange(2))[-1]["pid"], signal.SIGKILL)
-
-    def look() -> dict[int, int] | None:
-        pids = {rank: line["pid"] for rank in (0, 1) for line in attack.steps(rank) if line["generation"] == generation}
-        return pids if len(pids) == 2 else None
-
-    return wait_for(f"steps of generation {generation}", look, deadline_s=60)
+    return attack.wait_until_training(generation=generation)
 
 
 def test_warm_ranks_survive_what_others_survive(

@@ -48,6 +48,7 @@ class Node:
         self.zygotes: Zygotes
         self.keepers: Keepers
         self.wanted: list[dict[str, str]] = []
+        self.quiet = True
 
     def plan(self, source: str, env: dict[str, str] | None = None) -> None:
         (self.folder / "script.py").write_text(source)
@@ -63,17 +64,21 @@ class Node:
         )
         (self.rank / "keeper.json").write_bytes(msgspec.json.encode(plan))
 
+    async def turn(self) -> None:
+        """What the agent does again and again."""
+        self.zygotes.tend(quiet=self.quiet, wanted=self.wanted)
+        self.keepers.poll()
+        await asyncio.sleep(LOOK_S)
+
     async def until(self, look: Callable[[], object]) -> None:
         async with asyncio.timeout(DEADLINE_S):
             while not look():
-                self.zygotes.tend(quiet=not self.wanted, wanted=self.wanted)
-                self.keepers.poll()
-                await asyncio.sleep(LOOK_S)
+                await self.turn()
 
     async def begins(self) -> None:
         """The agent has started, and is told to start the rank while the warm process imports."""
         await self.until(lambda: self.zygotes.pid)
-        self.wanted = [{}]
+        self.wanted, self.quiet = [{}], False
         self.keepers.ensure(OF, self.rank, start=True)
 
     async def ends(self) -> TrainerExited:
@@ -120,7 +125,7 @@ def test_the_first_rank_waits_for_what_it_would_import_itself(node: Node) -> Non
     async def story() -> None:
         await node.begins()
         for _ in range(20):
-            await node.until(lambda: True)
+            await node.turn()
         assert node.facts == []
         node.let.write_text("pass")
         exited = await node.ends()
@@ -139,7 +144,7 @@ def test_who_gains_nothing_by_it_does_not_wait(node: Node, reason: str) -> None:
 
     async def story() -> None:
         if reason == "ranks were here before":  # it gives way to them, so it may take long
-            await node.until(lambda: node.zygotes.tend(quiet=True, wanted=[{}]) or node.zygotes.pid)
+            node.wanted = [{}]
         await node.begins()
         assert (await node.ends()).exit.code == 0
         assert node.said() == "False\n"
@@ -153,7 +158,7 @@ def test_a_warm_process_that_never_comes_costs_a_cold_start_and_no_rank(
 ) -> None:
     async def story() -> None:
         await node.begins()
-        await node.until(lambda: True)
+        await node.turn()
         assert node.facts == []
         if end == "fails":
             node.let.write_text("raise ImportError('no such thing')")
