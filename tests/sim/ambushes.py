@@ -4,15 +4,18 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from dtrain.proto import agent_pb2 as wire
+from tests.sim.blobs import Deed
 from tests.sim.etcd import Change, Waylaid
+from tests.sim.loop import CURRENT
 from tests.sim.machines import Machine
 from tests.sim.network import Link
-from tests.sim.strikes import Undo, kill, lose_etcd, pause, store_away, trainer_ends
+from tests.sim.strikes import Undo, kill, lose_etcd, lose_power, pause, store_away, trainer_ends
 from tests.sim.trainers import Entry
 from tests.sim.world import PREFIX
 
 if TYPE_CHECKING:
     from tests.sim.faults import Storm
+    from tests.sim.nodes import Node
 
 KEPT_S = 8.0  # a command that is kept on its way arrives then: long after it was sent again
 
@@ -148,9 +151,49 @@ def _command_overtaken(storm: "Storm") -> Undo | None:
     return None
 
 
+def _put_overtaken(storm: "Storm") -> Undo | None:
+    """A machine loses power with a put on its way. That arrives in the midst of the deletion of its neighbours."""
+    world, undo = storm.world, Later()
+    kept: list[tuple[str, bytes, str]] = []
+
+    def neighbours(key: str) -> list[str]:
+        folder = key.rpartition("/")[0] + "/"
+        return [other for other in world.blobs.objects if other.startswith(folder) and other != key]
+
+    def waylay(key: str, data: bytes) -> bool:
+        sender = CURRENT.get()
+        node = next((each for each in world.nodes if sender is not None and each.machine is sender.machine), None)
+        if node is None or undo.due or kept or not neighbours(key):
+            return False
+        storm.say(f"{key} stays on its way")
+        kept.append((key, data, repr(sender)))
+        world.blobs.waylay = None
+        world.blobs.on_deed.append(look)
+        world.loop.after(0.0, dark, node)
+        return True
+
+    def dark(node: "Node") -> None:
+        if not node.machine.dark:
+            undo.then = lose_power(storm, node, wipe=False)
+        if undo.due and undo.then is not None:
+            undo.then()
+
+    def look(deed: Deed) -> None:
+        key, data, sender = kept[0]
+        beside = deed.key.rpartition("/")[0] == key.rpartition("/")[0]
+        if beside and deed.data is None and neighbours(key):
+            world.blobs.on_deed.remove(look)
+            world.saw("put arrived in the midst of a deletion")
+            world.blobs.arrive(key, data, sender)
+
+    world.blobs.waylay = waylay
+    return undo
+
+
 AMBUSHES: dict[str, Callable[["Storm"], Undo | None]] = {
     "append overtaken": _append_overtaken,
     "append in doubt": _append_in_doubt,
     "command overtaken": _command_overtaken,
     "salvage disturbed": _salvage_disturbed,
+    "put overtaken": _put_overtaken,
 }

@@ -17,6 +17,8 @@ from dtrain.storage.objects import AlreadyExists, NotFound, ObjectInfo, StorageF
 from dtrain.storage.parts import FileParts
 from tests.sim.loop import CURRENT, SimLoop
 
+NEVER_S = 1e9
+
 
 @dataclass(frozen=True, slots=True)
 class Deed:
@@ -55,6 +57,7 @@ class Blobs:
         self.objects: dict[str, bytes] = {}
         self.history: list[Deed] = []
         self.on_deed: list[Callable[[Deed], None]] = []
+        self.waylay: Callable[[str, bytes], bool] | None = None  # whether this put stays on its way, unanswered
 
     @property
     def uri(self) -> str:
@@ -64,6 +67,8 @@ class Blobs:
 
     def put(self, key: str, data: bytes | memoryview, *, if_absent: bool = False) -> None:
         whole = bytes(data)
+        if self.waylay is not None and self.waylay(key, whole):
+            self.loop.block(NEVER_S)
 
         def act(confirmed: bool) -> None:
             if if_absent and key in self.objects:
@@ -137,6 +142,11 @@ class Blobs:
         data[-1 - self.rng.randrange(min(8, len(data)))] ^= 1 << self.rng.randrange(8)
         self.objects[key] = bytes(data)
         self.history.append(Deed(self.loop.now_s, "nobody", key, bytes(data), True, rot=True))
+
+    def arrive(self, key: str, data: bytes, by: str) -> None:
+        """Do a put that was on its way when its sender ended."""
+        self.objects[key] = data
+        self.history.append(Deed(self.loop.now_s, by, key, data, False))
 
     def _found(self, key: str) -> bytes:
         if key not in self.objects:

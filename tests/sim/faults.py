@@ -57,6 +57,7 @@ DATA_PLANE = (
     "blob rots",
     "newest condemned",
     "salvage disturbed",
+    "put overtaken",
 )
 STEADY = (
     "lost answers",
@@ -145,7 +146,7 @@ class Storm:
         world.blobs.weather = type(world.blobs.weather)()
         world.etcd.late_writes = 0.0
         world.etcd.late_keys.clear()
-        world.etcd.waylay = world.net.hold = None
+        world.etcd.waylay = world.net.hold = world.blobs.waylay = None
         world.habits.misses = world.habits.stage_fails = world.habits.slips = 0.0
         for host in world.hosts:
             for process in list(host.processes):

@@ -20,6 +20,7 @@ class Machine:
     rate: float = 1.0  # monotonic seconds a true second: drift
     boot_offset_s: float = BOOTED_S
     skew_s: float = 0.0  # of the wall clock; jumps
+    jumped: list[tuple[float, float]] = field(default_factory=list)  # when, and how far it was ahead before
     dark: bool = False  # without power: it does not even refuse
     processes: "list[Process]" = field(default_factory=list)
 
@@ -28,6 +29,21 @@ class Machine:
 
     def wall(self, now_s: float) -> float:
         return EPOCH_S + now_s + self.skew_s
+
+    def jump(self, now_s: float, by_s: float) -> None:
+        """Set the wall clock forward, or back if ``by_s`` is negative."""
+        self.jumped.append((now_s, self.skew_s))
+        self.skew_s += by_s
+
+    def when(self, wall_s: float) -> float:
+        """The first moment at which the wall clock showed this; it is rounded to milliseconds."""
+        since_s = 0.0
+        for until_s, skew_s in (*self.jumped, (float("inf"), self.skew_s)):
+            at_s = wall_s - EPOCH_S - skew_s
+            if since_s - 0.001 <= at_s <= until_s + 0.001:
+                return at_s
+            since_s = until_s
+        raise LookupError(f"the clock of {self.name} never showed {wall_s}")
 
     @property
     def living(self) -> "list[Process]":

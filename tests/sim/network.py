@@ -68,6 +68,7 @@ class Network:
         self.links: dict[Link, None] = {}  # in the order in which they came, the same in every process
         self.hold: Callable[[Link, Any], bool] | None = None  # whether a message to a worker is kept on its way
         self.hears: Callable[[Process, Any], None] = lambda process, message: None  # what is sent up a stream
+        self.arrives: Callable[[str, float, Any], None] = lambda host, at_s, message: None  # and what gets there
         self.spoke: dict[str, list[float]] = {}  # worker -> when it reached who had welcomed it
         self.looked: dict[str, float] = {}  # process -> when it last asked who leads
 
@@ -247,6 +248,7 @@ class Link:
 
     def _reach_server(self, message: Any) -> None:
         if not self.server_ended:
+            self.net.arrives(self.server_machine.name, self.net.loop.now_s, message)
             if self.welcomed:
                 self.net.spoke.setdefault(self.client.machine.name, []).append(self.net.loop.now_s)
             self.on_message(message)

@@ -66,6 +66,7 @@ EXPECTED = (
     "blob rotted",
     "object cut short",
     "store full",
+    "put arrived in the midst of a deletion",
     "watch met a compacted revision",
     "command arrived behind one of a newer generation",
     "request repeated though it was answered",

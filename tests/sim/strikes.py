@@ -180,10 +180,10 @@ def _agent_pauses(storm: "Storm") -> Undo | None:
 
 def _power(storm: "Storm", *, wipe: bool) -> Undo | None:
     node = storm.node()
-    return None if node.machine.dark else _lose_power(storm, node, wipe=wipe)
+    return None if node.machine.dark else lose_power(storm, node, wipe=wipe)
 
 
-def _lose_power(storm: "Storm", node: "Node", *, wipe: bool) -> Undo:
+def lose_power(storm: "Storm", node: "Node", *, wipe: bool) -> Undo:
     storm.say(f"{node.machine.name} loses power{' and its disk' if wipe else ''}")
     storm.world.saw("machine lost its disk" if wipe else "machine lost power")
     storm.world.hurt(node.machine.name)
@@ -320,7 +320,7 @@ def _blob_rots(storm: "Storm") -> Undo | None:
     keeping = [node for node in world.nodes if any(trainer.of.rank == rank for trainer in node.living)]
     if not keeping or storm.rng.random() < 0.4:
         return None
-    return _lose_power(storm, keeping[0], wipe=False)  # with the memory from which the rank would start
+    return lose_power(storm, keeping[0], wipe=False)  # with the memory from which the rank would start
 
 
 def _clock_jumps(storm: "Storm") -> Undo | None:
@@ -328,7 +328,7 @@ def _clock_jumps(storm: "Storm") -> Undo | None:
     jump_s = storm.rng.choice((-3600.0, -5.0, 5.0, 86400.0))
     storm.say(f"the clock of {machine.name} jumps by {jump_s:g} s")
     storm.world.saw("clock jumped")
-    machine.skew_s += jump_s
+    machine.jump(storm.world.loop.now_s, jump_s)
     return None
 
 

@@ -33,7 +33,7 @@ GONE = [(2.2, MARKER, None), (2.4, MANIFEST, None), (2.6, SHARD, None), (4.5, PA
 
 def story(events: tuple[tuple[str, dict[str, Any]], ...], deeds: list[tuple[float, str, bytes | None]]) -> Story:
     def change(seq: int, kind: str, data: dict[str, Any]) -> Change:
-        value = json.dumps({"term": 1, "type": kind, "data": data}).encode()
+        value = json.dumps({"term": 1, "time": float(seq), "type": kind, "data": data}).encode()
         at = {"at_s": float(seq), "key": f"/dtrain/jobs/job/events/{seq:012d}", "value": value, "revision": seq}
         return cast(Change, SimpleNamespace(**at))
 

@@ -1,10 +1,11 @@
-"""Hears every snapshot in the moment in which a worker tells it, and looks at that worker's disk.
+"""Hears every snapshot: in the moment in which a worker tells it, and looks at that worker's disk; and as it arrives.
 
 What is told may be acted upon, and the agent may be killed right behind it: so nothing may be told that its journal
 does not hold yet. It may not hold it any more: a heartbeat that comes while a newer attempt or generation is written
 tells the state before. The disk is read as anybody can read it, with SQL.
 """
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dtrain.proto import agent_pb2 as wire
@@ -27,11 +28,26 @@ Question = tuple[str, tuple[object, ...]]  # a statement and its parameters
 Claim = tuple[str, *tuple[Question, ...]]
 
 
+@dataclass(frozen=True, slots=True)
+class Heard:
+    """What a coordinator's machine heard of a worker, and when: how many ranks of each job run there."""
+
+    at_s: float
+    running: dict[str, int]
+
+
 class Witness:
-    """What it found to be told too early."""
+    """``found``: what was told too early. ``heard``: by coordinator's machine and worker, as it arrived."""
 
     def __init__(self) -> None:
         self.found: list[str] = []
+        self.heard: dict[tuple[str, str], list[Heard]] = {}
+
+    def arrives(self, host: str, at_s: float, message: object) -> None:
+        """Note what has reached a coordinator."""
+        if isinstance(message, wire.Snapshot):
+            running = {a.job: sum(rank.state == wire.RUNNING for rank in a.ranks) for a in message.assignments}
+            self.heard.setdefault((host, message.worker), []).append(Heard(at_s, running))
 
     def hears(self, process: Process, message: object) -> None:
         if not isinstance(message, wire.Snapshot):

@@ -89,7 +89,7 @@ class World:
         self.loop.thread_delay_s = lambda: self.rng.uniform(0.0, 0.003)
         self.net = Network(self.loop, self.rng, self.saw)
         self.witness = Witness()
-        self.net.hears = self.witness.hears
+        self.net.hears, self.net.arrives = self.witness.hears, self.witness.arrives
         self.etcd = Etcd(self.loop, self.net, self.rng, self.saw)
         self.endpoints = tuple(f"etcd{number}:2379" for number in (1, 2, 3))
         self.members = [Member(self.etcd, Machine(name.partition(":")[0]), name) for name in self.endpoints]

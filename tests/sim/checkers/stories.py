@@ -33,6 +33,7 @@ class Told:
     seq: int
     revision: int
     term: int
+    wall_s: float  # unix time of the decision, by its leader's clock
     type: str
     data: dict[str, Any]
 
@@ -130,9 +131,8 @@ class Story:
             found = _EVENT.fullmatch(change.key)
             if found and change.value is not None:
                 told = json.loads(change.value)
-                self.events.append(
-                    Told(change.at_s, int(found[2]), change.revision, told["term"], told["type"], told["data"])
-                )
+                at = change.at_s, int(found[2]), change.revision
+                self.events.append(Told(*at, told["term"], told["time"], told["type"], told["data"]))
         self._objects: dict[str, list[Deed]] = {}
         for deed in self.deeds:
             self._objects.setdefault(deed.key, []).append(deed)

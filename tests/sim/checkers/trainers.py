@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dtrain.worker.rank_dirs import RankId
 from tests.sim.checkers.stories import Story
 
+ROUNDED_S = 0.001  # times in the log are to the millisecond
+TAKEN_IN_S = 0.5  # within this a leader knows what has reached it
 STOPPED = ("told to end", "it was a stray")  # how the models of keepers and of the sweep say who ended a trainer
 
 
@@ -23,6 +25,25 @@ def slots(story: Story) -> Iterator[str]:
                 yield f"{entry.node} runs {len(here)} trainers in {story.world.shape.slots} slots"
         elif entry.what == "ended":
             here.discard(entry.of)
+
+
+def room(story: Story) -> Iterator[str]:
+    """A generation is decided upon only where there is room for it, by what the worker had told this leader."""
+    heard, slots = story.world.witness.heard, story.world.shape.slots
+    leaders = [c for c in story.changes if c.key.endswith("/leader") and c.value is not None]
+    for told in story.events_of("GenerationStarted"):
+        elected = [change for change in leaders if change.revision < told.revision][-1]
+        host = next(h for h in story.world.hosts if f'"{h.name}"'.encode() in (elected.value or b""))
+        decided_s = host.when(told.wall_s) + ROUNDED_S
+        for member in told.data["members"]:
+            known = [h for h in heard.get((host.name, member["worker"]), ()) if elected.at_s < h.at_s <= decided_s]
+            behind = sum(h.at_s > decided_s - TAKEN_IN_S for h in known)
+            others = [sum(n for job, n in h.running.items() if job != story.job) for h in known[-behind - 1 :]]
+            if others and min(others) + member["nproc"] > slots:
+                yield (
+                    f"generation {told.data['generation']} was given to {member['worker']}, "
+                    f"which told of {min(others)} trainers of other jobs in {slots} slots"
+                )
 
 
 def once(story: Story) -> Iterator[str]:
