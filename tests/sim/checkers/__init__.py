@@ -34,6 +34,7 @@ CHECKERS = {
     "trainers start where the log says": lineage.restored,
     "one gapless ancestry": lineage.ancestry,
     "slots hold one trainer": trainers.slots,
+    "slots are given once": trainers.given,
     "generations get free slots": trainers.room,
     "nothing is done twice": trainers.once,
     "what is told is journaled": trainers.told,

@@ -27,8 +27,23 @@ def slots(story: Story) -> Iterator[str]:
             here.discard(entry.of)
 
 
+def given(story: Story) -> Iterator[str]:
+    """The log gives no slot to two jobs."""
+    slots = story.world.shape.slots
+    rivals = [Story(story.world, story.storm, job) for job in story.world.jobs if job != story.job]
+    for told in story.events_of("GenerationStarted"):
+        held: Counter[str] = Counter()
+        for active in [rival.standing_at(told.at_s).generation for rival in rivals]:
+            for member in active.data["members"] if active is not None else ():
+                held[member["worker"]] += member["nproc"]
+        for member in told.data["members"]:
+            if held[member["worker"]] + member["nproc"] > slots:
+                where = f"{member['worker']}, where other jobs have {held[member['worker']]} of {slots} slots"
+                yield f"generation {told.data['generation']} was given to {where}"
+
+
 def room(story: Story) -> Iterator[str]:
-    """A generation is decided upon only where there is room for it, by what the worker had told this leader."""
+    """A generation is given to no worker that had told this leader of other jobs' trainers in the slots."""
     heard, slots = story.world.witness.heard, story.world.shape.slots
     leaders = [c for c in story.changes if c.key.endswith("/leader") and c.value is not None]
     for told in story.events_of("GenerationStarted"):
@@ -40,10 +55,8 @@ def room(story: Story) -> Iterator[str]:
             behind = sum(h.at_s > decided_s - TAKEN_IN_S for h in known)
             others = [sum(n for job, n in h.running.items() if job != story.job) for h in known[-behind - 1 :]]
             if others and min(others) + member["nproc"] > slots:
-                yield (
-                    f"generation {told.data['generation']} was given to {member['worker']}, "
-                    f"which told of {min(others)} trainers of other jobs in {slots} slots"
-                )
+                where = f"{member['worker']}, which told of {min(others)} trainers of other jobs in {slots} slots"
+                yield f"generation {told.data['generation']} was given to {where}"
 
 
 def once(story: Story) -> Iterator[str]:
