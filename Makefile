@@ -19,8 +19,8 @@ SHELL := bash
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
 	if "$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then echo "$$p"; break; fi; done)
 PIP_ARGS ?=
-# Tests wait for processes most of the time, so two at once take little more than half as long.
-PYTEST_ARGS ?= -n 2 --dist worksteal
+# As many tests at once as tests/conftest.py finds room for.
+PYTEST_ARGS ?= -n auto --dist worksteal
 SEEDS ?= 1000
 MINUTES ?= 10
 SEED ?=

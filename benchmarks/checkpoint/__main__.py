@@ -129,7 +129,13 @@ def _local_rows(own: Checkpoints, stalls: plot.Spread, durable: plot.Spread, set
         row("warm stall", ms(stall), f"best dcp.async_save {ms(asynchronous)}", stall / asynchronous, 0.65),
         row("warm stall", ms(stall), f"torch.save {ms(plain)}", stall / plain, 0.12),
         row("first stall", ms(own.stalls_s[0]), f"warm {ms(stall)}", own.stalls_s[0] / stall, 2.0),
-        row("step while uploading", "", "step while not", own.step_ratio, 1.10),
+        row(
+            "step while uploading",
+            f"{own.step_ratio:.2f} of one without",
+            f"while sendfile + fsync: {own.bare_step_ratio:.2f}",
+            own.step_ratio,
+            1.10,
+        ),
         row("command to safe, folder", ms(safe), f"sendfile + fsync {ms(bare)}", bare / safe, 0.8, most=False),
         row("command to safe, folder", ms(safe), f"{quickest[1]} {ms(quickest[0])}", safe / quickest[0], 1.0),
         row(

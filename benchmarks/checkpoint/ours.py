@@ -43,6 +43,7 @@ from dtrain.worker.uploads import Uploads
 
 JOB = JobName("bench")
 Said = dict[str, Any]  # what a trainer writes at its end: see trainer.py
+Span = tuple[float, float]  # when something began and ended (monotonic)
 SCRIPT = Path(__file__).with_name("trainer.py")
 WARM_UP_S = 6.0  # between the first step and the first checkpoint: a job's first checkpoint is not asked for sooner
 DEADLINE_S = 300.0
@@ -59,9 +60,11 @@ class Checkpoints:
     durable_s: list[float] = field(default_factory=list)  # from the command to storage's last word
     stored_s: list[float] = field(default_factory=list)  # from staged to storage's last word
     bare_s: list[float] = field(default_factory=list)  # the same bytes sent in the plainest way, in between
-    uploads: list[tuple[float, float]] = field(default_factory=list)  # when each upload ran
+    uploads: list[Span] = field(default_factory=list)  # when each upload ran
+    bares: list[Span] = field(default_factory=list)  # and each plain sending
     memcpy_s: list[float] = field(default_factory=list)
-    step_ratio: float = 0.0  # a step while uploading / a step while not
+    step_ratio: float = 0.0  # a step while uploading / a step while nothing is sent
+    bare_step_ratio: float = 0.0  # a step while the same bytes are sent in the plainest way / the same
     above_state_bytes: int = 0  # private memory of a trainer at its peak, above what it had before its checkpoints
     state_bytes: int = 0  # a rank
 
@@ -226,7 +229,8 @@ class Node:
         sizes = [self.seen[of.rank].staged_bytes for of in ids]
         together = time.monotonic()
         await asyncio.gather(*(asyncio.to_thread(bare, slot, size) for slot, size in zip(slots, sizes, strict=True)))
-        measured.bare_s.append(time.monotonic() - together)
+        measured.bares.append((together, time.monotonic()))
+        measured.bare_s.append(measured.bares[-1][1] - together)
         await asyncio.sleep(PAUSE_S)
 
     def _finish(self, request: CheckpointRequest, done: list[UploadDone]) -> None:
@@ -343,12 +347,19 @@ def _take_in(measured: Checkpoints, said: list[Said]) -> None:
     measured.memcpy_s = [max(copies) for copies in by_round]
     measured.state_bytes = said[0]["state_bytes"]
     measured.above_state_bytes = max(rank["peak_bytes"] - rank["before_bytes"] for rank in said)
-    during, apart = [], []
-    for ended, took in (step for rank in said for step in rank["steps"]):
-        inside = any(began <= ended - took and ended <= done for began, done in measured.uploads)
-        near = any(began - PAUSE_S / 2 <= ended and ended - took <= done for began, done in measured.uploads)
-        if inside:
-            during.append(took)
-        elif not near:
-            apart.append(took)
-    measured.step_ratio = statistics.mean(during) / statistics.mean(apart)
+    steps = [(ended - took, ended) for rank in said for ended, took in rank["steps"]]
+    apart = [step for step in steps if not _is_near(step, measured.uploads) and not _is_near(step, measured.bares)]
+    measured.step_ratio = _mean_s(_inside(steps, measured.uploads)) / _mean_s(apart)
+    measured.bare_step_ratio = _mean_s(_inside(steps, measured.bares)) / _mean_s(apart)
+
+
+def _inside(steps: list[Span], spans: list[Span]) -> list[Span]:
+    return [step for step in steps if any(began <= step[0] and step[1] <= ended for began, ended in spans)]
+
+
+def _is_near(step: Span, spans: list[Span]) -> bool:
+    return any(began - PAUSE_S / 2 <= step[1] and step[0] <= ended for began, ended in spans)
+
+
+def _mean_s(steps: list[Span]) -> float:
+    return statistics.mean(ended - began for began, ended in steps)

@@ -3,7 +3,7 @@
 The directory is an open descriptor, so that nobody can move it aside between two steps. A put goes
 
 1. a temporary file, marked by a lock as a living writer's;
-2. its bytes, in chunks that the disk starts on while the next is copied; fsync;
+2. its bytes, past the page cache, or in chunks that the disk starts on while the next is copied; fsync;
 3. its name: ``link()`` for create-only, which fails if the name exists, ``rename()`` otherwise;
 4. fsync of the directory.
 
@@ -19,6 +19,7 @@ import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from dtrain.storage.direct_writes import BLOCK_BYTES, write_direct
 from dtrain.storage.keys import RESERVED_PART
 from dtrain.storage.metering import Meter
 from dtrain.storage.parts import FileParts
@@ -37,7 +38,7 @@ def place(directory: int, name: str, data: memoryview, *, if_absent: bool) -> No
 
 
 def place_file(directory: int, name: str, source: FileParts, meter: Meter) -> None:
-    """Like :func:`place`, for parts of an open file; its bytes never leave the kernel."""
+    """Like :func:`place`, for parts of an open file: past the page cache where that goes, else within the kernel."""
     _place(directory, name, source.size_bytes, lambda file: _send_parts(file, source, meter), if_absent=False)
 
 
@@ -96,12 +97,16 @@ def _send_parts(descriptor: int, source: FileParts, meter: Meter) -> None:
     _write(descriptor, memoryview(source.head))
     meter.moved(position)
     for begin, end in source.ranges:
-        _send(descriptor, source.file, begin, end, position, meter)
+        done = 0
+        if source.memory is not None and begin % BLOCK_BYTES == 0:
+            done = write_direct(descriptor, source.memory[begin:end], position, meter)
+        _send(descriptor, source.file, begin + done, end, position + done, meter)
         position += end - begin
 
 
 def _send(descriptor: int, source: int, begin: int, end: int, position: int, meter: Meter) -> None:
-    """Append a range of ``source``; ``position`` is where the target ends so far."""
+    """Write a range of ``source`` to ``position``, which is where the target ends so far."""
+    os.lseek(descriptor, position, os.SEEK_SET)
     at = begin
     while at < end:
         chunk_bytes = min(CHUNK_BYTES, end - at)

@@ -1,5 +1,6 @@
 """Faults that lie in wait: for one append, one command, one moment of a salvage, and strike just then."""
 
+import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from tests.sim.faults import Storm
     from tests.sim.nodes import Node
 
+LATE_S = 1.5  # what a slow worker tells
 KEPT_S = 8.0  # a command that is kept on its way arrives then: long after it was sent again
 
 
@@ -190,10 +192,48 @@ def _put_overtaken(storm: "Storm") -> Undo | None:
     return undo
 
 
+def _port_again(storm: "Storm") -> Undo | None:
+    """Rank 0's node is slow to say that its port is taken, and another rank dies: the next generation gets it again."""
+    world, undo = storm.world, Later()
+    slow: list[str] = []
+
+    def started(change: Change) -> None:
+        kind, appended = world.log[-1] if world.log else ("", None)
+        if kind != "GenerationStarted" or appended is not change or undo.due:
+            return
+        members = json.loads(change.value or b"")["data"]["members"]
+        if len(members) > 1:
+            world.etcd.on_change.remove(started)
+            slow.append(members[0]["worker"])
+            storm.say(f"what {slow[0]} tells comes {LATE_S} s late")
+            world.net.late_s[slow[0]] = LATE_S
+            undo.then = lift
+            world.loop.after(2 * LATE_S, lift)
+            world.diary.readers.append(spawned)
+
+    def lift() -> None:
+        world.net.late_s.pop(slow[0], None)
+
+    def spawned(entry: Entry) -> None:
+        if entry.what == "spawned" and entry.node != slow[0]:
+            world.diary.readers.remove(spawned)
+            world.loop.after(storm.rng.uniform(0.0, 0.1), dies, entry)
+
+    def dies(entry: Entry) -> None:
+        for trainer in [t for node in world.nodes for t in node.living if t.of == entry.of]:
+            storm.say(f"{trainer.of} ends as soon as it began")
+            world.hurt(entry.node, trainer.of.job)
+            trainer.end(-9, "")
+
+    world.etcd.on_change.append(started)
+    return undo
+
+
 AMBUSHES: dict[str, Callable[["Storm"], Undo | None]] = {
     "append overtaken": _append_overtaken,
     "append in doubt": _append_in_doubt,
     "command overtaken": _command_overtaken,
     "salvage disturbed": _salvage_disturbed,
     "put overtaken": _put_overtaken,
+    "port again": _port_again,
 }

@@ -58,6 +58,7 @@ DATA_PLANE = (
     "newest condemned",
     "salvage disturbed",
     "put overtaken",
+    "port again",
 )
 STEADY = (
     "lost answers",
@@ -147,6 +148,7 @@ class Storm:
         world.etcd.late_writes = 0.0
         world.etcd.late_keys.clear()
         world.etcd.waylay = world.net.hold = world.blobs.waylay = None
+        world.net.late_s.clear()
         world.habits.misses = world.habits.stage_fails = world.habits.slips = 0.0
         for host in world.hosts:
             for process in list(host.processes):

@@ -68,6 +68,7 @@ class Network:
         self.links: dict[Link, None] = {}  # in the order in which they came, the same in every process
         self.hold: Callable[[Link, Any], bool] | None = None  # whether a message to a worker is kept on its way
         self.hears: Callable[[Process, Any], None] = lambda process, message: None  # what is sent up a stream
+        self.late_s: dict[str, float] = {}  # what these machines send up a stream comes so much later
         self.arrives: Callable[[str, float, Any], None] = lambda host, at_s, message: None  # and what gets there
         self.spoke: dict[str, list[float]] = {}  # worker -> when it reached who had welcomed it
         self.looked: dict[str, float] = {}  # process -> when it last asked who leads
@@ -230,7 +231,8 @@ class Link:
         if self._starves or not net.open(source, target):
             self.starve()
             return
-        when_s = max(net.loop.now_s + net.delay_s(), self._last_s[way])
+        late_s = net.late_s.get(source.name, 0.0) if way == 0 else 0.0
+        when_s = max(net.loop.now_s + net.delay_s() + late_s, self._last_s[way])
         if self.messy and (weather.dropped or weather.doubled or weather.shuffled):
             draw = net.rng.random()
             if draw < weather.dropped:

@@ -38,6 +38,7 @@ EXPECTED = (
     "generation began smaller than the one before",
     "generation began larger than the one before",
     "generation began on other workers",
+    "generation was given the port of the one before",
     "generation failed before its first step",
     "generation failed: script",
     "generation failed: connection",
@@ -188,6 +189,7 @@ def _packs_of_others(data: dict[str, Any]) -> list[str]:
 def _generations(story: Story) -> Iterator[str]:
     first_steps = {entry.of.generation for entry in story.diary if entry.what == "trained"}
     before: set[str] = set()
+    met_at: tuple[str, int] | None = None
     quarantined: set[int] = set()
     for told in story.events_of("GenerationStarted", "CheckpointQuarantined"):
         if told.type == "CheckpointQuarantined":
@@ -204,6 +206,10 @@ def _generations(story: Story) -> Iterator[str]:
             yield "generation began larger than the one before"
         if before and workers - before:
             yield "generation began on other workers"
+        meets_at = told.data["members"][0]["worker"], told.data["master_port"]
+        if meets_at == met_at:
+            yield "generation was given the port of the one before"
+        met_at = meets_at
         if told.data["generation"] not in first_steps:
             yield "generation failed before its first step"
         before = workers

@@ -23,6 +23,7 @@ from dtrain.storage.restore_files import (
     Sources,
     encode_sources,
 )
+from tests.support.warm_scripts import WarmScript, WarmScripts
 
 DEADLINE_S = 60.0  # longest wait for a fact; a run here takes a few seconds
 ROOT = Path(__file__).parents[2]
@@ -94,7 +95,7 @@ class RankFolder:
         with (self.path / "mailbox").open("r+b") as file:
             self._map = mmap.mmap(file.fileno(), MAILBOX_BYTES)
         self.mailbox = Mailbox(self._map, create=True)
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: subprocess.Popen[bytes] | WarmScript | None = None
         self.environment = clean_environment(
             RANK=str(rank),
             WORLD_SIZE=str(world_size),
@@ -121,6 +122,11 @@ class RankFolder:
             self.process = subprocess.Popen(
                 [sys.executable, str(script), *arguments], env=self.environment, stdout=output, stderr=output
             )
+
+    def start_warm(self, scripts: WarmScripts, script: Path, *arguments: str) -> None:
+        """The same, in a process that has imported torch already."""
+        output = self.path / "output"
+        self.process = scripts.start(script, *arguments, environment=self.environment, output=output)
 
     def kill(self) -> None:
         """End the process with SIGKILL, if it still runs."""

@@ -1,8 +1,6 @@
 """torch.distributed.checkpoint on dtrain's stores: its own calls, dtrain's layout and digests."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,28 +18,28 @@ from dtrain.storage.objects import StorageUnavailable
 from dtrain.storage.retrying import DAMAGED_READS
 from dtrain.storage.verify import verify_checkpoint
 from tests.support.memory_store import Crackling, Fault, MemoryStore
+from tests.support.warm_scripts import WarmScripts
 from tests.trainer.playing_worker import DEADLINE_S, clean_environment
 from tests.trainer.test_local_mode import train
 
 SCRIPT = Path(__file__).parent / "dcp_script.py"
 
 
-def together(what: str, folder: Path, world: int) -> None:
+def together(warm: WarmScripts, what: str, folder: Path, world: int) -> None:
     """Run the script on every rank of a world."""
-    meet = folder / f"meet-{what}-{world}"
+    meet, said = folder / f"meet-{what}-{world}", [folder / f"said-{what}-{world}-{rank}" for rank in range(world)]
     ranks = [
-        subprocess.Popen(
-            [sys.executable, str(SCRIPT), what, str(folder / "store"), str(rank), str(world), str(meet)],
-            env=clean_environment(),
-            stderr=subprocess.PIPE,
-            text=True,
+        warm.start(
+            SCRIPT,
+            *(what, str(folder / "store"), str(rank), str(world), str(meet)),
+            environment=clean_environment(),
+            output=output,
         )
-        for rank in range(world)
+        for rank, output in enumerate(said)
     ]
     try:
-        for rank in ranks:
-            _, said = rank.communicate(timeout=2 * DEADLINE_S)
-            assert rank.returncode == 0, said
+        for rank, output in zip(ranks, said, strict=True):
+            assert rank.wait(2 * DEADLINE_S) == 0, output.read_text()
     finally:
         for rank in ranks:
             rank.kill()
@@ -49,12 +47,14 @@ def together(what: str, folder: Path, world: int) -> None:
 
 
 @pytest.mark.parametrize(("world", "then"), [(2, 1), (1, 2)])
-def test_a_plain_program_saves_in_one_world_and_loads_in_another(world: int, then: int, tmp_path: Path) -> None:
-    together("save", tmp_path, world)
+def test_a_plain_program_saves_in_one_world_and_loads_in_another(
+    world: int, then: int, warm: WarmScripts, tmp_path: Path
+) -> None:
+    together(warm, "save", tmp_path, world)
     marker = "jobs/plain/checkpoints/000003/COMMITTED"
     assert json.loads((tmp_path / "store" / marker).read_text())["step"] == 7
     assert verify_checkpoint(LocalFolder(tmp_path / "store"), marker) == []
-    together("load", tmp_path, then)
+    together(warm, "load", tmp_path, then)
     with pytest.raises(UserError, match="already: give another number"):
         StoreWriter(str(tmp_path / "store"), job="plain", checkpoint=3)
 
@@ -185,10 +185,10 @@ def test_complex_numbers_of_double_precision_come_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["thread", "process"])
-def test_a_save_beside_the_training_is_committed(kind: str, tmp_path: Path) -> None:
-    together(kind, tmp_path, 1)
+def test_a_save_beside_the_training_is_committed(kind: str, warm: WarmScripts, tmp_path: Path) -> None:
+    together(warm, kind, tmp_path, 1)
     assert verify_checkpoint(LocalFolder(tmp_path / "store"), "jobs/plain/checkpoints/000003/COMMITTED") == []
-    together("load", tmp_path, 1)
+    together(warm, "load", tmp_path, 1)
 
 
 def test_a_jobs_own_checkpoint_is_read_by_torchs_loader(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from dtrain.trainer.data_position import DataPosition
 from dtrain.trainer.staging import ShardLayouts
 from dtrain.trainer.tracking import TrackedState
 from dtrain.worker.shard_images import probable_needs
+from tests.support.warm_scripts import WarmScripts
 from tests.trainer.pipeline_script import Stage
 from tests.trainer.playing_worker import RankFolder, offer
 
@@ -103,9 +104,9 @@ def test_replicas_of_one_mesh_are_not_even_staged_twice() -> None:
         assert not [name for name in names if name.startswith("model.layer0.")]
 
 
-def test_a_pipeline_of_four_ranks_goes_on_from_the_same_bits(tmp_path: Path) -> None:
-    shards = run(tmp_path / "first", until=STEPS)
-    run(tmp_path / "second", until=STEPS + 1, shards=shards)
+def test_a_pipeline_of_four_ranks_goes_on_from_the_same_bits(warm: WarmScripts, tmp_path: Path) -> None:
+    shards = run(warm, tmp_path / "first", until=STEPS)
+    run(warm, tmp_path / "second", until=STEPS + 1, shards=shards)
     for rank in range(4):
         before = load_file(tmp_path / "first" / f"ended{rank}.safetensors")
         after = load_file(tmp_path / "second" / f"begun{rank}.safetensors")
@@ -114,7 +115,7 @@ def test_a_pipeline_of_four_ranks_goes_on_from_the_same_bits(tmp_path: Path) -> 
             assert tensor.dtype == after[name].dtype and torch.equal(tensor, after[name]), name
 
 
-def run(folder: Path, *, until: int, shards: list[bytes] | None = None) -> list[bytes]:
+def run(warm: WarmScripts, folder: Path, *, until: int, shards: list[bytes] | None = None) -> list[bytes]:
     """Train on four ranks until ``until``, from ``shards`` or from nothing. Return what they stage at the end."""
     folder.mkdir()
     staged = []
@@ -126,7 +127,7 @@ def run(folder: Path, *, until: int, shards: list[bytes] | None = None) -> list[
             if shards is None:
                 rank.mailbox.restore = RestoreState.NOTHING
             rank.mailbox.request = pack(1, until)
-            rank.start(SCRIPT, str(folder), str(until))
+            rank.start_warm(warm, SCRIPT, str(folder), str(until))
         for rank in ranks:
             assert rank.wait_exit() == 0, rank.output()
             word, slot, size_bytes = rank.mailbox.staged

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from dtrain.common.mailbox import RestoreState, pack, unpack
 from dtrain.storage.catalogs import Catalog, catalog_of
 from dtrain.storage.indexes import index_shard, open_index
+from tests.support.warm_scripts import WarmScripts
 from tests.trainer.playing_worker import RankFolder, offer
 
 SCRIPT = Path(__file__).parent / "sharded_script.py"
@@ -27,7 +28,7 @@ class Saved:
 
 
 def run(
-    folder: Path, how: str, world: int, shards: list[bytes] | None = None, until: int = STEPS
+    warm: WarmScripts, folder: Path, how: str, world: int, shards: list[bytes] | None = None, until: int = STEPS
 ) -> tuple[Saved, list[dict[str, Any]]]:
     """Train until ``until`` from ``shards`` (or from nothing), with a checkpoint at the end if there are steps."""
     steps = until > STEPS or shards is None
@@ -41,7 +42,7 @@ def run(
                 rank.mailbox.restore = RestoreState.NOTHING
             if steps:
                 rank.mailbox.request = pack(1, until)
-            rank.start(SCRIPT, how, str(folder), str(until))
+            rank.start_warm(warm, SCRIPT, how, str(folder), str(until))
         staged = []
         for rank in ranks:
             assert rank.wait_exit() == 0, rank.output()
@@ -59,13 +60,13 @@ def catalog(shards: list[bytes]) -> Catalog:
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], Saved]:
+def saved(warm: WarmScripts, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], Saved]:
     """Checkpoints by wrapping and world size, each made once."""
     known: dict[tuple[str, int], Saved] = {}
 
     def make(how: str, world: int) -> Saved:
         if (how, world) not in known:
-            known[how, world], _ = run(tmp_path_factory.mktemp("saved") / f"{how}{world}", how, world)
+            known[how, world], _ = run(warm, tmp_path_factory.mktemp("saved") / f"{how}{world}", how, world)
         return known[how, world]
 
     return make
@@ -87,10 +88,16 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], Save
     ],
 )
 def test_every_tensor_is_the_same_bits_in_another_world(
-    how: str, world: int, then: str, then_world: int, saved: Callable[[str, int], Saved], tmp_path: Path
+    how: str,
+    world: int,
+    then: str,
+    then_world: int,
+    saved: Callable[[str, int], Saved],
+    warm: WarmScripts,
+    tmp_path: Path,
 ) -> None:
     before = saved(how, world)
-    after, told = run(tmp_path / "then", then, then_world, before.shards)
+    after, told = run(warm, tmp_path / "then", then, then_world, before.shards)
     assert all(rank["restored"] and rank["tied"] for rank in told)
     moved = (how, world) != (then, then_world)
     assert [rank["planned"] for rank in told] == [moved] * then_world, "what did not move needs no planner"
@@ -107,11 +114,13 @@ def same_bits(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -
         assert torch.equal(found.reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8)), name
 
 
-def test_two_ranks_go_on_as_one_and_then_as_three(saved: Callable[[str, int], Saved], tmp_path: Path) -> None:
+def test_two_ranks_go_on_as_one_and_then_as_three(
+    saved: Callable[[str, int], Saved], warm: WarmScripts, tmp_path: Path
+) -> None:
     before = saved("ddp", 2)
     for number, world in enumerate((1, 3), start=1):
         folder = tmp_path / str(world)
-        after, told = run(folder, "ddp", world, before.shards, until=STEPS + number)
+        after, told = run(warm, folder, "ddp", world, before.shards, until=STEPS + number)
         assert all(rank["restored"] and rank["planned"] for rank in told)
         same_bits(before.tensors, load_file(folder / "begun.safetensors"))
         assert not torch.equal(after.tensors["model.body.weight"], before.tensors["model.body.weight"]), "it trained on"
