@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from tests.sim.faults import Storm
     from tests.sim.nodes import Node
 
-LATE_S = 1.5  # what a slow worker tells
+LATE_S = 4.0  # what a slow worker tells
 KEPT_S = 8.0  # a command that is kept on its way arrives then: long after it was sent again
 
 
