@@ -12,7 +12,8 @@ owner would be a lost worker for whoever looks in between.
 
 Nor is it let go before it is put anew. Until a put is known to be done, which may take longer than a lease lives, the
 lease that the key is bound to now is renewed: an older one of this process, or that of its earlier life, which
-``is_own`` recognises. So the key of a process that was killed and is back never vanishes in between.
+``is_own`` recognises. So the key of a process that was killed and is back does not vanish in between; where a late put
+bound it to a lease that ends before anybody can renew it, it is put at once, whatever else is under way.
 
 A name has one owner: the newest process that registered it. One that finds its key held by a lease that was
 never its own has been replaced, and is told so by :class:`RegistrationTaken`.
@@ -43,7 +44,7 @@ logger = logging.getLogger(__name__)
 _RETRY_FIRST_S = 0.1  # an etcd that was merely restarted is back within tenths of a second
 _RETRY_MAX_S = 3.0  # after a long outage all workers come back spread over a few seconds, not as one storm
 _LATE_PUTS_MAX = 3  # an earlier life had one on its way when it was killed, and so had those before it
-_CARRY_TIMEOUT_S = 1.0  # of one renewal of the older lease
+_CARRY_TIMEOUT_S = 1.0  # of one renewal of the older lease, or of the put in its place
 _CHECK_MIN_S = 1.0  # the key is compared once a time to live, and never more often than this
 
 
@@ -181,17 +182,23 @@ class _Registration:
         """Until cancelled, renew the lease that the key is bound to, if it is not ``lease`` and was our own.
 
         ``moved``: the key was changed, as by a late put of a still earlier life; now another lease may have to be kept.
+        If that one was over before anybody could renew it, the key is put without waiting for the put under way.
         """
+        was_there = False
         while True:
             pause_s = lease.ttl_s / BEATS_A_TTL
             try:
                 found = await self._client.get(self._key)
+                if found is None and was_there:
+                    async with asyncio.timeout(_CARRY_TIMEOUT_S):
+                        await self._put(None, lease, self._value())
+                was_there = was_there or found is not None
                 if found is not None and found.lease not in (0, lease.id) and self._was_ours(found):
                     pause_s = await renew(self._client, found.lease, timeout_s=_CARRY_TIMEOUT_S) / BEATS_A_TTL
             except LeaseLost as error:
                 logger.info("%s ends before it is put anew: %s", self._key, error)
-            except (RetryableError, PermanentError) as error:
-                logger.info("%s may end before it is put anew: %s", self._key, error)
+            except (RetryableError, PermanentError, TimeoutError) as error:
+                logger.info("%s may end before it is put anew: %s", self._key, error or "no answer yet")
                 pause_s = _RETRY_FIRST_S
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(pause_s):

@@ -1,7 +1,7 @@
 """A registration is a level that is held: it is there while its process lives, and gone soon after."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 
 import pytest
@@ -11,7 +11,7 @@ from dtrain.etcd import registrations
 from dtrain.etcd.client import EtcdClient
 from dtrain.etcd.errors import OutcomeUnknown
 from dtrain.etcd.keyvalues import KeyValue
-from dtrain.etcd.leases import Lease
+from dtrain.etcd.leases import Lease, renew
 from dtrain.etcd.registrations import RegistrationChange, RegistrationTaken, keep_registered
 from dtrain.etcd.transactions import Compare, Op, TxnResult
 from tests.support.etcd_server import EtcdServer
@@ -240,6 +240,42 @@ def test_the_key_of_a_process_that_is_back_stays_however_late_its_put_is(etcd: E
                 due.set()
                 again = await until(witness, lambda kv: kv is not None and kv.value == b"me")
                 assert again is not None and again.create_revision == put_at
+
+    asyncio.run(run())
+
+
+def test_a_key_that_vanishes_before_it_is_put_anew_is_put_at_once(
+    etcd: EtcdServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A late put may bind it to a lease that is over a moment later, while the put that is to follow takes long."""
+
+    async def run() -> None:
+        begun: list[asyncio.Future[TxnResult]] = []
+        renewed: list[int] = []
+        async with EtcdClient([etcd.endpoint]) as client, EtcdClient([etcd.endpoint]) as witness:
+            older = await Lease.grant(witness, 60)
+            await witness.put(KEY, b"earlier life", lease=older.id)
+            real_txn = client.txn
+
+            async def first_never(compares: Sequence[Compare], then: Sequence[Op]) -> TxnResult:
+                if begun:
+                    return await real_txn(compares, then)
+                begun.append(asyncio.get_running_loop().create_future())
+                return await begun[0]
+
+            def renewing(client: EtcdClient, lease: int, *, timeout_s: float) -> Awaitable[int]:
+                renewed.append(lease)
+                return renew(client, lease, timeout_s=timeout_s)
+
+            client.txn = first_never  # type: ignore[method-assign, assignment]
+            monkeypatch.setattr("dtrain.etcd.registrations.renew", renewing)
+            async with registered(client, lambda: b"me", 60, is_own=lambda value: value == b"earlier life"):
+                async with asyncio.timeout(DEADLINE_S):
+                    while not begun or renewed[-1:] != [older.id]:
+                        await asyncio.sleep(0.02)
+                await older.revoke()
+                await until(witness, lambda kv: kv is not None and kv.value == b"me")
+                assert not begun[0].done(), "the first put is still on its way"
 
     asyncio.run(run())
 
