@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dtrain.coordinator.core.events import CheckpointQuarantined, GenerationStarted
 from dtrain.etcd.client import EtcdClient
-from dtrain.storage.shards import header_bytes
+from dtrain.storage.shards import parse_header
 from dtrain.storage.uris import open_store
 from tests.support.cluster import PREFIX, Cluster, cluster
 from tests.support.facts import wait_for
@@ -22,6 +22,17 @@ def flip_one_bit(path: Path, at: int) -> None:
         byte = file.read(1)[0]
         file.seek(at)
         file.write(bytes([byte ^ 1]))
+
+
+def only_here(path: Path, others: list[Path]) -> list[int]:
+    """Return where the shard's bytes are that no other shard has a copy of: a restore needs each of them.
+
+    The header is in the index too, and is not read again; of copies that several ranks stored, one is read.
+    """
+    header = parse_header(path.read_bytes())
+    elsewhere = {name for other in others for name in parse_header(other.read_bytes()).tensors}
+    needed = [span for name, span in header.tensors.items() if name not in elsewhere]
+    return [at for span in needed for at in range(header.data_start + span.begin, header.data_start + span.end)]
 
 
 def forget_staged_bytes(it: Cluster) -> None:
@@ -64,9 +75,9 @@ def test_a_flipped_bit_is_named_and_the_checkpoint_before_is_used(
             os.kill(pid, signal.SIGSTOP)  # so that no newer checkpoint is committed before the damage is done
         newest = attack.committed()[-1]
         shard = rng.choice(newest.shards)
-        path = tmp_path / "cluster" / "store" / shard.key
-        data = path.read_bytes()  # its header is in the index too, and is not read again
-        flip_one_bit(path, rng.randrange(header_bytes(data), len(data)))
+        paths = {each.key: tmp_path / "cluster" / "store" / each.key for each in newest.shards}
+        others = [path for key, path in paths.items() if key != shard.key]
+        flip_one_bit(paths[shard.key], rng.choice(only_here(paths[shard.key], others)))
         forget_staged_bytes(it)
         attack.hurry()
         os.kill(min(pids), signal.SIGKILL)
