@@ -6,7 +6,7 @@ is create-only and the same whoever writes them, so a second writer finds its ow
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
 from typing import assert_never
@@ -208,20 +208,25 @@ def _delete_attempt(store: ObjectStore, effect: DeleteAttempt) -> ObjectsDeleted
     if effect.committed:
         store.delete(keys.marker_key(effect.job, effect.checkpoint))  # first: from here on nothing is promised
     store.delete(keys.manifest_key(effect.job, effect.checkpoint, effect.attempt))
-    _empty(store, keys.attempt_prefix(effect.job, effect.checkpoint, effect.attempt))
-    _empty(store, keys.pack_prefix(effect.job, effect.attempt), keep=effect.keep)
+    prefixes = (
+        keys.attempt_prefix(effect.job, effect.checkpoint, effect.attempt),
+        keys.pack_prefix(effect.job, effect.attempt),
+    )
+    _empty(store, prefixes, keep=effect.keep)
     return ObjectsDeleted(job=effect.job, attempt=effect.attempt)
 
 
-def _empty(store: ObjectStore, prefix: str, *, keep: Collection[str] = ()) -> None:
-    """Delete what is below ``prefix`` until nothing is listed there: a put may arrive while the others are deleted.
+def _empty(store: ObjectStore, prefixes: Sequence[str], *, keep: Collection[str]) -> None:
+    """Delete what is below the prefixes until nothing is listed there: a put may arrive while the others are deleted.
 
-    Raises :class:`StorageUnavailable` if the store goes on listing something, so that it is tried again later.
+    All are looked at again behind the last deletion. Raises :class:`StorageUnavailable` if the store goes on listing
+    something, so that it is tried again later.
     """
-    store.abandon(prefix)  # before the list, which so holds whatever was completed meanwhile
+    for prefix in prefixes:
+        store.abandon(prefix)  # before the list, which so holds whatever was completed meanwhile
     left: list[str] = []
     for _ in range(LOOKS_MAX):
-        left = [info.key for info in store.list(prefix) if info.key not in keep]
+        left = [info.key for prefix in prefixes for info in store.list(prefix) if info.key not in keep]
         if not left:
             return
         for key in left:

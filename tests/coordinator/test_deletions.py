@@ -23,6 +23,7 @@ from tests.support.memory_store import Fault, MemoryStore
 DEADLINE_S = 30.0
 POLL_S = 0.005
 MNIST = JobName(JOB)
+PACK = f"{keys.pack_prefix(MNIST, AttemptNumber(1))}rank-00000-00.bin"
 UNAVAILABLE = StorageUnavailable("no answer")
 
 
@@ -149,15 +150,17 @@ def test_one_leader_goes_on_by_itself_when_storage_answers_again(store: MemorySt
     assert listed(store) == sorted(checkpoint_keys(2, 2))
 
 
+@pytest.mark.parametrize("last", [checkpoint_keys(1, 1)[-1], PACK], ids=["shard", "pack"])
 def test_what_arrives_while_the_others_are_deleted_goes_too(
-    store: MemoryStore, monkeypatch: pytest.MonkeyPatch
+    store: MemoryStore, monkeypatch: pytest.MonkeyPatch, last: str
 ) -> None:
     cluster, (late, *_) = two_saved(store), attempt_keys(1, 1)
+    fill(store, PACK)
     delete = store.delete
 
     def deletes(key: str) -> None:
         delete(key)
-        if key == checkpoint_keys(1, 1)[-1]:
+        if key == last:
             monkeypatch.setattr(store, "delete", delete)
             store.put(late, b"on its way when its attempt was given up")
 
@@ -212,8 +215,7 @@ def test_the_sweep_of_an_aborted_attempt_touches_nothing_of_the_checkpoint_that_
     prefix = keys.attempt_prefix(MNIST, CheckpointNumber(1), AttemptNumber(1))
     cleaned = [call for call in store.calls if call[0] in ("abandon", "list") and call[1]]
     packs = keys.pack_prefix(MNIST, AttemptNumber(1))
-    looked = [("list", prefix), ("list", prefix)]
-    expected = [("abandon", prefix), *looked, ("abandon", packs), ("list", packs)]
+    expected = [("abandon", prefix), ("abandon", packs), *[("list", prefix), ("list", packs)] * 2]
     assert cleaned == expected, "uploads that were cut off go first, and it is looked at again"
     cluster.tells(fact)
     assert cluster.decides() == ["AttemptSwept"]

@@ -32,6 +32,14 @@ class Deed:
     rot: bool = False  # the store's own fault: the object was damaged where it lay
 
 
+@dataclass(frozen=True, slots=True)
+class Look:
+    """One list of what is there, which the caller was given."""
+
+    at_s: float
+    prefix: str
+
+
 @dataclass(slots=True)
 class StoreWeather:
     """How bad the store is; the faults' plan sets it."""
@@ -56,6 +64,7 @@ class Blobs:
         self.weather = StoreWeather()
         self.objects: dict[str, bytes] = {}
         self.history: list[Deed] = []
+        self.looks: list[Look] = []
         self.on_deed: list[Callable[[Deed], None]] = []
         self.waylay: Callable[[str, bytes], bool] | None = None  # whether this put stays on its way, unanswered
 
@@ -122,7 +131,12 @@ class Blobs:
         return self._call("head", act)
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
-        found = self._call("list", lambda _: [key for key in sorted(self.objects) if key.startswith(prefix)])
+        def act(confirmed: bool) -> list[str]:
+            if confirmed:
+                self.looks.append(Look(self.loop.now_s, prefix))
+            return [key for key in sorted(self.objects) if key.startswith(prefix)]
+
+        found = self._call("list", act)
         for key in found:
             if key in self.objects:
                 yield ObjectInfo(key=key, size_bytes=len(self.objects[key]))

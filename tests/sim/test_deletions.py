@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import pytest
 
-from tests.sim.blobs import Deed
+from tests.sim.blobs import Deed, Look
 from tests.sim.checkers import deletions
 from tests.sim.checkers.stories import Story
 from tests.sim.etcd import Change
@@ -31,7 +31,13 @@ PUTS = [(0.5, key, b"") for key in (SHARD, MANIFEST, PACK)] + [(1.5, MARKER, b""
 GONE = [(2.2, MARKER, None), (2.4, MANIFEST, None), (2.6, SHARD, None), (4.5, PACK, None)]
 
 
-def story(events: tuple[tuple[str, dict[str, Any]], ...], deeds: list[tuple[float, str, bytes | None]]) -> Story:
+def story(
+    events: tuple[tuple[str, dict[str, Any]], ...],
+    deeds: list[tuple[float, str, bytes | None]],
+    looked_s: tuple[float, ...] = (),
+) -> Story:
+    """``looked_s``: when both folders of the attempt were listed."""
+
     def change(seq: int, kind: str, data: dict[str, Any]) -> Change:
         value = json.dumps({"term": 1, "time": float(seq), "type": kind, "data": data}).encode()
         at = {"at_s": float(seq), "key": f"/dtrain/jobs/job/events/{seq:012d}", "value": value, "revision": seq}
@@ -39,7 +45,12 @@ def story(events: tuple[tuple[str, dict[str, Any]], ...], deeds: list[tuple[floa
 
     world = SimpleNamespace(
         etcd=SimpleNamespace(history=[change(n, *event) for n, event in enumerate(events, start=1)]),
-        blobs=SimpleNamespace(history=[Deed(at_s, "c1", key, data, True) for at_s, key, data in sorted(deeds)]),
+        blobs=SimpleNamespace(
+            history=[Deed(at_s, "c1", key, data, True) for at_s, key, data in sorted(deeds)],
+            looks=[
+                Look(at_s, prefix) for at_s in looked_s for prefix in (f"{ATTEMPT}/", f"{PACK.rpartition('/')[0]}/")
+            ],
+        ),
         diary=SimpleNamespace(entries=[]),
         loop=SimpleNamespace(now_s=99.0),
         ends={"job": "JobSucceeded"},
@@ -82,9 +93,12 @@ def test_what_is_called_swept_must_be_gone_and_must_not_come_back(key: str) -> N
     assert found(story(SWEPT, [(0.5, key, b""), *gone, (9.0, key, b"")])) == {"leftovers"}
     late = [(1.4, key, b""), *((1.5, name, None) for name in (MANIFEST, SHARD, PACK) if name != key)]
     others = [(0.5, name, b"") for name in (MANIFEST, SHARD, PACK) if name != key]
-    assert "confirmed" in found(story(SWEPT, [*others, *late])), "it came while the others were deleted"
+    assert "confirmed" in found(story(SWEPT, [*others, *late], (1.3,))), "it came while the others were deleted"
     behind = [*others, *late[1:], (1.9, key, b"")]
-    assert found(story(SWEPT, behind)) == {"leftovers"}, "it came behind them"
+    assert "confirmed" in found(story(SWEPT, behind, (1.3,))), "nobody looked again"
+    assert found(story(SWEPT, behind, (1.3, 1.8))) == {"leftovers"}, "it came behind the last look"
+    assert found(story(SWEPT, [(1.9, key, b"")], (1.8,))) == {"leftovers"}, "there had been nothing"
+    assert "confirmed" in found(story(SWEPT, [(1.7, key, b"")], (1.8,))), "the last look had found it"
 
 
 def test_packs_that_are_named_must_not_expire() -> None:

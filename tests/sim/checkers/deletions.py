@@ -4,8 +4,6 @@ from collections.abc import Iterator
 
 from tests.sim.checkers.stories import Checkpoint, Story, Told, attempt_in
 
-BEHIND_S = 0.2  # between the last look at a store and the event that says what was seen
-
 
 def expiries(story: Story) -> Iterator[str]:
     """CheckpointExpired never names the newest sound one, a pinned or unmarked one, or what is being started from."""
@@ -143,11 +141,16 @@ def _left(story: Story, attempt: int, at_s: float, *, marker: str = "") -> list[
 
 
 def _came_behind(story: Story, attempt: int, key: str, at_s: float) -> bool:
-    """Whether it was put when the last object of its attempt had been deleted; where none was, just before ``at_s``."""
+    """Whether it was put when its attempt's objects had been deleted, and its folder had been found empty after that.
+
+    A commit marker is in no such folder: behind the deletions is enough.
+    """
     deeds = [deed for name in story.keys_of(attempt) for deed in story.deeds_of(name)]
-    last_s = max((deed.at_s for deed in deeds if deed.data is None and deed.at_s <= at_s), default=at_s - BEHIND_S)
-    put = story.object_at(key, at_s)
-    return put is not None and put.at_s > last_s
+    last_s = max((deed.at_s for deed in deeds if deed.data is None and deed.at_s <= at_s), default=0.0)
+    put, folder = story.object_at(key, at_s), f"{key.rpartition('/')[0]}/"
+    if put is None or key.endswith("/COMMITTED"):
+        return put is not None and put.at_s > last_s
+    return any(last_s < look.at_s < put.at_s for look in story.world.blobs.looks if look.prefix == folder)
 
 
 def _packs_deleted(story: Story) -> Iterator[tuple[Told, list[str]]]:
