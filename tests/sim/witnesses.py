@@ -42,10 +42,16 @@ class Witness:
     def __init__(self) -> None:
         self.found: list[str] = []
         self.heard: dict[tuple[str, str], list[Heard]] = {}
+        self._newest: dict[tuple[str, str], dict[str, int]] = {}  # number of each incarnation's newest snapshot there
 
     def arrives(self, host: str, at_s: float, message: object) -> None:
-        """Note what has reached a coordinator."""
+        """Note what has reached a coordinator, if it is newer than what had come before it."""
         if isinstance(message, wire.Snapshot):
+            newest = self._newest.setdefault((host, message.worker), {})
+            overtaken = message.incarnation in newest and message.incarnation != list(newest)[-1]
+            if overtaken or message.number <= newest.get(message.incarnation, -1):
+                return
+            newest[message.incarnation] = message.number
             running = {a.job: sum(rank.state == wire.RUNNING for rank in a.ranks) for a in message.assignments}
             self.heard.setdefault((host, message.worker), []).append(Heard(at_s, running))
 
