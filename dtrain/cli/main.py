@@ -19,11 +19,13 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 import click
 
 from dtrain import __version__
 from dtrain.common.errors import DtrainError, PermanentError, UserError
+from dtrain.common.leaving import leave
 
 EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
@@ -76,6 +78,11 @@ def dtrain() -> None:
 
     Start here: dtrain run --nproc-per-node 2 --every-seconds 30 train.py
     """
+
+
+def entry() -> NoReturn:
+    """What the ``dtrain`` command is: its process ends with its work, whatever a storage still holds up."""
+    leave(main())
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -52,3 +52,10 @@ class ShardDamagedError(PermanentError):
         super().__init__(f"{key}: {why}")
         self.key = key
         self.why = why
+
+
+class ShardMissingError(ShardDamagedError):
+    """The blob is not there at all: damage, unless the store that was asked is another, such as an unmounted folder."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(key, "is missing")

@@ -5,8 +5,9 @@ is create-only and the same whoever writes them, so a second writer finds its ow
 """
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
 from typing import assert_never
@@ -41,6 +42,7 @@ logger = logging.getLogger(__name__)
 
 THREADS_MAX = 8  # for each store: effects are small objects; more at once would only queue there
 READS_MAX = 16  # shards looked at together before a manifest: a commit of 1024 ranks waits for 64 turns, not 1024
+DESKS_MAX = 8  # stores whose threads and client are kept while nothing is owed to them
 LOOKS_MAX = 4  # at what is to be empty, before it is tried again after a pause
 _RETRY_FIRST_S = 0.2
 _RETRY_MAX_S = 10.0
@@ -53,7 +55,8 @@ class EffectRunner:
         self._tell = tell
         self._is_owed = is_owed
         self._running: dict[tuple[str, str, int], asyncio.Task[None]] = {}
-        self._desks: dict[str, _Desk] = {}  # by store: one that hangs holds up its own jobs only
+        # By store, so that one that hangs holds up its own jobs only; the one used last is last.
+        self._desks: dict[str, _Desk] = {}
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()  # an effect met a bug
 
     def perform(self, effects: list[Effect]) -> None:
@@ -76,8 +79,7 @@ class EffectRunner:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         for desk in self._desks.values():
-            desk.threads.shutdown(wait=False, cancel_futures=True)
-            desk.reads.shutdown(wait=False, cancel_futures=True)
+            desk.close()
 
     async def _run(self, effect: Effect) -> None:
         pause_s = _RETRY_FIRST_S
@@ -86,8 +88,8 @@ class EffectRunner:
             await asyncio.wait({writing})  # or the manifest of an aborted attempt would be written behind its sweep
         while True:
             try:
-                desk = self._desk(effect.store)
-                fact = await asyncio.get_running_loop().run_in_executor(desk.threads, _perform, desk, effect)
+                with self._desk(effect.store) as desk:
+                    fact = await asyncio.get_running_loop().run_in_executor(desk.threads, _perform, desk, effect)
                 break
             except RetryableError as error:
                 logger.warning("%s is still owed: %s", effect.key, error)
@@ -104,10 +106,18 @@ class EffectRunner:
         await self._tell(fact)
         del self._running[effect.key]
 
-    def _desk(self, uri: str) -> "_Desk":
-        if uri not in self._desks:
-            self._desks[uri] = _Desk(uri)
-        return self._desks[uri]
+    @contextlib.contextmanager
+    def _desk(self, uri: str) -> Iterator["_Desk"]:
+        desk = self._desks.pop(uri, None) or _Desk(uri)
+        self._desks[uri] = desk
+        desk.users += 1
+        try:
+            yield desk
+        finally:
+            desk.users -= 1
+            idle = [uri for uri, other in self._desks.items() if not other.users]
+            for over in idle[: max(0, len(self._desks) - DESKS_MAX)]:
+                self._desks.pop(over).close()
 
 
 class _Desk:
@@ -115,9 +125,14 @@ class _Desk:
 
     def __init__(self, uri: str) -> None:
         self._uri = uri
+        self.users = 0  # effects that are under way
         self.threads = ThreadPoolExecutor(THREADS_MAX, thread_name_prefix="effect")
         # Their own: an effect that waited here for threads of its own pool could wait for ever.
         self.reads = ThreadPoolExecutor(READS_MAX, thread_name_prefix="effect-read")
+
+    def close(self) -> None:
+        for threads in (self.threads, self.reads):
+            threads.shutdown(wait=False, cancel_futures=True)
 
     @cached_property
     def store(self) -> ObjectStore:

@@ -189,6 +189,9 @@ class LeaderLoop:
             return {name for name, job in self.jobs.items() if job.phase is JobPhase.PENDING}
         first = self._ticked_s == float("-inf")
         self._ticked_s = now.mono_s
+        generations = [job.generation for job in self.jobs.values() if job.generation is not None]
+        members = {member.worker for generation in generations for member in generation.members}
+        self.observed.forget_absent(now, but=members)
         return {name for name, job in self.jobs.items() if first or not job.ended}
 
     # -- decide ------------------------------------------------------------------------------------
@@ -258,6 +261,7 @@ class LeaderLoop:
             if settled is not None and (job.inflight is None or job.inflight.attempt != settled.attempt):
                 self.observed.forget(name, settled.attempt)
             self.jobs[name] = job
+            self.observed.settle(job)
         for answer, name in this.answers:
             if not answer.done():  # the client may have gone
                 answer.set_result(self.jobs[name])

@@ -7,9 +7,21 @@ For that see :mod:`dtrain.storage.verify`, which reads every byte.
 from functools import partial
 
 from dtrain.common.errors import ShardDamagedError
+from dtrain.common.names import JobName
+from dtrain.storage.keys import MANIFEST_NAME, MARKER_NAME, job_prefix
 from dtrain.storage.objects import ObjectStore
 from dtrain.storage.retrying import read_again_if_damaged
 from dtrain.storage.verify import read_index, read_manifest, read_marker, see_object
+
+
+def shows_checkpoints(store: ObjectStore, job: JobName) -> bool:
+    """Return whether the store shows anything that the coordinator wrote of the job: a manifest or a commit marker.
+
+    One that shows none is far more often another machine's folder, or one that is not mounted here, than a store that
+    lost them all; and a node may have left shards of its own in such a folder.
+    """
+    names = (MANIFEST_NAME, MARKER_NAME)
+    return any(info.key.rpartition("/")[2] in names for info in store.list(job_prefix(job)))
 
 
 def missing_parts(store: ObjectStore, manifest_key: str, manifest_digest: str) -> list[ShardDamagedError]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeAlias
 
-from dtrain.common.errors import ShardDamagedError
+from dtrain.common.errors import ShardDamagedError, ShardMissingError
 from dtrain.storage.indexes import IndexedShard, Piece, piece_is_sound
 from dtrain.storage.objects import NotFound, ObjectStore
 from dtrain.storage.retrying import read_again_if_damaged
@@ -150,4 +150,4 @@ def read_range(store: ObjectStore, key: str, target: memoryview, *, offset: int)
     try:
         store.read_into(key, target, offset=offset)
     except NotFound as error:
-        raise ShardDamagedError(key, "is missing") from error
+        raise ShardMissingError(key) from error

@@ -11,7 +11,7 @@ from functools import partial
 import xxhash
 
 from dtrain.common.digests import BLOB_ALGORITHM, blob_digest
-from dtrain.common.errors import ShardDamagedError
+from dtrain.common.errors import ShardDamagedError, ShardMissingError
 from dtrain.common.packs import Pack
 from dtrain.storage.indexes import IndexedShard, Piece, open_index, piece_is_sound
 from dtrain.storage.keys import MARKER_NAME
@@ -102,14 +102,14 @@ def _get(store: ObjectStore, key: str) -> bytes:
     try:
         return store.get(key)
     except NotFound as error:
-        raise ShardDamagedError(key, "is missing") from error
+        raise ShardMissingError(key) from error
 
 
 def see_object(store: ObjectStore, part: ShardEntry | Pack) -> None:
     """Raise :class:`ShardDamagedError` if the object is missing or has another size than recorded."""
     found = store.head(part.key)
     if found is None:
-        raise ShardDamagedError(part.key, "is missing")
+        raise ShardMissingError(part.key)
     if found.size_bytes != part.size_bytes:
         raise ShardDamagedError(part.key, f"has {found.size_bytes} bytes, but {part.size_bytes} are recorded")
 

@@ -9,13 +9,14 @@ exit handlers, without taking the process group down.
 import atexit
 import json
 import logging
-import os
 import sys
 import time
 import traceback
 from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
+
+from dtrain.common.leaving import leave
 
 _log = logging.getLogger("dtrain")
 
@@ -82,7 +83,4 @@ class _Watch:
 
 def _leave(code: int) -> NoReturn:
     atexit.unregister(_leave)
-    atexit._run_exitfuncs()  # what the interpreter's end would run, without what it would wait for
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
-    os._exit(code)
+    leave(code)

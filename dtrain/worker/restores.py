@@ -10,7 +10,8 @@ is what training waits for: its threads have the same claim on the processors as
 
 Two failures must never be confused: a blob that is missing or has other bytes than the manifest says is **damaged**
 (the coordinator then chooses an older checkpoint), while a storage that does not answer, or refuses us, says nothing
-about the blob: it is asked again until it answers or the generation is over.
+about the blob: it is asked again until it answers or the generation is over. So is a store that shows no checkpoint of
+the job at all, which is most probably a folder that is not mounted on this node.
 """
 
 import asyncio
@@ -26,12 +27,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dtrain.common.errors import DtrainError, PermanentError, ShardDamagedError
+from dtrain.common.errors import DtrainError, PermanentError, ShardDamagedError, ShardMissingError
 from dtrain.common.names import Generation, JobName
 from dtrain.storage.catalogs import Catalog, IncompleteCheckpoint, catalog_of
 from dtrain.storage.indexes import IndexedShard, Piece
 from dtrain.storage.manifests import Manifest, ShardEntry, decode_manifest, encode
 from dtrain.storage.objects import ObjectStore
+from dtrain.storage.presence import shows_checkpoints
 from dtrain.storage.ranges import NeededRange, Run, pieces_of, runs_of
 from dtrain.storage.restore_files import (
     INDEX_FILE,
@@ -93,7 +95,9 @@ class Restores:
             return
         give_up = threading.Event()
         source = fetch.spec.restore
-        work = _Restore(self._dirs, fetch, source, _Patience(source.store, give_up), self._in_thread, self._caches)
+        work = _Restore(
+            self._dirs, fetch, source, _Patience(source.store, fetch.job, give_up), self._in_thread, self._caches
+        )
         self._running[name] = _Running(self._begin(self._run(fetch, work, give_up)), give_up, work)
 
     def progress(self) -> dict[tuple[JobName, Generation], Transfer]:
@@ -134,8 +138,9 @@ class Restores:
 class _Patience:
     """Tries a part until it is done or known to be impossible. In a thread."""
 
-    def __init__(self, store_uri: str, give_up: threading.Event) -> None:
+    def __init__(self, store_uri: str, job: JobName, give_up: threading.Event) -> None:
         self._store_uri = store_uri
+        self._job = job
         self.give_up = give_up
 
     def try_out(self, part: Callable[[ObjectStore], None]) -> None:
@@ -148,16 +153,32 @@ class _Patience:
                 raise
             except ShardDamagedError as error:
                 damaged += 1
-                if damaged == DAMAGED_READS:
+                if damaged < DAMAGED_READS:
+                    logger.warning("read again, for it may have been damaged on its way: %s", error)
+                    pause_s = DAMAGED_PAUSE_S
+                elif isinstance(error, ShardMissingError) and not self._is_the_store():
+                    damaged, pause_s = 0, PAUSE_S
+                else:
                     raise
-                logger.warning("read again, for it may have been damaged on its way: %s", error)
-                pause_s = DAMAGED_PAUSE_S
             except (DtrainError, OSError) as error:
                 damaged = 0
                 logger.warning("the restore waits: %s", error)
                 pause_s = PAUSE_S
             if self.give_up.wait(pause_s):
                 raise GaveUp("no longer wanted")
+
+    def _is_the_store(self) -> bool:
+        """Whether what is missing there is missing at all."""
+        try:
+            if shows_checkpoints(shared_store(self._store_uri), self._job):
+                return True
+            logger.warning(
+                "the restore waits: %s shows no checkpoint of %s on this node: is it mounted here?",
+                *(self._store_uri, self._job),
+            )
+        except (DtrainError, OSError) as error:
+            logger.warning("the restore waits: %s", error)
+        return False
 
 
 class _Restore:

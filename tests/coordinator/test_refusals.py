@@ -1,5 +1,9 @@
 """What people and workers may say without bringing the coordinator down."""
 
+import asyncio
+import math
+import os
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -8,15 +12,22 @@ import grpc
 import grpc.aio
 import pytest
 
+from dtrain.coordinator.core.checkpoints import HORIZON_S
 from dtrain.coordinator.core.events import CheckpointAborted
 from dtrain.coordinator.election import read_leader
 from dtrain.coordinator.history import read_history
+from dtrain.coordinator.rpc.convert import rank_from_wire, snapshot_from_wire
 from dtrain.proto import agent_pb2 as wire
 from dtrain.proto import agent_pb2_grpc
 from dtrain.storage.keys import marker_key
 from tests.coordinator.support.clusters import PREFIX
 from tests.coordinator.support.stages import MNIST, ONE, STEPS, Stage, on_a_stage, shard_of_rank, submit, submitted
+from tests.coordinator.support.workers import DEADLINE_S
 from tests.support.etcd_server import EtcdServer
+
+ENDLESS = "x" * 2_000_000
+ANOTHER = {"name": "another", "python": "python", "script": "/a.py", "cwd": "/", "nnodes_min": 1, "nnodes_max": 1,
+           "nproc_per_node": 1}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -130,5 +141,81 @@ def test_a_worker_of_another_etcd_is_refused_in_words_and_harms_nobody(etcd: Etc
         assert "stranger has seen term 1000000000000, which this etcd never gave" in str(refusal.value.details())
         assert await read_leader(stage.client, PREFIX) == found, "the leader was not deposed by it"
         assert (await stage.submits()).run == 1
+
+    on_a_stage(etcd, tmp_path, play)
+
+
+def test_a_request_whose_number_has_no_end_is_refused(etcd: EtcdServer, tmp_path: Path) -> None:
+    async def play(stage: Stage) -> None:
+        await submit(stage)
+        for method, request in (
+            ("Submit", wire.SubmitRequest(spec=wire.Spec(**ANOTHER), request=ENDLESS)),
+            ("Checkpoint", wire.CheckpointRequest(job=MNIST, request=ENDLESS)),
+        ):
+            with pytest.raises(grpc.aio.AioRpcError) as refusal:
+                await stage.asks(method, request)
+            assert refusal.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+            assert "2000000 characters" in str(refusal.value.details())
+        assert (await stage.asks("Status", wire.StatusRequest())).jobs, "the coordinator is none the worse for it"
+
+    on_a_stage(etcd, tmp_path, play)
+
+
+@pytest.mark.parametrize(
+    "snapshot",
+    [
+        wire.Snapshot(worker="w1", journal=ENDLESS),
+        wire.Snapshot(worker="w1", address=ENDLESS),
+        wire.Snapshot(worker="w1", assignments=[wire.Assignment(job="mnist", shards=[wire.ShardReport(key=ENDLESS)])]),
+        wire.Snapshot(
+            worker="w1",
+            assignments=[wire.Assignment(job="mnist", shards=[wire.ShardReport(packs=[wire.Pack(key=ENDLESS)])])],
+        ),
+        wire.Snapshot(worker="w1", assignments=[wire.Assignment(job="mnist", restore=wire.RestoreReport(key=ENDLESS))]),
+    ],
+    ids=["journal", "address", "shard", "pack", "restore"],
+)
+def test_what_a_worker_says_is_bounded_where_an_event_may_repeat_it(snapshot: wire.Snapshot) -> None:
+    with pytest.raises(ValueError, match="has 2000000 characters"):
+        snapshot_from_wire(snapshot)
+
+
+def test_a_step_that_takes_no_time_at_all_is_still_counted_in_numbers() -> None:
+    at = rank_from_wire(wire.RankReport(step_s=5e-324)).step_s
+    assert at > 0 and math.isfinite(HORIZON_S / at)
+
+
+@pytest.mark.parametrize("what", ["others submit", "it leaves"])
+def test_a_store_that_never_answers_holds_up_nobody_else(
+    etcd: EtcdServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
+
+    async def play(stage: Stage) -> None:
+        await stage.worker.until(lambda: bool(stage.worker.received))
+        reached = asyncio.Semaphore(0)
+
+        async def say_nothing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            reached.release()
+            await reader.read(-1)
+            writer.close()
+
+        async with await asyncio.start_server(say_nothing, "127.0.0.1", 0) as hole:
+            endpoint = f"http://127.0.0.1:{hole.sockets[0].getsockname()[1]}"
+            asked = [
+                asyncio.create_task(stage.submits(name=f"hung-{n}", store=f"s3://bucket/x?endpoint={endpoint}"))
+                for n in range((os.cpu_count() or 1) + 5)
+            ]
+            await reached.acquire()
+            began_s = time.monotonic()
+            if what == "others submit":
+                assert (await stage.submits()).run == 1
+            else:
+                assert await asyncio.to_thread(stage.coordinator.terminate) == 0
+            assert time.monotonic() - began_s < DEADLINE_S / 2
+            for each in asked:
+                each.cancel()
+            await asyncio.gather(*asked, return_exceptions=True)
 
     on_a_stage(etcd, tmp_path, play)

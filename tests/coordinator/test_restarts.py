@@ -367,3 +367,18 @@ def test_all_counts_are_the_same_after_a_replay() -> None:
     for record, _ in cluster.log:
         state = evolve(state, record)
     assert state == cluster.job()
+
+
+def test_the_only_checkpoint_is_not_blamed() -> None:
+    cluster = one_node(step=1000, max_restarts=10)
+    cluster.commits()
+    saved = cluster.job().committed[1].step
+    decided = fails(cluster, step=saved + 5, error="RuntimeError: connection reset")
+    for _ in range(2):
+        goes_on(cluster)
+        assert restored(cluster) == 1
+        decided = fails(cluster, step=saved, error="FileNotFoundError: /data/train-0007.bin")
+    assert decided == GIVEN_UP, "it began anew from step 0, and would have deleted all there is"
+    assert "to continue from the newest checkpoint" in job_failed(cluster).reason
+    newest = cluster.job().newest_restorable
+    assert newest is not None and newest.step == saved

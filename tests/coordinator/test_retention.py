@@ -211,6 +211,17 @@ def test_a_damaged_one_expires_only_once_a_newer_one_is_sound() -> None:
     assert doomed(cluster) == [(1, 1, True)]
 
 
+def test_a_damaged_one_expires_only_once_a_sound_one_has_come_as_far() -> None:
+    cluster = training(keep_last=1)
+    for step in (10, 100):
+        saves(cluster, step=step)
+    cluster.quarantines(2)
+    fails(cluster)
+    assert saves(cluster, step=20) == ["CheckpointCommitted", "CheckpointMarked"], "its steps are not done again yet"
+    assert saves(cluster, step=120).count("CheckpointExpired") == 2
+    assert [number for number, _, _ in doomed(cluster)] == [2, 3]
+
+
 def test_nothing_expires_while_no_checkpoint_is_sound() -> None:
     cluster = training(keep_last=3)
     for step in (10, 20):

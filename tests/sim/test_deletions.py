@@ -35,8 +35,9 @@ def story(
     events: tuple[tuple[str, dict[str, Any]], ...],
     deeds: list[tuple[float, str, bytes | None]],
     looked_s: tuple[float, ...] = (),
+    by: dict[float, str] | None = None,
 ) -> Story:
-    """``looked_s``: when both folders of the attempt were listed."""
+    """``looked_s``: when both folders of the attempt were listed; ``by``: who did a second's deed, if not c1."""
 
     def change(seq: int, kind: str, data: dict[str, Any]) -> Change:
         value = json.dumps({"term": 1, "time": float(seq), "type": kind, "data": data}).encode()
@@ -46,7 +47,7 @@ def story(
     world = SimpleNamespace(
         etcd=SimpleNamespace(history=[change(n, *event) for n, event in enumerate(events, start=1)]),
         blobs=SimpleNamespace(
-            history=[Deed(at_s, "c1", key, data, True) for at_s, key, data in sorted(deeds)],
+            history=[Deed(at_s, (by or {}).get(at_s, "c1"), key, data, True) for at_s, key, data in sorted(deeds)],
             looks=[
                 Look(at_s, prefix) for at_s in looked_s for prefix in (f"{ATTEMPT}/", f"{PACK.rpartition('/')[0]}/")
             ],
@@ -75,6 +76,13 @@ def test_what_is_promised_must_not_go_first(early: str, late: str) -> None:
     times = {key: at_s for at_s, key, _ in GONE}
     swapped = {**times, early: times[late], late: times[early]}
     assert found(story(LIFE, [*PUTS, *((at_s, key, None) for key, at_s in swapped.items())])) == {"order"}
+
+
+def test_a_manifest_that_a_leader_before_puts_in_the_midst_of_the_deletion_promises_nothing() -> None:
+    deeds = [*PUTS, *GONE, (2.5, MANIFEST, b""), (2.7, MANIFEST, None)]
+    assert found(story(LIFE, deeds)) == {"order"}
+    assert found(story(LIFE, deeds, by={2.5: "c0"})) == set()
+    assert found(story(LIFE, deeds, by={2.4: "c0", 2.5: "c0"})) == {"order"}, "who deletes has not deleted it yet"
 
 
 @pytest.mark.parametrize("key", [MARKER, MANIFEST, SHARD, PACK], ids=lambda key: key.rsplit("/")[-1])

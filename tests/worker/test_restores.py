@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from dtrain.common.errors import ShardDamagedError
+from dtrain.common.errors import ShardDamagedError, ShardMissingError
+from dtrain.common.names import AttemptNumber, CheckpointNumber, JobName
+from dtrain.storage import keys
 from dtrain.storage.objects import ObjectStore, StorageUnavailable
 from dtrain.worker import restores as module
 from dtrain.worker.caches import Caches
@@ -51,10 +53,34 @@ def test_what_the_way_from_storage_damaged_is_read_again_before_anything_is_call
             case "away":
                 raise StorageUnavailable("storage is away")
 
-    patience = module._Patience(f"file://{tmp_path}", threading.Event())
+    patience = module._Patience(f"file://{tmp_path}", JobName("job"), threading.Event())
     if is_damaged:
         with pytest.raises(ShardDamagedError):
             patience.try_out(part)
     else:
         patience.try_out(part)
     assert not answers
+
+
+def test_a_folder_that_shows_no_checkpoint_of_the_job_is_waited_for_as_one_that_is_not_mounted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for pause in ("PAUSE_S", "DAMAGED_PAUSE_S", "ROUND_S"):
+        monkeypatch.setattr(module, pause, 0.0)
+    job, number, attempt = JobName("job"), CheckpointNumber(1), AttemptNumber(1)
+    own = tmp_path / keys.shard_key(job, number, attempt, 0)  # this node once stored it here, into the empty folder
+    own.parent.mkdir(parents=True)
+    own.touch()
+    reads = 0
+
+    def part(store: ObjectStore) -> None:
+        nonlocal reads
+        reads += 1
+        if reads == 10:  # it is mounted: what is missing now is missing
+            (tmp_path / keys.marker_key(job, number)).touch()
+        raise ShardMissingError("a shard")
+
+    with pytest.raises(ShardMissingError):
+        module._Patience(f"file://{tmp_path}", job, threading.Event()).try_out(part)
+    assert reads >= 10, "a checkpoint was called damaged because its store was not mounted"
+    assert "is it mounted here?" in caplog.text

@@ -25,7 +25,7 @@ Jobs = Mapping[JobName, JobState]
 def submit(asked: SubmitAsked, observed: Observed, jobs: Jobs) -> list[Decision]:
     """Decisions that admit a job; empty if this very submission was admitted before."""
     spec, job = asked.spec, jobs.get(asked.spec.name)
-    if job is not None and job.request == asked.request:
+    if job is not None and asked.request and job.request == asked.request:
         return []
     slots = [view.snapshot.slots for view in observed.workers.values() if view.snapshot is not None and view.connected]
     if slots and max(slots) < spec.nproc_per_node:

@@ -1,9 +1,10 @@
 """Observed state: the latest facts, folded. Never persisted; a new leader starts with none and asks again.
 
-`Observed.apply` is the only writer. It returns the jobs a fact touches, so that the work per fact is
-proportional to what changed.
+`Observed.apply` is the only writer of facts. It returns the jobs a fact touches, so that the work per fact is
+proportional to what changed. What the log says by then, and who went away long ago, is dropped again.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import assert_never
 
@@ -27,6 +28,7 @@ from dtrain.coordinator.core.facts import (
     WorkerSnapshot,
     WorkerUnregistered,
 )
+from dtrain.coordinator.core.states import JobState
 from dtrain.coordinator.core.step_clocks import StepClocks
 
 # A worker counts as lost when it has neither a lease nor a stream for a while. Where this leader saw the lease end,
@@ -43,6 +45,8 @@ STREAM_SILENT_S = 3.0
 MUTE_AFTER_S = 30.0
 # How long what the commit markers of a store say may be old: one listing of a job's keys.
 AUDIT_EVERY_S = 600.0
+# A worker that has been away for so long is no longer shown: nodes come and go, each with a name of its own.
+FORGET_AFTER_S = 3600.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,8 +116,8 @@ class Observed:
     packs_deleted: set[tuple[JobName, int]] = field(default_factory=set)  # confirmed, by the event that expired them
     audited: dict[tuple[JobName, str], float] = field(default_factory=dict)  # stores whose markers were read, and when
     audits_due: set[tuple[JobName, str]] = field(default_factory=set)  # of those: read too long ago
-    # When a run of a job began to wait for workers. By run: the wait of one that was cancelled is not the next one's.
-    pending_since_s: dict[tuple[JobName, int], float] = field(default_factory=dict)
+    # Since when a run of a job could start. By run: the wait of one that was cancelled is not the next one's.
+    gathers_since_s: dict[tuple[JobName, int], float] = field(default_factory=dict)
     advances: dict[tuple[JobName, AttemptNumber], Advance] = field(default_factory=dict)  # once its step is passed
     # What each upload had to go when this leader first saw it waited for: rank -> (bytes, monotonic time).
     upload_looks: dict[tuple[JobName, AttemptNumber], dict[int, tuple[int, float]]] = field(default_factory=dict)
@@ -238,6 +242,22 @@ class Observed:
     @staticmethod
     def _jobs_of(view: WorkerView) -> set[JobName]:
         return set() if view.snapshot is None else {assignment.job for assignment in view.snapshot.assignments}
+
+    def settle(self, job: JobState) -> None:
+        """Drop what the log says by now, so that memory stays bounded."""
+        unmarked = {number for number, checkpoint in job.committed.items() if not checkpoint.marked}
+        expired = {checkpoint.attempt for checkpoint in job.committed.values() if checkpoint.expired}
+        self.markers = {(name, number) for name, number in self.markers if name != job.name or number in unmarked}
+        doomed = expired | job.aborted.keys()
+        self.deleted = {(name, attempt) for name, attempt in self.deleted if name != job.name or attempt in doomed}
+        self.packs_deleted = {(n, number) for n, number in self.packs_deleted if n != job.name or number in job.doomed}
+
+    def forget_absent(self, now: Now, *, but: Collection[WorkerId]) -> None:
+        """Drop the workers that went away long ago. One that comes back is a worker like any other."""
+        for worker, view in list(self.workers.items()):
+            absent_s = now.mono_s - view.absent_since_s if view.absent_since_s is not None else 0.0
+            if absent_s > FORGET_AFTER_S and worker not in but:
+                del self.workers[worker]
 
     def forget(self, job: JobName, attempt: AttemptNumber) -> None:
         """Drop what was noted about a settled attempt, so that memory stays bounded."""

@@ -88,10 +88,11 @@ def start(job: JobState, observed: Observed, jobs: Mapping[JobName, JobState], n
         return None  # whether the log is whole is not known yet
     if backoff_left_s(job, now) > 0:
         return None
-    since = observed.pending_since_s.setdefault((job.name, job.run), now.mono_s)
     found = candidates(job, observed, jobs)
     if len(found) < job.spec.nnodes_min:
+        observed.gathers_since_s.pop((job.name, job.run), None)
         return None
+    since = observed.gathers_since_s.setdefault((job.name, job.run), now.mono_s)
     if len(found) < job.spec.nnodes_max and now.mono_s - since < GATHER_S and not _all_back(job, found):
         return None
     chosen = _with_a_port(found[: job.spec.nnodes_max], jobs)
@@ -119,7 +120,7 @@ def start(job: JobState, observed: Observed, jobs: Mapping[JobName, JobState], n
         master_port=first.rendezvous_port,
         restore=newest.restore_point if newest is not None else None,
     )
-    observed.pending_since_s.pop((job.name, job.run), None)
+    observed.gathers_since_s.pop((job.name, job.run), None)
     observed.failing_since_s.pop((job.name, Generation(job.last_generation)), None)
     last = job.last_failure
     cause = Cause(

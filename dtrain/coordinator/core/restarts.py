@@ -10,7 +10,7 @@
     the same script error, at the same step,      yes               the job fails: it is the script's bug
     from the same checkpoint, again
     ... and no step was completed after the       yes               once a run: that checkpoint is left aside;
-    restore                                                         the older one decides whose fault it was
+    restore, and an older one is there                              the older one decides whose fault it was
 
 The first restart comes at once, and so does each one after progress. Failures in a row that get no further than any
 before wait longer and longer, whatever their kind: a broken node or a full disk is not mended by haste.
@@ -78,12 +78,13 @@ def verdict(job: JobState) -> Decision | None:
 def _is_suspect(job: JobState, error: LastFailure) -> bool:
     """Whether the state that was restored may be to blame: no step was completed after it, and none was blamed yet.
 
-    A script that did not even join never read it.
+    A script that did not even join never read it. Where no older checkpoint could be tried instead, none is blamed:
+    what was missing for a minute may lead to the same error twice, and all steps would be done again for it.
     """
     if job.suspicion is not None or error.restored is None or not error.right_after_restore or not error.progressed:
         return False
-    found = job.committed.get(error.restored)
-    return found is not None and not found.quarantined and not found.expired
+    sound = {number for number, found in job.committed.items() if not found.quarantined and not found.expired}
+    return error.restored in sound and len(sound) > 1
 
 
 def _was_not_the_checkpoint(suspicion: Suspicion, last: LastFailure) -> bool:

@@ -2,7 +2,8 @@
 
 Deletion is an event first, then the marker, the manifest and the shards, in that order: at every moment what a
 marker promises is there. The newest sound checkpoint never expires, nor the one the active generation starts
-from; an attempt is swept only once it is aborted and a later one is committed or the run has ended.
+from, nor a damaged one until a sound one has come as far. An attempt is swept only once it is aborted and a later
+one is committed or the run has ended.
 """
 
 from collections.abc import Iterable
@@ -45,8 +46,8 @@ def expire(job: JobState) -> Decision | None:
         checkpoint = job.committed[number]
         if number in wanted or checkpoint.expired or checkpoint.pinned or not checkpoint.marked:
             continue
-        if number > newest.number:
-            break  # a damaged one that is newer than all sound ones: people will want to see it
+        if number > newest.number or checkpoint.step > newest.step:
+            continue  # a damaged one that is ahead of all sound ones: people will want to see it
         what = "damaged and older" if checkpoint.quarantined else "older"
         event = CheckpointExpired(checkpoint=number, reason=f"{what} than the {policy.keep_last} newest to be kept")
         return Decision(event=event, cause=Cause(fact="retention_policy"))

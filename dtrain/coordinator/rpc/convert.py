@@ -29,21 +29,24 @@ from dtrain.coordinator.core.facts import (
 )
 from dtrain.coordinator.core.states import LastFailure
 from dtrain.proto import agent_pb2 as wire
+from dtrain.storage.keys import KEY_MAX_BYTES
 
 SPEC_MAX_BYTES = 128 * 1024  # as JSON it may grow sixfold and still fits into a transaction
 TEXT_MAX_CHARS = 4096  # of one reason or error; it is said up to four times in the events that it causes
+NAME_MAX_CHARS = 256  # of a journal, an address, a digest: far more than any has
+STEP_MIN_S = 1e-6  # no step is shorter; what is counted in steps stays a number
 
 
 def snapshot_from_wire(message: wire.Snapshot) -> WorkerSnapshot:
     return WorkerSnapshot(
         worker=names.worker_id(message.worker),
-        journal=message.journal,
+        journal=_bounded(message.journal, NAME_MAX_CHARS),
         incarnation=message.incarnation,
         number=message.number,
         term=Term(message.term),
         version=message.version,
         host=message.host,
-        address=message.address,
+        address=_bounded(message.address, NAME_MAX_CHARS),
         slots=message.slots,
         rendezvous_port=message.rendezvous_port,
         phase=wire.WorkerPhase.Name(message.phase).lower(),
@@ -74,13 +77,13 @@ def _assignment(message: wire.Assignment) -> AssignmentReport:
                 rank=shard.rank,
                 phase=ShardPhase(wire.ShardState.Name(shard.state).lower()),
                 step=Step(shard.step),
-                key=shard.key,
+                key=_bounded(shard.key),
                 size_bytes=shard.size_bytes,
-                digest=shard.digest,
+                digest=_bounded(shard.digest, NAME_MAX_CHARS),
                 reason=shard.reason[:TEXT_MAX_CHARS],
-                index_key=shard.index_key,
-                index_digest=shard.index_digest,
-                packs=tuple(Pack(key=pack.key, size_bytes=pack.size_bytes, digest=pack.digest) for pack in shard.packs),
+                index_key=_bounded(shard.index_key),
+                index_digest=_bounded(shard.index_digest, NAME_MAX_CHARS),
+                packs=tuple(map(_pack, shard.packs)),
                 state_bytes=shard.state_bytes,
             )
             for shard in message.shards
@@ -88,13 +91,25 @@ def _assignment(message: wire.Assignment) -> AssignmentReport:
         restore=RestoreReport(
             phase=RestorePhase(wire.RestoreState.Name(message.restore.state).lower()),
             checkpoint=message.restore.checkpoint,
-            key=message.restore.key,
+            key=_bounded(message.restore.key),
             reason=message.restore.reason[:TEXT_MAX_CHARS],
             transfer=_transfer(message.restore.transfer) if message.restore.HasField("transfer") else None,
         ),
         position_seq=message.position.seq,
         position_digest=message.position.digest,
     )
+
+
+def _pack(message: wire.Pack) -> Pack:
+    return Pack(
+        key=_bounded(message.key), size_bytes=message.size_bytes, digest=_bounded(message.digest, NAME_MAX_CHARS)
+    )
+
+
+def _bounded(text: str, max_chars: int = KEY_MAX_BYTES) -> str:
+    if len(text) > max_chars:
+        raise ValueError(f"{text[:80]!r}... has {len(text)} characters; at most {max_chars} are possible")
+    return text
 
 
 def rank_from_wire(message: wire.RankReport) -> RankReport:
@@ -108,7 +123,7 @@ def rank_from_wire(message: wire.RankReport) -> RankReport:
         completed_step=Step(message.completed_step),
         until_step=Step(message.until_step),
         tracking=message.tracking,
-        step_s=message.step_s,
+        step_s=max(message.step_s, STEP_MIN_S) if message.step_s > 0 else 0.0,
         metrics_json=message.metrics_json,
         exit_code=message.exit_code,
         exit_unknown=message.exit_unknown,

@@ -1,6 +1,5 @@
 """People's requests: submit, cancel, checkpoint, and what is going on."""
 
-import asyncio
 import logging
 
 import grpc
@@ -17,6 +16,7 @@ from dtrain.coordinator.core.states import JobPhase, JobState
 from dtrain.coordinator.loop import LeaderLoop
 from dtrain.coordinator.rpc.agents import NOT_LEADING
 from dtrain.coordinator.rpc.convert import failure_to_wire, rank_to_wire, spec_from_wire, transfer_to_wire
+from dtrain.coordinator.rpc.store_looks import StoreLooks
 from dtrain.proto import agent_pb2 as wire
 from dtrain.proto import agent_pb2_grpc
 from dtrain.storage.keys import job_prefix
@@ -24,6 +24,7 @@ from dtrain.storage.uris import open_store, probe
 
 logger = logging.getLogger(__name__)
 
+REQUEST_MAX_CHARS = 256
 QUARANTINE_TEXT_MAX = 2048  # characters of a key or a reason that go into the log; a key has 1024 bytes at most
 
 # grpc.aio gives a context that is generic in its messages; nothing here depends on which.
@@ -35,6 +36,7 @@ class JobRequests(agent_pb2_grpc.JobsServicer):
 
     def __init__(self, identity: str) -> None:
         self._identity = identity
+        self._stores = StoreLooks()
         self._loop: LeaderLoop | None = None
 
     def lead(self, loop: LeaderLoop) -> None:
@@ -61,16 +63,17 @@ class JobRequests(agent_pb2_grpc.JobsServicer):
 
     async def Submit(self, request: wire.SubmitRequest, context: _Context) -> wire.SubmitReply:
         try:
-            spec = spec_from_wire(request.spec)
+            spec, number = spec_from_wire(request.spec), _request_number(request.request)
             if spec.store:
                 loop = await self._leading(context)
-                await asyncio.get_running_loop().run_in_executor(None, _probe, spec, loop.jobs.get(spec.name))
+                known = loop.jobs.get(spec.name)
+                await self._stores.look(spec.store, lambda: _probe(spec, known))
             elif spec.checkpoints.every_steps or spec.checkpoints.every_seconds:
                 raise UserError("checkpoints need a place: give --store file:///folder or s3://bucket/prefix.")
         except UserError as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
             raise
-        asked = SubmitAsked(spec=spec, request=request.request, takes_over=request.takes_over)
+        asked = SubmitAsked(spec=spec, request=number, takes_over=request.takes_over)
         job = await self._ask(asked, context)
         newest = job.newest_restorable
         return wire.SubmitReply(run=job.run, resumes_step=newest.step if newest is not None else 0)
@@ -80,7 +83,12 @@ class JobRequests(agent_pb2_grpc.JobsServicer):
         return wire.CancelReply()
 
     async def Checkpoint(self, request: wire.CheckpointRequest, context: _Context) -> wire.CheckpointReply:
-        asked = CheckpointAsked(job=await _name(request.job, context), request=request.request)
+        name = await _name(request.job, context)
+        try:
+            asked = CheckpointAsked(job=name, request=_request_number(request.request))
+        except UserError as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+            raise
         job = await self._ask(asked, context)
         if job.inflight is None:
             await context.abort(grpc.StatusCode.UNAVAILABLE, "the checkpoint was settled at once; see its outcome")
@@ -143,6 +151,13 @@ def _probe(spec: JobSpec, known: JobState | None) -> None:
             f"the store already holds checkpoints of a job named {spec.name!r} that this etcd knows nothing of "
             f"({found.key}): choose another --name or another --store."
         )
+
+
+def _request_number(text: str) -> str:
+    """What a client tells its requests apart by; it goes into the log."""
+    if len(text) > REQUEST_MAX_CHARS:
+        raise UserError(f"a request's number has {len(text)} characters: give it {REQUEST_MAX_CHARS} at most.")
+    return text
 
 
 async def _name(text: str, context: _Context) -> JobName:

@@ -46,8 +46,10 @@ class Turn:
             self.act(JournalAssignment(assignment=assignment))
 
     def _forget_one(self, assignments: dict[JobName, Assignment], *, but: JobName) -> None:
+        """Forget the oldest that the coordinator has called over: what it may still ask about is kept, however many."""
         for job, assignment in assignments.items():
-            if job != but and assignment.stage is GenerationStage.OVER and assignment.cleaned:
+            is_over = assignment.stage is GenerationStage.OVER and assignment.stopped
+            if job != but and is_over and assignment.cleaned:
                 del assignments[job]
                 self.act(JournalForgotten(job=job))
                 return

@@ -130,6 +130,7 @@ class Cluster:
         if state is not None and state.inflight is not None and folded.inflight != state.inflight:
             self.observed.forget(name, state.inflight.attempt)
         self.jobs[name] = folded
+        self.observed.settle(folded)
         self.log.append((entry.record, entry.value))
         return folded
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from tests.sim.blobs import Deed
 from tests.sim.checkers.stories import Checkpoint, Story, Told, attempt_in
 
 
@@ -69,8 +70,15 @@ def order(story: Story) -> Iterator[str]:
         promises += [story.marker_of(told) for told in story.events_of("CheckpointCommitted")
                      if told.data["attempt"] == attempt and told.at_s < deed.at_s]  # fmt: skip
         for promise in promises:
-            if promise != deed.key and story.is_there(promise, deed.at_s):
+            if promise != deed.key and story.is_there(promise, deed.at_s) and not _came_back(story, promise, deed):
                 yield f"{deed.key} was deleted by {deed.by} while {promise} promised it"
+
+
+def _came_back(story: Story, promise: str, deed: Deed) -> bool:
+    """Whether the promise had been deleted first, and was put again by another: a leader before, who did not know."""
+    before = [other for other in story.deeds_of(promise) if other.at_s < deed.at_s]
+    deleted = any(other.data is None and other.by == deed.by for other in before)
+    return deleted and before[-1].data is not None and before[-1].by != deed.by
 
 
 def confirmed(story: Story) -> Iterator[str]:
