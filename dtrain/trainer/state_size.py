@@ -32,6 +32,20 @@ def tensors_of(item: object, apart: Collection[object] = ()) -> Iterator[torch.T
     yield from seen.values()
 
 
+def parts_of(item: object) -> Iterator[object]:
+    """Yield what the attributes of ``item`` are or hold, and of wrappers among them."""
+    yield from _parts_of(item, WRAPPERS_DEPTH)
+
+
+def _parts_of(item: object, depth: int) -> Iterator[object]:
+    with contextlib.suppress(AttributeError):
+        attributes = object.__getattribute__(item, "__dict__")  # not getattr(): a class may answer that with code
+        for part in _parts(attributes.values(), CONTAINERS_DEPTH):
+            yield part
+            if depth and _is_wrapper(type(part)):
+                yield from _parts_of(part, depth - 1)
+
+
 def _look_into(item: object, depth: int, others: set[int], seen: dict[int, torch.Tensor]) -> None:
     """Add to ``seen`` what the attributes of ``item`` hold, and of wrappers among them ``depth`` deep."""
     with contextlib.suppress(AttributeError):

@@ -3,7 +3,7 @@
 A model's own tensors are filled in place, so that reading them costs no memory and no second copy. An optimizer that
 was just made has no state, so its state is made here: placed as the parameter that it belongs to, whether that is
 whole or sharded, and however it was placed when it was saved. Whatever else is tracked gets whole tensors, or parts
-where it holds a DTensor of that name now.
+where it holds a DTensor of that name now, or will most probably make one (siblings.py).
 """
 
 from collections.abc import Iterator, Mapping
@@ -14,12 +14,17 @@ import torch
 from dtrain.common.errors import PermanentError
 from dtrain.storage.catalogs import Json, TensorLeaf, WholeTensor, leaves_below
 from dtrain.storage.tensor_codes import CODE_OF_DTYPE, DTYPE_OF_CODE, is_sharded, why_not_storable
+from dtrain.trainer.siblings import Siblings
 
 
 class Targets:
     """Collects what one rank needs of a checkpoint."""
 
-    def __init__(self, wholes: Mapping[str, WholeTensor], device: torch.device) -> None:
+    def __init__(self, wholes: Mapping[str, WholeTensor], device: torch.device, items: Mapping[str, object]) -> None:
+        """``items``: all that is tracked, by the names that it is stored under."""
+        self._siblings = Siblings(
+            lambda: (found for name, item in items.items() for found in _live_tensors(item, name))
+        )
         self.tensors: dict[str, torch.Tensor] = {}
         self._wholes = wholes
         self._device = device
@@ -39,7 +44,11 @@ class Targets:
             return
         live = dict(_live_tensors(item, name)) if leaves else {}
         for leaf in leaves:
-            self.tensors[leaf.name] = self._like_live(leaf, live.get(leaf.name), in_place=_fills_in_place(item))
+            held = live.get(leaf.name)
+            if held is None and leaf.sharded:
+                self.tensors[leaf.name] = self._like_sibling(leaf, item)
+            else:
+                self.tensors[leaf.name] = self._like_live(leaf, held, in_place=_fills_in_place(item))
 
     def _whole(self, leaf: TensorLeaf) -> torch.Tensor:
         tensor = self._saved(leaf)
@@ -61,6 +70,17 @@ class Targets:
         if tuple(param.shape) == tensor.shape:
             return dtensors.empty_like(param, _dtype(leaf, tensor))
         return dtensors.empty_replica(tensor.shape, _dtype(leaf, tensor), param) if leaf.sharded else self._whole(leaf)
+
+    def _like_sibling(self, leaf: TensorLeaf, item: object) -> torch.Tensor:
+        tensor = self._saved(leaf)
+        sibling = self._siblings.of(leaf.name, tensor.shape, item)
+        if sibling is None or leaf.pairs:
+            return self._whole(leaf)
+        from dtrain.trainer import dtensors
+
+        if tuple(sibling.shape) == tensor.shape:
+            return dtensors.empty_like(sibling, _dtype(leaf, tensor))
+        return dtensors.empty_replica(tensor.shape, _dtype(leaf, tensor), sibling)
 
     def _like_live(self, leaf: TensorLeaf, live: torch.Tensor | None, *, in_place: bool) -> torch.Tensor:
         tensor = self._saved(leaf)

@@ -190,9 +190,10 @@ class TrackedState:
 
         Raises :class:`UserError` if an object is not in the checkpoint.
         """
-        targets = Targets(saved.wholes, device)
-        for name, item in self._objects.items():
-            targets.want_object(_tree_of(saved, "objects", name, self._objects), name, unwrapped(item))
+        live = {name: unwrapped(item) for name, item in self._objects.items()}
+        targets = Targets(saved.wholes, device, live)
+        for name in self._objects:
+            targets.want_object(_tree_of(saved, "objects", name, self._objects), name, live[name])
         for name, item in self._local.items():
             own = f"{OWN_PREFIX}.{saved.rank}.{name}"
             targets.want_object(_tree_of(saved, "local", name, self._local), own, item)

@@ -218,8 +218,9 @@ def test_a_damaged_one_expires_only_once_a_sound_one_has_come_as_far() -> None:
     cluster.quarantines(2)
     fails(cluster)
     assert saves(cluster, step=20) == ["CheckpointCommitted", "CheckpointMarked"], "its steps are not done again yet"
-    assert saves(cluster, step=120).count("CheckpointExpired") == 2
-    assert [number for number, _, _ in doomed(cluster)] == [2, 3]
+    assert 2 not in [number for number, _, _ in doomed(cluster)]
+    saves(cluster, step=120)
+    assert 2 in [number for number, _, _ in doomed(cluster)]
 
 
 def test_nothing_expires_while_no_checkpoint_is_sound() -> None:

@@ -1,8 +1,9 @@
 """A small training with everything that is awkward to shard: for tests that save in one world and read in another.
 
-Arguments: ``plain``, ``ddp``, ``fsdp``, ``tp`` (tensor parallel) or ``fsdp_tp`` (both: a mesh of two dimensions); the
-folder for results; the number of steps. Rank 0 writes every tensor whole to ``begun.safetensors`` before the first step
-of this process, and to ``whole.safetensors`` at its end; each rank writes ``rank<n>.json``.
+Arguments: ``plain``, ``ddp``, ``fsdp``, ``inside`` (FSDP, tracked inside of an object of the script's own), ``tp``
+(tensor parallel) or ``fsdp_tp`` (both: a mesh of two dimensions); the folder for results; the number of steps. Rank 0
+writes every tensor whole to ``begun.safetensors`` before the first step of this process, and to ``whole.safetensors``
+at its end; each rank writes ``rank<n>.json``.
 """
 
 import json
@@ -57,10 +58,36 @@ class Own:
         self.held = state["held"]
 
 
+class Inside:
+    """Holds model and optimizer, and an average of the weights that its first step makes."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.average: dict[str, torch.Tensor] = {}
+
+    def step(self) -> None:
+        self.optimizer.step()
+        for name, parameter in self.model.named_parameters():
+            if name in self.average:
+                self.average[name].lerp_(parameter.detach(), 0.1)
+            else:
+                self.average[name] = parameter.detach().clone()
+
+    def state_dict(self) -> dict[str, Any]:
+        held = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        return {**held, "average": self.average}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.average = state["average"]
+
+
 def wrapped(model: Net, how: str) -> nn.Module:
     if how == "ddp":
         return DistributedDataParallel(model)
-    if how == "fsdp":
+    if how in ("fsdp", "inside"):
         from torch.distributed.fsdp import fully_shard
 
         fully_shard(model.low)
@@ -85,10 +112,13 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return full.detach().clone().contiguous()
 
 
-def all_whole(net: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+def all_whole(
+    net: nn.Module, optimizer: torch.optim.Optimizer, average: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
     found = {f"model.{name}": whole(tensor) for name, tensor in net.state_dict().items()}
     for number, values in optimizer.state_dict()["state"].items():
         found |= {f"optimizer.{number}.{what}": whole(value) for what, value in values.items()}
+    found |= {f"average.{name}": whole(value) for name, value in average.items()}
     return found
 
 
@@ -104,22 +134,26 @@ def main() -> None:
         # Not foreach: it takes no tensors of several meshes together.
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, foreach=False)
         own = Own(run.rank)
-        run.track(model=model, optimizer=optimizer)
+        inside = Inside(model, optimizer)
+        if how == "inside":
+            run.track(inside=inside)
+        else:
+            run.track(model=model, optimizer=optimizer)
         run.track_local(own=own)
         torch.manual_seed(0 if "tp" in how else run.rank)  # tensor parallel ranks see the same batch
         batches = [torch.randint(0, 7, (4,)) for _ in range(until)]
         inner = model.module if isinstance(model, DistributedDataParallel) else model
         began = False
         for tokens in run.steps(batches, until=until):
-            begun = {} if began else all_whole(inner, optimizer)
+            begun = {} if began else all_whole(inner, optimizer, inside.average)
             if begun and run.rank == 0:
                 save_file(begun, results / "begun.safetensors")
             began = True
             loss = nn.functional.cross_entropy(model(tokens), tokens)
             optimizer.zero_grad()
             loss.backward()
-            optimizer.step()
-        found = all_whole(inner, optimizer)
+            (inside if how == "inside" else optimizer).step()
+        found = all_whole(inner, optimizer, inside.average)
         same_tensor = net.head.weight is net.embedding.weight
         planned = "torch.distributed.checkpoint" in sys.modules
         told = {"restored": run.restored, "own": own.held.tolist(), "tied": same_tensor, "planned": planned}

@@ -78,6 +78,9 @@ def saved(warm: WarmScripts, tmp_path_factory: pytest.TempPathFactory) -> Callab
         ("ddp", 2, "fsdp", 2),
         ("fsdp", 2, "ddp", 2),
         ("fsdp", 2, "fsdp", 1),
+        ("inside", 2, "inside", 2),
+        ("inside", 2, "inside", 1),
+        ("inside", 1, "inside", 2),
         ("fsdp", 1, "fsdp", 2),
         ("fsdp", 3, "fsdp", 2),
         ("fsdp", 2, "plain", 1),
@@ -102,7 +105,8 @@ def test_every_tensor_is_the_same_bits_in_another_world(
     moved = (how, world) != (then, then_world)
     assert [rank["planned"] for rank in told] == [moved] * then_world, "what did not move needs no planner"
     assert [rank["own"] for rank in told] == [[float(rank % world)] * 3 for rank in range(then_world)]
-    assert {name.split(".")[0] for name in before.tensors} == {"model", "optimizer"}
+    average = {"average"} if how == "inside" else set()
+    assert {name.split(".")[0] for name in before.tensors} == {"model", "optimizer"} | average
     same_bits(before.tensors, after.tensors)
 
 
@@ -125,6 +129,16 @@ def test_two_ranks_go_on_as_one_and_then_as_three(
         same_bits(before.tensors, load_file(folder / "begun.safetensors"))
         assert not torch.equal(after.tensors["model.body.weight"], before.tensors["model.body.weight"]), "it trained on"
         before = after
+
+
+def test_what_an_object_of_the_scripts_own_makes_at_its_first_step_is_sharded_again(
+    saved: Callable[[str, int], Saved], warm: WarmScripts, tmp_path: Path
+) -> None:
+    before = saved("inside", 2)
+    after, told = run(warm, tmp_path / "then", "inside", 2, before.shards, until=STEPS + 1)
+    assert all(rank["restored"] for rank in told)
+    same_bits(before.tensors, load_file(tmp_path / "then" / "begun.safetensors"))
+    assert not torch.equal(after.tensors["model.body.weight"], before.tensors["model.body.weight"]), "it trained on"
 
 
 def test_equal_state_is_stored_once_and_every_rank_stores_its_share(saved: Callable[[str, int], Saved]) -> None:
