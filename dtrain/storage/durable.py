@@ -28,8 +28,14 @@ CHUNK_BYTES = 8 * 1024 * 1024  # written at a time: the disk starts on one chunk
 TEMPORARY = RESERVED_PART + "tmp-"  # no key may have such a part, and no listing shows it
 DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC  # flags for opening one
 
-_NO_LOCK = {errno.EWOULDBLOCK, errno.EBADF, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL}  # EBADF: NFS, read-only
+_NO_LOCK = {errno.EWOULDBLOCK, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL}
+_NO_LOCK |= {errno.EBADF, errno.ENOSYS}  # NFS, of what is open for reading only; Lustre that is mounted with noflock
+_NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP}  # exFAT; many FUSE folders; some CIFS
 _SYNC_FILE_RANGE_WRITE = 2  # start writing these pages out, do not wait
+
+
+class NoHardLinks(OSError):
+    """The file system has none, and without them it cannot be told which of two writers of a name came first."""
 
 
 def place(directory: int, name: str, data: memoryview, *, if_absent: bool) -> None:
@@ -59,6 +65,10 @@ def _place(directory: int, name: str, size_bytes: int, fill: Callable[[int], Non
                     os.link(temporary, name, src_dir_fd=directory, dst_dir_fd=directory, follow_symlinks=False)
                 except FileExistsError:
                     flush(directory)  # whoever won: what we now call present is durable
+                    raise
+                except OSError as error:
+                    if error.errno in _NO_LINKS:
+                        raise NoHardLinks(error.errno, str(error)) from error
                     raise
             else:
                 os.rename(temporary, name, src_dir_fd=directory, dst_dir_fd=directory)

@@ -23,7 +23,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from dtrain.common.errors import DtrainError, ShardDamagedError
-from dtrain.storage.durable import DIRECTORY, closing, flush, flush_path, place, place_file, sweep
+from dtrain.storage.durable import DIRECTORY, NoHardLinks, closing, flush, flush_path, place, place_file, sweep
 from dtrain.storage.keys import RESERVED_PART, validate_key, validate_prefix
 from dtrain.storage.metering import UNMETERED, Meter
 from dtrain.storage.objects import (
@@ -276,6 +276,11 @@ def _translated(key: str, root: Path, *, putting: bool = False) -> Iterator[None
         raise NotFound(f"{key} is not in {root}") from error
     except FileExistsError as error:
         raise AlreadyExists(f"{key} is already in {root}") from error
+    except NoHardLinks as error:
+        raise StorageRefused(
+            f"the file system of {root} has no hard links, without which two coordinators could commit the same "
+            "checkpoint twice: name a folder on another."
+        ) from error
     except OSError as error:
         why = os.strerror(error.errno) if error.errno else str(error)
         if error.errno in _FULL:

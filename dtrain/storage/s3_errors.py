@@ -24,6 +24,7 @@ from botocore.exceptions import (
 )
 from botocore.model import OperationModel
 from botocore.parsers import ResponseParserError
+from urllib3.exceptions import HTTPError
 
 from dtrain.common.errors import DtrainError, ShardDamagedError
 from dtrain.storage.objects import AlreadyExists, NotFound, StorageFull, StorageRefused, StorageUnavailable
@@ -96,7 +97,7 @@ def translated(place: S3Place, key: str, *, reading: bool) -> Iterator[None]:
         raise StorageUnavailable(
             f"S3 at {place.endpoint} cannot be reached: see that it runs, and that endpoint= names it."
         ) from error
-    except (ConnectionError, HTTPClientError, ResponseStreamingError, IncompleteReadError, OSError) as error:
+    except (ConnectionError, HTTPClientError, ResponseStreamingError, IncompleteReadError, HTTPError, OSError) as error:
         raise StorageUnavailable(f"S3 at {place.endpoint} broke off for {key}: {_line(error)}") from error
     except ResponseParserError as error:
         raise StorageUnavailable(f"what answers at {place.endpoint} does not speak S3: mend endpoint=.") from error

@@ -4,12 +4,13 @@ A wrong store must be found when a job is submitted, not at its first checkpoint
 checkpoint would do, and says in one sentence what stands in the way and how to mend it.
 """
 
+import contextlib
 import secrets
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from dtrain.common.errors import PermanentError, RetryableError, UserError
-from dtrain.storage.objects import NotFound, ObjectStore
+from dtrain.storage.objects import AlreadyExists, NotFound, ObjectStore
 
 PROBE_PREFIX = "dtrain-probe-"
 _S3_PARAMETERS = ("endpoint", "region")
@@ -37,11 +38,15 @@ def open_store(uri: str) -> ObjectStore:
 
 
 def probe(store: ObjectStore) -> None:
-    """Write, read back and delete a small object. Raises :class:`UserError` with the mend if that fails."""
+    """Write a small object that must not be there, read it back and delete it.
+
+    Raises :class:`UserError` with the mend if that fails.
+    """
     key = PROBE_PREFIX + secrets.token_hex(8)
     try:
-        store.put(key, _PROBE_BYTES)
         try:
+            with contextlib.suppress(AlreadyExists):  # a try before, whose answer was lost
+                store.put(key, _PROBE_BYTES, if_absent=True)
             found = store.get(key)
         finally:
             store.delete(key)

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from torch.nn.parameter import is_lazy
 
 from dtrain.common.errors import PermanentError
 from dtrain.storage.catalogs import Json, TensorLeaf, WholeTensor, leaves_below
@@ -84,7 +85,7 @@ class Targets:
 
     def _like_live(self, leaf: TensorLeaf, live: torch.Tensor | None, *, in_place: bool) -> torch.Tensor:
         tensor = self._saved(leaf)
-        if live is None or leaf.pairs or tuple(live.shape) != tensor.shape:
+        if live is None or leaf.pairs or is_lazy(live) or tuple(live.shape) != tensor.shape:
             return self._whole(leaf)
         if is_sharded(live):
             from dtrain.trainer import dtensors

@@ -72,6 +72,7 @@ PROGRESS_S = 0.1  # how old a rank's step may be in any snapshot: the coordinato
 TICK_S = 1.0  # how often the fence is looked at; it is counted in minutes
 LOCK_TRIES_S = 1.0  # a keeper's look at the lock takes microseconds; whoever holds it longer is an agent
 LOCK_PAUSE_S = 0.02
+PID_BYTES = 32  # in the lock file, always written over in place
 EMPTY_LOGS_GRACE_S = 0.5  # readers of logs get this long for the last lines when the agent leaves
 
 
@@ -108,14 +109,14 @@ async def _agent_lock(path: Path) -> AsyncIterator[None]:
                 break
             except BlockingIOError as error:
                 if time.monotonic() >= deadline:
-                    owner = os.pread(lock, 32, 0).decode(errors="replace").strip() or "unknown"
+                    owner = os.pread(lock, PID_BYTES, 0).decode(errors="replace").strip() or "unknown"
                     raise UserError(
                         f"data folder {path.parent} is in use by another process (pid {owner}): "
                         "stop that one, or name another --data-dir."
                     ) from error
             await asyncio.sleep(LOCK_PAUSE_S)
-        os.ftruncate(lock, 0)
-        os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
+        with contextlib.suppress(OSError):  # a full disk: only a person who starts a second agent would read it
+            os.pwrite(lock, f"{os.getpid()}\n".encode().ljust(PID_BYTES), 0)
         yield
     finally:
         os.close(lock)

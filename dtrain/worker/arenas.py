@@ -140,9 +140,13 @@ class Arenas:
         return slot
 
     def keep(self, of: RankId, slot: int, kept: Kept) -> None:
-        """Record what storage has confirmed of the slot."""
-        with contextlib.suppress(FileNotFoundError):  # the job left meanwhile
+        """Record what storage has confirmed of the slot. Without a record, a restore reads it from storage."""
+        try:
             write_whole(self._record(of, slot), msgspec.json.encode(kept))
+        except FileNotFoundError:
+            pass  # the job left meanwhile
+        except OSError as error:  # shared memory is full: of DataLoader's workers, or of anybody
+            logger.warning("%s: what rank %d staged cannot serve a restore: %s", of.job, of.rank, error)
 
     def mapped(self, of: RankId, slot: int, size_bytes: int) -> SlotMap | None:
         """Return the slot's map, if there is one of so many bytes; an agent that was restarted has none yet."""

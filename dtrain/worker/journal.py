@@ -70,6 +70,8 @@ CREATE TABLE shards (
 CREATE TABLE positions (job TEXT PRIMARY KEY, seq INTEGER NOT NULL, digest TEXT NOT NULL) WITHOUT ROWID;
 """
 
+_BROKEN = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}  # all else is the disk's, or another process's
+
 
 class Journal:
     """The journal of one worker's data folder. Used by one thread at a time."""
@@ -85,6 +87,11 @@ class Journal:
             version = self._meta("version")
         except sqlite3.DatabaseError as error:
             self._db.close()
+            if error.sqlite_errorcode & 0xFF not in _BROKEN:
+                raise UserError(
+                    f"the worker's journal {path} cannot be opened now ({error}): see that its disk has room and may "
+                    "be written. It holds what runs on this node: leave it where it is."
+                ) from error
             raise UserError(
                 f"the worker's journal {path} cannot be read ({error}): move it away, and the worker starts anew."
             ) from error

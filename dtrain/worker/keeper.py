@@ -1,19 +1,16 @@
 """The small process between an agent and one trainer: it waits, so that an exit status outlives the agent.
 
-Run as ``python -I -S keeper.py <rank folder>``. It is a program of its own: standard library only, so that it
-starts in a few milliseconds, and it imports nothing of dtrain. A zygote (zygote.py) runs the same code in a process
-that it forked, with another way to begin the trainer; or it has keepers wait, each with a trainer that is forked
-already, until a rank folder is named: ``keeper.py --spare <socket> <pipe> <trainer's pid> <nice value>``.
+Run as ``python -I -S keeper.py <rank folder>``. It is a program of its own, with the standard library only, that
+starts in milliseconds. A zygote (zygote.py) runs the same code in a process that it forked; or it has keepers wait,
+each with a forked trainer, for a rank folder: ``keeper.py --spare <socket> <pipe> <trainer's pid> <nice value>``.
 
 Rules:
 - at most one trainer a rank folder, ever: the lock is taken first, and whoever finds that the folder was used
   before leaves at once. So an agent that does not know whether its predecessor started a keeper starts another;
 - ``started.json`` is written before the fork and again after it: a trainer that ran without this file saying so
   cannot be, however early the keeper dies;
-- the room for ``exited.json`` is taken before the trainer begins: shared memory that is full by then, as a failing
-  trainer may leave it, hides no exit;
-- no trainer outlives its keeper (PR_SET_PDEATHSIG), no descendant outlives its trainer (the keeper is the
-  subreaper of all of them);
+- the room for ``exited.json`` is taken first: shared memory that a failing trainer leaves full hides no exit;
+- no trainer outlives its keeper (PR_SET_PDEATHSIG), no descendant its trainer (the keeper is their subreaper);
 - no trainer outlives its agent by more than ``orphan_after_s``: the agent's lock file tells whether it lives;
 - an end that followed an order is told from one that came by itself, whoever reads of it, and however late.
 """
@@ -264,9 +261,12 @@ def wait(trainer: int, plan: dict) -> Ended:  # type: ignore[type-arg]
                 agent_gone_since = now
             elif now - agent_gone_since >= plan["orphan_after_s"]:
                 told = f"its worker was gone for {plan['orphan_after_s']:g} s"
-                with open(plan["log"], "a", encoding="utf-8") as log:
-                    log.write(f"dtrain: ended, because {told}\n")
                 send(trainer, signal.SIGKILL)
+                try:
+                    with open(plan["log"], "a", encoding="utf-8") as log:
+                        log.write(f"dtrain: ended, because {told}\n")
+                except OSError:
+                    pass  # the disk is full; exited.json says it
 
 
 def send(trainer: int, number: int) -> None:

@@ -86,8 +86,8 @@ class Keepers:
         if of in self._kept:
             return
         kept = self._kept[of] = _Kept(of, folder)
-        if not folder.is_dir():
-            self._finish(kept, ExitFact(code=None, at_unix_s=time.time(), error="its folder in shared memory is gone"))
+        if not folder.is_dir():  # nobody can say any more what lives: see to it that nothing does
+            self._begin(self._end_unseen(kept, "its folder in shared memory is gone"))
         elif read_started(folder) is not None or read_exited(folder) is not None:
             self._look(kept)
         elif start:
@@ -242,10 +242,10 @@ class Keepers:
         if fact is not None:
             self._finish(kept, fact)
             return
-        self._begin(self._end_unseen(kept))
+        self._begin(self._end_unseen(kept, "its keeper was killed: nobody saw the exit"))
 
-    async def _end_unseen(self, kept: _Kept) -> None:
-        """The keeper was killed: see to it that nothing of its trainer lives, then report."""
+    async def _end_unseen(self, kept: _Kept, why: str) -> None:
+        """Nobody saw it end: see to it that nothing of the trainer lives, then report."""
         mark = trainer_mark(kept.of, self._journal_id)
         deadline = time.monotonic() + STRAYS_S
         dying: dict[int, int] = {}  # pid -> start time
@@ -258,9 +258,7 @@ class Keepers:
             if not dying:
                 break
             await asyncio.sleep(STRAYS_PAUSE_S)
-        self._finish(
-            kept, ExitFact(code=None, at_unix_s=time.time(), error="its keeper was killed: nobody saw the exit")
-        )
+        self._finish(kept, ExitFact(code=None, at_unix_s=time.time(), error=why))
 
     def _finish(self, kept: _Kept, fact: ExitFact) -> None:
         if kept.kill_timer is not None:

@@ -1,5 +1,6 @@
 """A folder keeps whole objects only, whatever happens to the writer, the disk or the path."""
 
+import errno
 import os
 import shutil
 import signal
@@ -12,11 +13,13 @@ from pathlib import Path
 
 import pytest
 
+from dtrain.common.errors import UserError
 from dtrain.storage import durable
 from dtrain.storage.durable import TEMPORARY
 from dtrain.storage.local import LocalFolder
 from dtrain.storage.objects import NotFound, StorageRefused, StorageUnavailable
 from dtrain.storage.parts import FileParts
+from dtrain.storage.uris import probe
 
 # Stops for ever at a chosen call within a put, after saying so; the test kills it there.
 HALTING_WRITER = """
@@ -267,3 +270,28 @@ def test_a_file_that_ends_too_early_leaves_no_object(tmp_path: Path) -> None:
         store.put_file("a/blob", FileParts(file=file.fileno(), ranges=((0, 6),)))
     assert store.head("a/blob") is None
     assert not list((tmp_path / "store").rglob(f"{TEMPORARY}*"))
+
+
+def test_a_file_system_that_knows_no_locks_takes_objects_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))  # Lustre, mounted with noflock
+
+    monkeypatch.setattr(durable.fcntl, "flock", flock)
+    store = LocalFolder(tmp_path)
+    store.put("a/b", b"x")
+    assert store.get("a/b") == b"x"
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP], ids=errno.errorcode.get)
+def test_a_file_system_without_hard_links_is_refused_before_a_job_counts_on_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def link(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(durable.os, "link", link)
+    with pytest.raises(UserError, match="has no hard links"):
+        probe(LocalFolder(tmp_path))
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import pytest
+from urllib3.exceptions import SSLError
 
 from dtrain.common.errors import DtrainError, ShardDamagedError, UserError
 from dtrain.storage import s3, s3_bodies
@@ -14,6 +15,7 @@ from dtrain.storage.metering import UNMETERED
 from dtrain.storage.objects import AlreadyExists, StorageRefused, StorageUnavailable
 from dtrain.storage.parts import Scattered
 from dtrain.storage.s3 import S3Store
+from dtrain.storage.s3_errors import S3Place, translated
 from dtrain.storage.s3_parts import PART_MIN_BYTES
 from dtrain.storage.uris import open_store, probe
 from tests.support.s3_server import S3Server, open_uploads
@@ -253,3 +255,12 @@ def test_a_server_that_ignores_ranges_does_not_give_wrong_bytes(answering: Answe
     store = open_store(f"s3://bucket?endpoint={answering.endpoint}")
     with pytest.raises(StorageRefused, match="ignores ranges"):
         store.read_into("blob", memoryview(bytearray(10)), offset=5)
+
+
+def test_a_record_of_tls_that_was_damaged_on_its_way_is_an_answer_that_broke_off() -> None:
+    damaged = SSLError("[SSL: DECRYPTION_FAILED_OR_BAD_RECORD_MAC]")  # from the body, which botocore hands on as it is
+    with (
+        pytest.raises(StorageUnavailable),
+        translated(S3Place(bucket="bucket", endpoint="https://s3"), "key", reading=True),
+    ):
+        raise damaged

@@ -240,6 +240,18 @@ def test_objects_and_random_states_come_back_from_the_shard(stages: Stages) -> N
     assert (random.random(), np.random.rand(), torch.rand(2).tolist()) == drawn
 
 
+def test_a_module_that_has_no_shapes_before_its_first_input_takes_those_that_were_stored(stages: Stages) -> None:
+    model = torch.nn.LazyLinear(2)
+    model(torch.zeros(1, 3))
+    stage = stages(model=model)
+    stage.mailbox.request = pack(1, 1)
+    stage.station.boundary(Step(1))
+    fresh, again = torch.nn.LazyLinear(2), TrackedState()
+    again.add("model", fresh)
+    again.restore_objects(read_alone(stage.staged_file(), again), torch.device("cpu"))
+    assert torch.equal(fresh.weight, model.weight)
+
+
 def test_an_object_that_the_checkpoint_does_not_hold_is_named(stages: Stages) -> None:
     stage = stages(model=Holder(1))
     stage.mailbox.request = pack(1, 1)

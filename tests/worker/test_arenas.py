@@ -274,3 +274,16 @@ def test_others_give_memory_back_before_there_is_said_to_be_too_little(node: Nod
     node.provide(zero)
     assert asked == [2 * SIZE]
     assert node.provided == [(zero, 0, SIZE)] and not node.told
+
+
+def test_a_record_that_finds_no_room_costs_a_restore_from_memory_and_nothing_else(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (of,) = ranks(1, 0)
+    node.claim(of)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(arenas, "write_whole", full)
+    node.arenas.keep(of, 1, kept(1))

@@ -165,6 +165,13 @@ def test_a_file_that_is_no_journal_is_refused_with_the_mend(tmp_path: Path) -> N
         Journal(tmp_path / "j")
 
 
+def test_a_journal_that_cannot_be_opened_now_is_not_called_broken(tmp_path: Path) -> None:
+    Journal(tmp_path / "j").close()
+    (tmp_path / "j-wal").mkdir()  # as little can be written as on a full disk
+    with pytest.raises(UserError, match="leave it where it is"):
+        Journal(tmp_path / "j")
+
+
 def test_a_step_that_fails_half_way_leaves_nothing(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "j")
     _, actions = step(node_state(), command(start().body, id="x", term=9), 0.0)

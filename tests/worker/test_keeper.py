@@ -372,3 +372,15 @@ def test_nothing_is_left_of_a_rank_that_has_ended(rank: Rank) -> None:
     mark = rank._env[MARK]
     assert rank.keep("import os; os.fork(); os.fork()").wait(DEADLINE_S) == 0
     assert marked(mark) == {}
+
+
+def test_an_orphan_is_ended_and_told_of_where_its_log_takes_nothing_any_more(rank: Rank) -> None:
+    with living_agent(rank):
+        process = rank.keep("import time; time.sleep(60)", orphan_after_s=0.5)
+        rank.started()
+        rank.log.unlink()
+        rank.log.mkdir()  # whoever writes there gets an OSError, as on a full disk
+    process.wait(DEADLINE_S)
+    fact = read_exited(rank.folder)
+    assert fact is not None
+    assert (fact.code, fact.ended_for) == (-signal.SIGKILL, "its worker was gone for 0.5 s")

@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Coroutine, Iterator
@@ -155,3 +156,17 @@ def test_a_rank_that_another_agents_keeper_may_yet_start_is_ended_when_there_is_
 def test_a_keeper_whose_log_cannot_be_opened_is_an_end_with_that_reason(folder: Path) -> None:
     (folder / "keeper.log").mkdir()
     assert never_started(folder).startswith("its keeper cannot run: [Errno 21]")
+
+
+def test_a_rank_whose_folder_is_gone_is_ended_before_its_end_is_told(folder: Path) -> None:
+    async def play(them: Keepers, facts: Told, started: Started) -> None:
+        them.close()
+        shutil.rmtree(folder)  # a cleaner, a person, or what removes a user's shared memory at logout
+        zygotes = Zygotes(folder / "zygote.log", enabled=False)
+        again = Keepers(facts.put_nowait, lambda of: None, JOURNAL, asyncio.create_task, zygotes)
+        again.ensure(OF, folder, start=False)
+        exited = await first_word(again, facts)
+        assert isinstance(exited, TrainerExited) and "shared memory is gone" in exited.exit.error
+        assert not alive(started.trainer_pid), "the next generation would begin beside it"
+
+    keep(folder, play)
