@@ -35,15 +35,15 @@ class Machine:
         self.jumped.append((now_s, self.skew_s))
         self.skew_s += by_s
 
-    def when(self, wall_s: float) -> float:
-        """The first moment at which the wall clock showed this; it is rounded to milliseconds."""
-        since_s = 0.0
+    def when(self, wall_s: float) -> list[float]:
+        """All moments at which the wall clock showed this, rounded to milliseconds; it may have been set back."""
+        found, since_s = [], 0.0
         for until_s, skew_s in (*self.jumped, (float("inf"), self.skew_s)):
             at_s = wall_s - EPOCH_S - skew_s
             if since_s - 0.001 <= at_s <= until_s + 0.001:
-                return at_s
+                found.append(at_s)
             since_s = until_s
-        raise LookupError(f"the clock of {self.name} never showed {wall_s}")
+        return found
 
     @property
     def living(self) -> "list[Process]":

@@ -49,7 +49,10 @@ def room(story: Story) -> Iterator[str]:
     for told in story.events_of("GenerationStarted"):
         elected = [change for change in leaders if change.revision < told.revision][-1]
         host = next(h for h in story.world.hosts if f'"{h.name}"'.encode() in (elected.value or b""))
-        decided_s = host.when(told.wall_s) + ROUNDED_S
+        moments = [moment_s for moment_s in host.when(told.wall_s) if moment_s <= told.at_s]
+        if len(moments) != 1:
+            continue  # its clock was set back: nobody can say what it knew just then
+        decided_s = moments[0] + ROUNDED_S
         for member in told.data["members"]:
             known = [h for h in heard.get((host.name, member["worker"]), ()) if elected.at_s < h.at_s <= decided_s]
             behind = sum(h.at_s > decided_s - TAKEN_IN_S for h in known)
