@@ -5,8 +5,8 @@ coordinator may come and go meanwhile.
 """
 
 import asyncio
-import contextlib
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 
 from dtrain.cli.clients import Coordinator
 from dtrain.cli.event_words import describe
@@ -16,6 +16,8 @@ from dtrain.common.errors import DtrainError
 from dtrain.common.names import JobName
 from dtrain.coordinator.core.events import (
     AttemptSwept,
+    CheckpointAborted,
+    CheckpointCommitted,
     CheckpointDeleted,
     CheckpointExpired,
     CheckpointMarked,
@@ -31,6 +33,7 @@ from dtrain.coordinator.core.events import (
 from dtrain.coordinator.history import follow_history
 from dtrain.etcd.client import EtcdClient
 
+SILENT_S = 5.0  # without an answer, before it is said that there is none
 STATUS_S = 0.5  # how often progress is asked for: workers report as often
 # Of no interest to who watches a run; `dtrain history` tells them.
 _HOUSEKEEPING = (CheckpointStarted, CheckpointMarked, CheckpointExpired, CheckpointDeleted, AttemptSwept)
@@ -58,6 +61,8 @@ class Follower:
         self._run = run
         self._screen = screen
         self._events = follow_history(etcd, prefix, job)
+        self._saved = False
+        self._never_saved = ""  # what to say of it at the end
 
     async def follow(self) -> Outcome:
         """Show everything until the run has ended, then the rest of its output."""
@@ -99,15 +104,28 @@ class Follower:
     async def _read_events(self) -> Outcome:
         async for recorded in self._events:
             if (outcome := _outcome(recorded.event)) is not None:
-                return outcome
+                return outcome if self._saved else replace(outcome, words=outcome.words + self._never_saved)
+            if isinstance(recorded.event, CheckpointCommitted):
+                self._saved = True
+            elif isinstance(recorded.event, CheckpointAborted) and not recorded.event.missed:
+                self._never_saved = f"; no checkpoint of this run could be stored: {recorded.event.reason}"
             if not isinstance(recorded.event, _HOUSEKEEPING):
                 self._screen.say(describe(recorded.event))
         raise AssertionError("a history is followed for ever")
 
     async def _show_progress(self) -> None:
+        heard_s, told = time.monotonic(), False
         while True:
-            with contextlib.suppress(DtrainError):  # nobody leads just now; the next look makes up for it
+            try:
                 reply = await self._coordinator.status(self._job, patience_s=0.0)
+            except DtrainError as error:  # nobody leads just now; the next look makes up for it
+                if not told and time.monotonic() - heard_s > SILENT_S:
+                    told = True
+                    self._screen.say(f"training goes on, but nothing can be told of it just now: {error}")
+            else:
+                if told:
+                    self._screen.say("the cluster answers again")
+                heard_s, told = time.monotonic(), False
                 for job in reply.jobs:
                     self._screen.progress(job)
             await asyncio.sleep(STATUS_S)

@@ -24,7 +24,7 @@ async def run_on_cluster(address: Address, spec: JobSpec) -> int:
         async def work() -> Outcome:
             async with connect_etcd(address) as etcd, Coordinator(etcd, address.prefix) as coordinator:
                 reply = await coordinator.submit(submission(spec, takes_over=False))
-                screen.say(submitted_words(spec.name, reply))
+                screen.say(submitted_words(spec, reply))
                 return await _follow(etcd, coordinator, address.prefix, spec, reply.run, screen)
 
         try:
@@ -78,7 +78,7 @@ async def _run_job(endpoint: str, prefix: str, spec: JobSpec, screen: Screen) ->
     async with EtcdClient([endpoint]) as etcd, Coordinator(etcd, prefix) as coordinator:
         # The folder is ours alone, so whatever its log believes to be running has lost its launcher.
         reply = await coordinator.submit(submission(spec, takes_over=True), patience_s=LOCAL_LEADER_S)
-        screen.say(submitted_words(spec.name, reply))
+        screen.say(submitted_words(spec, reply))
         await _cancel_others(coordinator, spec.name, screen)
         return await _follow(etcd, coordinator, prefix, spec, reply.run, screen)
 

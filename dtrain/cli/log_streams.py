@@ -102,9 +102,12 @@ class LogStream:
         results = await asyncio.gather(*reads, return_exceptions=True)
         for rank, line in self._joiner.rests():
             self._show(rank, line)
-        for result in results:
+        for worker, result in zip(sorted(workers), results, strict=True):
             if isinstance(result, grpc.aio.AioRpcError) and everything:
-                raise UserError(f"a worker's logs cannot be read: {result.details()}") from result
+                raise UserError(
+                    f"the logs of worker {worker} at {workers[worker]} cannot be read now: it is gone, or starts again "
+                    f"just now. What its ranks printed lies in its --data-dir, below logs/{self._job}."
+                ) from result
             if isinstance(result, BaseException) and not isinstance(result, grpc.aio.AioRpcError | TimeoutError):
                 raise result
 

@@ -10,14 +10,17 @@ import click
 from dtrain.cli.options import cluster_options, output_option
 
 if TYPE_CHECKING:
-    from dtrain.cli.log_streams import Show
+    from collections.abc import AsyncIterator
+
+    from dtrain.cli.log_streams import LogStream, Show
+    from dtrain.coordinator.core.events import RecordedEvent
     from dtrain.standalone.data_folder import DataFolder
 
 
 @click.command("logs")
 @click.argument("job")
 @click.option("--rank", type=click.IntRange(min=0), help="This rank only. Default: all.")
-@click.option("-f", "--follow", is_flag=True, help="Go on with lines as they are printed.")
+@click.option("-f", "--follow", is_flag=True, help="Go on with lines as they are printed, until the job ends.")
 @cluster_options
 @output_option
 def logs_command(
@@ -30,7 +33,7 @@ def logs_command(
     from dtrain.cli.log_streams import LogStream
     from dtrain.cli.progress import with_rank
     from dtrain.common.names import job_name
-    from dtrain.coordinator.history import read_history
+    from dtrain.coordinator.history import follow_history, read_history
     from dtrain.standalone.data_folder import DataFolder
 
     name = job_name(job)
@@ -44,14 +47,53 @@ def logs_command(
             show_kept(DataFolder.at(data_dir), name, rank, show)
             return
         async with connect_etcd(address) as client:
-            require_job(await read_history(client, address.prefix, name), name)
+            events = await read_history(client, address.prefix, name)
+            require_job(events, name)
+            _require_rank(events, name, rank)
             stream = LogStream(client, address.prefix, name, show=show, rank=rank)
             if follow:
-                await while_active(None if etcd else DataFolder.at(data_dir), stream.follow())
+                work = _follow_to_the_end(stream, follow_history(client, address.prefix, name), events[-1].seq)
+                await while_active(None if etcd else DataFolder.at(data_dir), work)
             else:
                 await stream.drain(everything=True)
 
     asyncio.run(read())
+
+
+def _require_rank(events: "list[RecordedEvent]", job: str, rank: int | None) -> None:
+    from dtrain.common.errors import UserError
+    from dtrain.coordinator.core.events import GenerationStarted
+
+    worlds = [each.event.world_size for each in events if isinstance(each.event, GenerationStarted)]
+    if rank is not None and worlds and rank >= max(worlds):
+        raise UserError(f"job {job} never had a rank {rank}: give --rank 0 to {max(worlds) - 1}.")
+
+
+async def _follow_to_the_end(stream: "LogStream", events: "AsyncIterator[RecordedEvent]", known: int) -> None:
+    """Show lines until the job's newest run has ended, and the rest of them."""
+    following = asyncio.create_task(stream.follow(), name="logs")
+    ended = asyncio.create_task(_until_ended(events, known), name="end")
+    try:
+        await asyncio.wait((following, ended), return_when=asyncio.FIRST_COMPLETED)
+        if following.done():
+            following.result()
+    finally:
+        for task in (following, ended):
+            task.cancel()
+        await asyncio.gather(following, ended, return_exceptions=True)
+    await stream.drain()
+
+
+async def _until_ended(events: "AsyncIterator[RecordedEvent]", known: int) -> None:
+    """Return when the job has ended, going by the log from event ``known`` on."""
+    from dtrain.coordinator.core.events import JobCancelled, JobFailed, JobSubmitted, JobSucceeded
+
+    over = False
+    async for each in events:
+        if isinstance(each.event, JobSubmitted | JobSucceeded | JobFailed | JobCancelled):
+            over = not isinstance(each.event, JobSubmitted)
+        if over and each.seq >= known:
+            return
 
 
 def show_kept(folder: "DataFolder", job: str, rank: int | None, show: "Show") -> None:

@@ -15,6 +15,7 @@ Exit codes:
 ``run`` ends with the exit code of the job, whatever that is.
 """
 
+import errno
 import importlib
 import os
 import sys
@@ -30,6 +31,11 @@ from dtrain.common.leaving import leave
 EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count
+
+_A_PERSONS = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOENT, errno.EEXIST),
+    *(errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL),
+}
 
 _VERBS: dict[str, tuple[str, str]] = {
     "run": ("run", "Run a training script and wait for its end, on this machine or on a cluster."),
@@ -91,6 +97,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = dtrain.main(args=argv, prog_name="dtrain", standalone_mode=False)
     except click.exceptions.Exit as exit_request:
         return exit_request.exit_code
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        return EXIT_USER_ERROR
     except click.UsageError as error:
         hint = f" Try '{error.ctx.command_path} --help'." if error.ctx is not None else ""
         return _say(_one_line(error.format_message()) + hint, EXIT_USER_ERROR)
@@ -109,6 +118,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _say(_one_line(str(error)), EXIT_USER_ERROR)
     except DtrainError as error:
         return _say(_one_line(f"{error} (set DTRAIN_TRACEBACK=1 to see where)"), EXIT_FAILED, error)
+    except OSError as error:
+        # What a person named cannot be used: a folder, a file, the place where output goes. Services catch their own.
+        where = f"{error.filename}: " if error.filename else ""
+        words = f"{where}{error.strerror or error} (set DTRAIN_TRACEBACK=1 to see where)"
+        return _say(_one_line(words), EXIT_USER_ERROR if error.errno in _A_PERSONS else EXIT_FAILED, error)
     return code if isinstance(code, int) else 0
 
 

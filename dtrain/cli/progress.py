@@ -114,7 +114,9 @@ class _Rate:
 def progress_words(job: "wire.JobStatus", steps_per_s: float | None) -> str:
     """One line: how far, how fast, what was saved."""
     if job.phase == "pending" or (job.waiting_for and not job.ranks):
-        return f"{job.job}: {job.waiting_for or 'waiting for workers'}"
+        return f"{job.job} waits for {job.waiting_for or 'workers'}"
+    if job.phase == "running" and not job.ranks:
+        return f"{job.job}: its workers have not told the new coordinator yet how far they are"
     step = completed_step(job)
     until = max((rank.report.until_step for rank in job.ranks), default=0)
     ranks = "1 rank" if job.world_size == 1 else f"{job.world_size} ranks"

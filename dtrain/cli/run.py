@@ -195,7 +195,7 @@ def submit_command(etcd: str, prefix: str, output: str, **options: Any) -> None:
         if output == "json":
             print_json({"job": spec.name, "run": reply.run, "resumes_step": reply.resumes_step})
         else:
-            click.echo(submitted_words(spec.name, reply))
+            click.echo(submitted_words(spec, reply))
 
     asyncio.run(submit())
 
@@ -243,8 +243,9 @@ def submission(spec: "JobSpec", *, takes_over: bool) -> "wire.SubmitRequest":
     )
 
 
-def submitted_words(job: str, reply: "wire.SubmitReply") -> str:
-    if reply.run <= 1:
-        return f"job {job} submitted"
-    start = f"continues from step {reply.resumes_step}" if reply.resumes_step else "starts again from step 0"
-    return f"job {job} submitted: run {reply.run} {start}"
+def submitted_words(spec: "JobSpec", reply: "wire.SubmitReply") -> str:
+    words = f"job {spec.name} submitted"
+    if reply.run > 1:
+        start = f"continues from step {reply.resumes_step}" if reply.resumes_step else "starts again from step 0"
+        words += f": run {reply.run} {start}"
+    return words if spec.store else f"{words}; without --store nothing is saved, and every failure begins at step 0"

@@ -24,7 +24,7 @@ def etcd_wait_option(command: click.decorators.FC) -> click.decorators.FC:
     return click.option(
         "--etcd-wait",
         "etcd_wait_s",
-        type=float,
+        type=click.FloatRange(min=0.0),
         envvar="DTRAIN_ETCD_WAIT",
         default=ETCD_WAIT_S,
         show_default=True,
@@ -93,7 +93,7 @@ def coordinator_command(etcd: str, prefix: str, listen: str, advertise: str, ide
 @click.option(
     "--orphan-after",
     "orphan_after_s",
-    type=float,
+    type=click.FloatRange(min=0.0),
     envvar="DTRAIN_ORPHAN_AFTER",
     help="Seconds after which ranks without their agent end themselves.",
 )

@@ -1,5 +1,6 @@
 """What cannot be done is said in one line with the mend, with exit code 2, and costs nothing."""
 
+import errno
 import os
 import socket
 from collections.abc import Iterator
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from dtrain.cli import main
 from dtrain.standalone.data_folder import DataFolder, lock_folder
 from tests.cli.commands import Answer, assert_nothing_is_left, dtrain
 
@@ -70,6 +72,30 @@ def assert_refused(answer: Answer, *words: str) -> None:
 def test_bad_input_is_refused_in_one_line_with_the_mend(folder: Path, arguments: list[str], words: list[str]) -> None:
     assert_refused(dtrain(*arguments, cwd=folder), *words)
     assert_nothing_is_left(folder)
+
+
+def test_without_a_verb_the_verbs_are_shown(folder: Path) -> None:
+    answer = dtrain(cwd=folder)
+    assert answer.code == 2
+    assert "\nCommands:\n  run " in answer.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(FileExistsError(errno.EEXIST, "File exists", "a/b"), 2), (OSError(errno.EIO, "Input/output error", "a/b"), 1)],
+    ids=["a person's", "the machine's"],
+)
+def test_what_cannot_be_opened_is_named_in_one_line(
+    error: OSError, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(**_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(main.dtrain, "main", fails)
+    monkeypatch.delenv("DTRAIN_TRACEBACK", raising=False)
+    assert main.main(["list"]) == code
+    said = capsys.readouterr().err
+    assert said.startswith(f"dtrain: a/b: {error.strerror}") and said.count("\n") == 1
 
 
 @pytest.mark.parametrize(

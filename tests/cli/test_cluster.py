@@ -66,6 +66,11 @@ def test_a_job_runs_on_a_cluster_and_its_output_and_code_come_back(cluster: tupl
     assert not (folder / ".dtrain").exists(), "a run on a cluster leaves nothing on this machine"
     logs = dtrain("logs", "--etcd", endpoint, "hello", "--rank", "1", cwd=folder)
     assert logs.stdout == "[rank1]: hello 1 blue\n"
+    assert "without --store nothing is saved" in answer.stderr
+    followed = dtrain("logs", "--etcd", endpoint, "hello", "--follow", cwd=folder)  # it ended: so does this
+    assert sorted(followed.stdout.splitlines()) == ["[rank0]: hello 0 blue", "[rank1]: hello 1 blue"]
+    nobody = dtrain("logs", "--etcd", endpoint, "hello", "--rank", "7", cwd=folder)
+    assert (nobody.code, nobody.stderr) == (2, "dtrain: job hello never had a rank 7: give --rank 0 to 1.\n")
 
 
 def test_ctrl_c_leaves_a_clusters_job_running(cluster: tuple[Path, str]) -> None:

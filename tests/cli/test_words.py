@@ -1,23 +1,28 @@
 """What the command line makes of options, events, statuses and logs, without any process."""
 
+import asyncio
 import dataclasses
 import enum
 import types
 import typing
+from collections.abc import AsyncIterator
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from dtrain.cli.clients import parse_endpoints
 from dtrain.cli.event_words import describe, describe_cause
+from dtrain.cli.following import Follower
 from dtrain.cli.job_specs import default_name, parse_env, parse_nnodes, parse_nproc
 from dtrain.cli.log_streams import LINE_MAX_BYTES, LineJoiner
 from dtrain.cli.output import job_view, print_job, words_of_bytes
 from dtrain.cli.progress import progress_words, with_rank
 from dtrain.cli.services import default_worker_id
 from dtrain.common.errors import UserError
-from dtrain.common.names import job_name, worker_id
+from dtrain.common.names import AttemptNumber, CheckpointNumber, JobName, job_name, worker_id
 from dtrain.common.specs import JobSpec
-from dtrain.coordinator.core.events import Cause, Event
+from dtrain.coordinator.core.events import Cause, CheckpointAborted, CheckpointCommitted, Event, JobSucceeded
 from dtrain.proto import agent_pb2 as wire
 
 
@@ -165,7 +170,7 @@ def test_transfers_under_way_are_summed_up_and_told_by_rank(capsys: pytest.Captu
 
 def test_a_waiting_job_says_what_it_waits_for() -> None:
     waiting = wire.JobStatus(job="mine", phase="pending", waiting_for="2 workers; 1 there")
-    assert progress_words(waiting, None) == "mine: 2 workers; 1 there"
+    assert progress_words(waiting, None) == "mine waits for 2 workers; 1 there"
 
 
 def test_the_json_of_a_job_has_its_documented_fields() -> None:
@@ -174,3 +179,27 @@ def test_the_json_of_a_job_has_its_documented_fields() -> None:
     ranks = view["ranks"]
     assert isinstance(ranks, list) and [rank["rank"] for rank in ranks] == [0, 1]
     assert ranks[0]["metrics"] == {"loss": 0.25} and ranks[0]["exit_code"] is None
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_a_run_of_which_nothing_could_be_stored_says_so_at_its_end(stored: bool) -> None:
+    said: list[str] = []
+    screen = SimpleNamespace(say=said.append)
+    names = {"prefix": "/dtrain", "job": JobName("mine"), "run": 1}
+    follower = Follower(cast(Any, None), cast(Any, None), screen=cast(Any, screen), **cast(Any, names))
+    number, attempt = CheckpointNumber(1), AttemptNumber(1)
+    events: list[object] = [
+        CheckpointAborted(checkpoint=number, attempt=attempt, reason="rank 0 had already passed step 5", missed=True),
+        CheckpointAborted(checkpoint=number, attempt=attempt, reason="a lock cannot be stored"),
+        *([made_up(CheckpointCommitted)] if stored else []),
+        JobSucceeded(),
+    ]
+
+    async def told() -> AsyncIterator[Any]:
+        for event in events:
+            yield SimpleNamespace(event=event)
+
+    follower._events = told()
+    outcome = asyncio.run(follower._read_events())
+    assert outcome.exit_code == 0
+    assert outcome.words.endswith("could be stored: a lock cannot be stored") is not stored

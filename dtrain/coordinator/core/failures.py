@@ -231,7 +231,8 @@ def _lost_member(job: JobState, generation: GenerationState, observed: Observed,
         if report is not None and report.ranks and all(rank.succeeded for rank in report.ranks):
             continue  # its part is done: nothing is lost with it
         if view.journal and view.journal != member.journal:
-            reason = f"worker {member.worker} came back without its memory (its data folder is new)"
+            why = "its data folder is new, or it is another node of the same --worker-id"
+            reason = f"worker {member.worker} came back without its memory ({why})"
             cause = Cause(fact="journal_replaced", worker=member.worker, snapshot=_snapshot_number(observed, member))
         elif observed.lost(member.worker, now):
             reason = f"worker {member.worker} is gone: its lease and its stream ended"

@@ -67,7 +67,7 @@ def verdict(job: JobState) -> Decision | None:
         return _failed(last, _same_from_older(job.suspicion), cleared=job.suspicion)
     if error is not None and error.repeats >= SAME_ERROR_LIMIT:
         if not _is_suspect(job, error):
-            return _failed(error, _same_again(error))
+            return _failed(error, _same_again(job, error))
         if job.restarts_used <= job.spec.max_restarts:
             return _left_aside(error)
     if job.restarts_used > job.spec.max_restarts:
@@ -123,14 +123,13 @@ def _cause(fact: str, last: LastFailure) -> Cause:
     return Cause(fact=fact, exit_code=last.exit_code, detail=last.error, traceback=last.traceback)
 
 
-def _same_again(error: LastFailure) -> str:
+def _same_again(job: JobState, error: LastFailure) -> str:
     if error.cannot_start:
         return f" ({error.repeats} times in a row before it got anywhere): mend the script and run it again"
     start = "the start" if error.restored is None else f"checkpoint {error.restored}"
-    return (
-        f" ({error.repeats} times in a row after step {error.step} from {start}): mend the script and run it again, "
-        "to continue from the newest checkpoint"
-    )
+    then = ", to continue from the newest checkpoint" if job.newest_restorable is not None else ""
+    times = f"{error.repeats} times in a row after step {error.step} from {start}"
+    return f" ({times}): mend the script and run it again{then}"
 
 
 def _same_from_older(suspicion: Suspicion) -> str:
