@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import msgspec
 
@@ -99,6 +100,7 @@ class RankDirs:
         self._base = shared_memory if os.access(shared_memory, os.W_OK | os.X_OK) else data_dir
         self._data_dir = data_dir
         self.root = self._base / f"dtrain-{journal_id[:JOURNAL_CHARS]}"
+        self._held: BinaryIO | None = None  # the owner file, locked: an agent lives that uses the root
 
     def generation_dir(self, job: JobName, generation: Generation) -> Path:
         return self.root / f"{job}.g{generation}"
@@ -124,6 +126,8 @@ class RankDirs:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not (self.root / OWNER_FILE).exists():
             write_whole(self.root / OWNER_FILE, str(self._data_dir).encode())
+            self._held = None
+        self._hold()
         Path(plan.log).parent.mkdir(parents=True, exist_ok=True)
         write_whole(folder / "keeper.json", msgspec.json.encode(plan))  # holds an environment: for the owner only
         if not (folder / "mailbox").exists():
@@ -138,6 +142,7 @@ class RankDirs:
 
     def sweep(self, keep: Iterable[tuple[JobName, Generation]]) -> None:
         """Remove every generation's folder but these, and the stage slots and the cache of every other job."""
+        self._hold()
         known = list(keep)
         wanted = {self.root / ARENAS, *(self.generation_dir(job, generation) for job, generation in known)}
         wanted |= {path for job, _ in known for path in (self.arena(job), self.arena_in_files(job), self.cache(job))}
@@ -147,17 +152,27 @@ class RankDirs:
                     shutil.rmtree(folder, ignore_errors=True)
 
     def sweep_abandoned(self) -> list[Path]:
-        """Remove what agents left whose data folder is gone: no journal will ever ask for it. Return it."""
+        """Remove what agents left whose data folder is gone: no journal will ever ask for it. Return it.
+
+        One that lives is spared, whatever is seen of its data folder here: it may be in another container.
+        """
         removed = []
         for root in self._base.glob("dtrain-" + "?" * JOURNAL_CHARS):
             try:
                 owner = Path((root / OWNER_FILE).read_text())
             except (OSError, UnicodeDecodeError):
                 continue  # not ours to judge
-            if root != self.root and not owner.exists() and not _is_kept(root):
+            if root != self.root and not owner.exists() and not _is_held(root) and not _is_kept(root):
                 shutil.rmtree(root, ignore_errors=True)
                 removed.append(root)
         return removed
+
+    def _hold(self) -> None:
+        """Show other agents that this one lives."""
+        if self._held is None:
+            with contextlib.suppress(OSError):  # nothing to be held yet
+                self._held = (self.root / OWNER_FILE).open("rb")
+                fcntl.flock(self._held, fcntl.LOCK_SH | fcntl.LOCK_NB)
 
     def remove_root(self) -> None:
         """Remove the root if nothing is left in it."""
@@ -199,6 +214,18 @@ def keeper_lock(folder: Path) -> Iterator[bool]:
         yield False
     finally:
         os.close(lock)
+
+
+def _is_held(root: Path) -> bool:
+    """Whether an agent lives that uses ``root``."""
+    try:
+        with (root / OWNER_FILE).open("rb") as owner:
+            fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return False
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
 
 
 def _is_kept(root: Path) -> bool:

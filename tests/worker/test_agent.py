@@ -17,10 +17,11 @@ import grpc
 import pytest
 
 from dtrain.common.digests import blob_digest
+from dtrain.common.names import Generation, JobName
 from dtrain.etcd.client import EtcdClient
 from dtrain.proto import agent_pb2 as wire
 from dtrain.proto.agent_pb2_grpc import LogsStub
-from dtrain.worker.rank_dirs import read_started
+from dtrain.worker.rank_dirs import RankDirs, RankId, read_started
 from tests.support.facts import wait_for
 from tests.worker.nodes import JOB, Node, alive
 from tests.worker.scripts import agent_process
@@ -351,10 +352,18 @@ def _errors(snapshot: wire.Snapshot) -> list[str]:
 
 
 def test_what_an_agent_left_whose_data_folder_is_gone_is_removed_by_the_next_one(node: Node) -> None:
-    abandoned, kept = node.folder / "shm" / "dtrain-0000aaaa", node.folder / "shm" / "dtrain-0000bbbb"
-    for root, owner in ((abandoned, node.folder / "gone"), (kept, node.folder)):
+    shm = node.folder / "shm"
+    abandoned, kept, held = (shm / name for name in ("dtrain-0000aaaa", "dtrain-0000bbbb", "dtrain-0000cccc"))
+    for root, owner in ((abandoned, node.folder / "gone"), (kept, node.folder), (held, node.folder / "gone")):
         (root / "job.g1" / "rank0").mkdir(parents=True)
         (root / "owner").write_text(str(owner))
+    of = RankId(job=JobName("job"), generation=Generation(1), rank=0)
+    other = RankDirs(shm, node.folder / "elsewhere", "0000cccc")
+    other.sweep(
+        [(of.job, of.generation)]
+    )  # as an agent in another container begins, whose data folder is not seen here
     node.start()
     assert not abandoned.exists()
     assert kept.exists()
+    assert held.exists(), "an agent lives that uses it"
+    del other

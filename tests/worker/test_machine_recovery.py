@@ -46,6 +46,12 @@ def test_recovery_never_starts_what_is_being_ended() -> None:
     assert EndTrainers(job=JOB, generation=Generation(1), grace_s=5.0) in actions
 
 
+def test_recovery_never_starts_a_rank_that_has_ended_because_its_shard_is_not_stored_yet() -> None:
+    state, _ = run(training(), stage(), exited(1, code=None))
+    _, actions = recover(state, 0.0)
+    assert not [spawn for spawn in of_kinds(list(actions), SpawnTrainer) if spawn.rank == 1 and spawn.start]
+
+
 def test_a_step_does_not_change_the_state_that_it_was_given() -> None:
     before = training()
     copy = dict(before.assignments)

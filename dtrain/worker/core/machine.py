@@ -84,7 +84,7 @@ def _recover_assignment(turn: Turn, assignment: Assignment) -> None:
     unsettled = {shard.rank for shard in assignment.shards if not shard.is_settled}
     for run in assignment.ranks:
         if run.stage is RankStage.SPAWNING or run.rank in unsettled:
-            wanted = assignment.stage is GenerationStage.LIVE
+            wanted = assignment.stage is GenerationStage.LIVE and run.stage is not RankStage.EXITED
             turn.act(SpawnTrainer(job=job, generation=generation, rank=run.rank, start=wanted))
     if assignment.stage is GenerationStage.ENDING:
         turn.act(EndTrainers(job=job, generation=generation, grace_s=assignment.grace_s))
