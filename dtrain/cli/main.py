@@ -9,6 +9,7 @@ Exit codes:
 0     done; for ``run``: the job succeeded
 1     something failed that the person did not cause; for ``run`` often the job's own code
 2     what was asked for cannot be done; one sentence on stderr names the mend
+3     for ``worker``: another one has taken its name, and would lose it again to a restart
 130   Ctrl-C
 ====  ===================================================================================
 
@@ -25,11 +26,12 @@ from typing import NoReturn
 import click
 
 from dtrain import __version__
-from dtrain.common.errors import DtrainError, PermanentError, UserError
+from dtrain.common.errors import DisplacedError, DtrainError, PermanentError, UserError
 from dtrain.common.leaving import leave
 
 EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
+EXIT_DISPLACED = 3
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count
 
 _A_PERSONS = {
@@ -112,7 +114,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED
     except UserError as error:
-        return _say(_one_line(str(error)), EXIT_USER_ERROR)
+        code = EXIT_DISPLACED if isinstance(error, DisplacedError) else EXIT_USER_ERROR
+        return _say(_one_line(str(error)), code)
     except PermanentError as error:
         # A damaged log or shard: nothing crashed, and the sentence names what to look at.
         return _say(_one_line(str(error)), EXIT_USER_ERROR)

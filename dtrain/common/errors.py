@@ -28,6 +28,10 @@ class UserError(PermanentError):
     """What a person asked for cannot be done; the text says why and how to mend it."""
 
 
+class DisplacedError(UserError):
+    """Another process has taken this one's place in the cluster. Started again, it would take it back, and so on."""
+
+
 class InvariantError(DtrainError):
     """A rule that must always hold does not. The process stops."""
 

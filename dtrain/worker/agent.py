@@ -32,7 +32,7 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from dtrain.common.errors import UserError
+from dtrain.common.errors import DisplacedError, UserError
 from dtrain.common.version import VERSION
 from dtrain.etcd.client import EtcdClient
 from dtrain.etcd.registrations import RegistrationTaken, keep_registered
@@ -236,7 +236,7 @@ class Agent:
             ttl_s = self._config.lease_ttl_s
             await keep_registered(self._etcd, key, self._registration, ttl_s, is_own=partial(is_of, self._journal.id))
         except RegistrationTaken as error:
-            self._taken = UserError(
+            self._taken = DisplacedError(
                 f"another worker registered as {self._config.worker_id} since, so this one left: "
                 "give each node its own --worker-id."
             )

@@ -162,3 +162,22 @@ def test_a_standby_takes_over_when_the_leader_is_killed(cluster: tuple[Path, str
     assert isinstance(status, dict) and status["generation"] == 1
     assert leader()["id"] != before["id"]
     assert dtrain("cancel", "--etcd", endpoint, "wait", cwd=folder).code == 0
+
+
+def test_a_worker_whose_name_another_takes_leaves_with_a_code_by_which_nothing_starts_it_again(
+    cluster: tuple[Path, str],
+) -> None:
+    folder, endpoint = cluster
+    twin = ("worker", "--etcd", endpoint, "--worker-id", "twin", "--no-zygote", "--data-dir")
+
+    def connected() -> bool:
+        workers = ask(cluster, "workers")
+        assert isinstance(workers, list)
+        return any(worker["worker"] == "twin" and worker["connected"] for worker in workers)
+
+    with serving(folder, "first", *twin, "first") as first:
+        wait_for("the first is there", connected, deadline_s=60.0)
+        with serving(folder, "second", *twin, "second") as second:
+            assert first.wait(60.0) == 3
+            assert "give each node its own --worker-id" in (folder / "first.log").read_text()
+            assert second.poll() is None
