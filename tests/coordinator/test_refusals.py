@@ -145,6 +145,32 @@ def test_a_worker_of_another_etcd_is_refused_in_words_and_harms_nobody(etcd: Etc
     on_a_stage(etcd, tmp_path, play)
 
 
+@pytest.mark.parametrize("later", [{"term": 10**12}, {"worker": "w1"}], ids=["a term that never was", "another's"])
+def test_what_a_stream_says_later_is_taken_as_little_on_trust(
+    etcd: EtcdServer, tmp_path: Path, later: dict[str, Any]
+) -> None:
+    async def play(stage: Stage) -> None:
+        await submit(stage)
+        await submitted(stage)
+        found = await read_leader(stage.client, PREFIX)
+        assert found is not None
+        first: dict[str, Any] = {"worker": "stranger", "journal": "j", "incarnation": "1", "number": 1, "slots": 2}
+
+        async def snapshots() -> AsyncIterator[wire.Snapshot]:
+            yield wire.Snapshot(**first)
+            yield wire.Snapshot(**{**first, "number": 2, **later})
+            await asyncio.Event().wait()
+
+        async with grpc.aio.insecure_channel(found[0].address) as channel, asyncio.timeout(DEADLINE_S):
+            async for _ in agent_pb2_grpc.AgentsStub(channel).Attend(snapshots()):
+                pass  # until the coordinator ends it
+        assert await read_leader(stage.client, PREFIX) == found, "the leader was not deposed by it"
+        workers = (await stage.asks("Workers", wire.WorkersRequest())).workers
+        assert {worker.worker: worker.connected for worker in workers} == {"stranger": False, "w1": True}
+
+    on_a_stage(etcd, tmp_path, play)
+
+
 def test_a_request_whose_number_has_no_end_is_refused(etcd: EtcdServer, tmp_path: Path) -> None:
     async def play(stage: Stage) -> None:
         await submit(stage)

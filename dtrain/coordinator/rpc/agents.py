@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator
 import grpc
 import grpc.aio
 
-from dtrain.common.errors import UserError
+from dtrain.common.errors import DtrainError, UserError
 from dtrain.common.names import WorkerId
 from dtrain.coordinator.core.commands import Command
 from dtrain.coordinator.core.facts import SnapshotReceived, StreamClosed
@@ -145,8 +145,13 @@ class AgentStreams(agent_pb2_grpc.AgentsServicer):
             async for message in requests:
                 if stream.closed or self._loop is not loop:
                     return
-                await loop.tell(SnapshotReceived(snapshot=snapshot_from_wire(message), stream=stream.number))
-        except (ValueError, UserError) as error:
-            logger.error("worker %s sent a snapshot that cannot be read: %s", stream.worker, error)
+                snapshot = snapshot_from_wire(message)
+                if snapshot.worker != stream.worker:
+                    raise ValueError(f"it is worker {snapshot.worker}'s")
+                if await loop.never_was(snapshot.term):
+                    raise ValueError(f"it has seen term {snapshot.term}, which this etcd never gave")
+                await loop.tell(SnapshotReceived(snapshot=snapshot, stream=stream.number))
+        except (ValueError, DtrainError) as error:
+            logger.error("worker %s sent a snapshot that cannot be taken: %s", stream.worker, error)
         finally:
             stream.close()
