@@ -17,9 +17,3 @@ class TensorPart:
     global_shape: tuple[int, ...]
     offsets: tuple[int, ...]  # one number a dimension
     stored_here: bool = True  # False: another rank stores the same bytes, or there are none
-
-    def with_pairs(self) -> "TensorPart":
-        """Return the part for complex numbers stored as pairs: one dimension more."""
-        return TensorPart(
-            global_shape=(*self.global_shape, 2), offsets=(*self.offsets, 0), stored_here=self.stored_here
-        )

@@ -196,12 +196,12 @@ class Encoder:
         local, part = local_part(tensor, path)
         if why := why_not_storable(local):
             raise TypeError(f"{path} {why}.")
+        if local.dtype is torch.complex128:  # stored as pairs, of which no DTensor could be made again
+            raise TypeError(f"{path} is sharded and of complex128: hold it as torch.view_as_real() of it.")
         name = self._name(as_stored(local), path)
-        self.sharded[name] = part.with_pairs() if local.dtype is torch.complex128 else part
+        self.sharded[name] = part
         self.ranks[name] = ranks_of(tensor)
         node: dict[str, Json] = {"tensor": name, "sharded": True}
-        if local.dtype is torch.complex128:
-            node["pairs"] = True
         if local.device.type != "cpu":
             node["device"] = local.device.type
         return node

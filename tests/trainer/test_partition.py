@@ -147,3 +147,11 @@ def test_sharded_state_is_no_ranks_own() -> None:
         tensor = DTensor.from_local(torch.ones(2), mesh, [Replicate(), Shard(0)], run_check=False)
         with pytest.raises(TypeError, match=r"is sharded over ranks.*run\.track\(\)"):
             Encoder("_rank.0.").encode_own({"w": tensor}, "model")
+
+
+def test_what_could_not_be_made_sharded_again_is_refused_when_it_is_saved() -> None:
+    with rank_of_four(0) as mesh:
+        local = torch.ones(2, dtype=torch.complex128)
+        tensor = DTensor.from_local(local, mesh, [Replicate(), Shard(0)], run_check=False)
+        with pytest.raises(TypeError, match=r"model\.w is sharded and of complex128.*view_as_real"):
+            Encoder().encode({"w": tensor}, "model")

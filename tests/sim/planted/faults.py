@@ -135,10 +135,9 @@ PLANTED = (
     Planted("meet under one prefix for all generations", "worker/environment.py",
             '"DTRAIN_GENERATION": str(of.generation)', '"DTRAIN_GENERATION": "1"'),
     Planted("delete the shards before the manifest", _EFFECTS,
-            "    store.delete(keys.manifest_key(effect.job, effect.checkpoint, effect.attempt))\n"
-            "    _empty(store, keys.attempt_prefix(effect.job, effect.checkpoint, effect.attempt))\n",
+            "    store.delete(keys.manifest_key(effect.job, effect.checkpoint, effect.attempt))\n    prefixes = (\n",
             "    prefix = keys.attempt_prefix(effect.job, effect.checkpoint, effect.attempt)\n"
-            "    for info in reversed(list(store.list(prefix))):\n        store.delete(info.key)\n"),
+            "    for info in reversed(list(store.list(prefix))):\n        store.delete(info.key)\n    prefixes = (\n"),
     Planted("leave the indexes of what is deleted", _EFFECTS,
             "if info.key not in keep]", "if info.key not in keep and not info.key.endswith('.index.json')]"),
     Planted("do not look again at what was deleted", _EFFECTS,
