@@ -272,8 +272,8 @@ class LeaderLoop:
             if job is not None:
                 self._outbox.perform(effects_owed(job, self.observed))
         for worker in workers:
-            view = self.observed.view(worker)
-            if not view.connected:
+            view = self.observed.workers.get(worker)  # one that was forgotten stays so
+            if view is None or not view.connected:
                 continue
             names = {name for name, job in self.jobs.items() if worker in job.placed and not job.ended}
             if view.snapshot is not None:

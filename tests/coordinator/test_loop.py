@@ -272,6 +272,28 @@ def test_a_loop_that_is_ended_in_the_moment_in_which_a_fact_comes_ends(turns: in
     in_a_loop(body)
 
 
+def test_a_worker_that_was_forgotten_is_not_shown_again_because_a_job_ran_there_once() -> None:
+    cluster = Cluster()
+    cluster.joins("w1")
+    cluster.runs(spec(store=""), step=10)
+    cluster.finish()
+    assert cluster.decides() == ["JobSucceeded"]
+
+    async def run() -> None:
+        journal = Journal()
+        loop = LeaderLoop(log=cast(EventLog, journal), prefix=PREFIX, jobs=cluster.jobs, outbox=journal)
+        running = asyncio.create_task(loop.run())
+        try:
+            async with asyncio.timeout(DEADLINE_S):
+                job = await loop.ask(dataclasses.replace(submission(), request="r2"))
+        finally:
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+        assert job.placed.keys() == {W1.name} and not loop.observed.workers
+
+    asyncio.run(run())
+
+
 def test_what_one_round_could_not_decide_about_an_ended_job_the_next_ones_do() -> None:
     count = 2 * DECISIONS_MAX + 1
     cluster = Cluster()
