@@ -28,8 +28,6 @@ VICTIM = 1  # rank
 CHECKPOINTS_WANTED = 3
 DEADLINE_S = 300.0
 POLL_S = 0.1
-# Without what a person has set for a cluster of theirs: the demo brings its own.
-ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("DTRAIN_")}
 
 
 class Demo:
@@ -45,12 +43,7 @@ class Demo:
     def ask(self, verb: str, *arguments: str) -> str:
         """Run a verb to its end and return what it printed."""
         return subprocess.run(
-            self.command(verb, *arguments),
-            stdout=subprocess.PIPE,
-            env=ENVIRONMENT,
-            text=True,
-            check=True,
-            timeout=DEADLINE_S,
+            self.command(verb, *arguments), stdout=subprocess.PIPE, text=True, check=True, timeout=DEADLINE_S
         ).stdout
 
     def run(self) -> None:
@@ -58,7 +51,7 @@ class Demo:
         script = [str(DIGITS), "--steps", str(STEPS), "--slow-ms", str(SLOW_MS)]
         say("This is what runs:", shlex.join(["dtrain", "run", *options, *script]))
         run = subprocess.Popen(
-            self.command("run", *options, *script), cwd=ROOT, env={**ENVIRONMENT, "OMP_NUM_THREADS": "1"}
+            self.command("run", *options, *script), cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}
         )
         try:
             self._kill_one_rank(run)
@@ -133,6 +126,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data-dir", type=Path, default=ROOT / ".dtrain-demo", help="made anew; default: %(default)s")
     folder = parser.parse_args().data_dir.absolute()
+    for name in [name for name in os.environ if name.startswith("DTRAIN_")]:
+        del os.environ[name]  # set for a cluster of the caller's: the demo brings its own
     shutil.rmtree(folder, ignore_errors=True)
     demo = Demo(folder)
     demo.run()
