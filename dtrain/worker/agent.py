@@ -170,7 +170,7 @@ class Agent:
                 self._tasks.begin,
                 BandwidthCap(config.upload_mib_per_s),
             ),
-            restores=Restores(self._emit, dirs, self._tasks.begin, caches),
+            restores=Restores(self._emit, dirs, self._tasks.begin, caches, self._tell_rank),
             stacks=Stacks(self._emit, self._tell_rank, self._tasks.begin),
             port=HeldPort(),
             emit=self._emit,

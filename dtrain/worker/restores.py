@@ -53,7 +53,7 @@ from dtrain.worker.caches import Caches
 from dtrain.worker.core.actions import FetchRestore
 from dtrain.worker.core.inputs import RestoreDamaged, RestoreReady
 from dtrain.worker.core.states import RestoreSource
-from dtrain.worker.rank_dirs import RankDirs, write_whole
+from dtrain.worker.rank_dirs import RankDirs, RankId, write_whole
 from dtrain.worker.shard_images import ShardImage, probable_needs, staged_slot
 from dtrain.worker.tasks import Begin
 from dtrain.worker.transfers import Transfer
@@ -65,6 +65,7 @@ ROUND_S = 60.0  # one round of tries; after it the reason is logged, and the nex
 THREADS = 4  # parts of shards that are fetched at once; each is a large read, and S3 splits it once more
 PAUSE_S = 2.0  # between rounds, so that a storage which refuses at once is not asked in a loop
 DAMAGED_PAUSE_S = 0.5  # between reads of what was damaged: what lies damaged in storage is found so after a second
+SAID_MAX = 3  # reasons of one restore that are said in its rank's log; the agent's log has each of them
 LOOK_S = 0.004  # between two looks for what a trainer needs: it is in the way of its first step
 
 
@@ -79,9 +80,16 @@ class Restores:
     """All restores of the agent; at most one a job. Used in the event loop only."""
 
     def __init__(
-        self, emit: Callable[[RestoreReady | RestoreDamaged], None], dirs: RankDirs, begin: Begin, caches: Caches
+        self,
+        emit: Callable[[RestoreReady | RestoreDamaged], None],
+        dirs: RankDirs,
+        begin: Begin,
+        caches: Caches,
+        tell: Callable[[RankId, str], None] = lambda of, text: None,
     ) -> None:
+        """``tell``: says why a restore waits, in the log of a rank; called in any thread."""
         self._emit = emit
+        self._tell = tell
         self._caches = caches
         self._begin = begin
         self._dirs = dirs
@@ -95,9 +103,9 @@ class Restores:
             return
         give_up = threading.Event()
         source = fetch.spec.restore
-        work = _Restore(
-            self._dirs, fetch, source, _Patience(source.store, fetch.job, give_up), self._in_thread, self._caches
-        )
+        first = RankId(job=fetch.job, generation=fetch.generation, rank=fetch.spec.first_rank)
+        patience = _Patience(source.store, fetch.job, give_up, partial(self._tell, first))
+        work = _Restore(self._dirs, fetch, source, patience, self._in_thread, self._caches)
         self._running[name] = _Running(self._begin(self._run(fetch, work, give_up)), give_up, work)
 
     def progress(self) -> dict[tuple[JobName, Generation], Transfer]:
@@ -138,10 +146,13 @@ class Restores:
 class _Patience:
     """Tries a part until it is done or known to be impossible. In a thread."""
 
-    def __init__(self, store_uri: str, job: JobName, give_up: threading.Event) -> None:
+    def __init__(self, store_uri: str, job: JobName, give_up: threading.Event, say: Callable[[str], None]) -> None:
+        """``say``: where a person looks who waits for the job."""
         self._store_uri = store_uri
         self._job = job
         self.give_up = give_up
+        self._say = say
+        self._said: set[str] = set()
 
     def try_out(self, part: Callable[[ObjectStore], None]) -> None:
         damaged = 0
@@ -162,7 +173,7 @@ class _Patience:
                     raise
             except (DtrainError, OSError) as error:
                 damaged = 0
-                logger.warning("the restore waits: %s", error)
+                self._wait_for(str(error))
                 pause_s = PAUSE_S
             if self.give_up.wait(pause_s):
                 raise GaveUp("no longer wanted")
@@ -172,13 +183,16 @@ class _Patience:
         try:
             if shows_checkpoints(shared_store(self._store_uri), self._job):
                 return True
-            logger.warning(
-                "the restore waits: %s shows no checkpoint of %s on this node: is it mounted here?",
-                *(self._store_uri, self._job),
-            )
+            self._wait_for(f"{self._store_uri} shows no checkpoint of {self._job} on this node: is it mounted here?")
         except (DtrainError, OSError) as error:
-            logger.warning("the restore waits: %s", error)
+            self._wait_for(str(error))
         return False
+
+    def _wait_for(self, why: str) -> None:
+        logger.warning("the restore waits: %s", why)
+        if why not in self._said and len(self._said) < SAID_MAX:
+            self._said.add(why)
+            self._say(f"the restore waits: {why}")
 
 
 class _Restore:

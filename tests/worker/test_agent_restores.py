@@ -81,6 +81,7 @@ def test_a_missing_shard_is_damage_and_a_storage_that_cannot_be_used_is_not(node
     node.wait("some more heartbeats", lambda snapshot: snapshot.number > seen + 10)
     assert node.coordinator.snapshots[-1].assignments[0].restore.state == wire.FETCHING
     assert node.coordinator.snapshots[-1].assignments[0].phase == wire.RESTORING
+    assert "dtrain: the restore waits: " in node.log(0), "who waits for the job is not told why"
     store.unlink()
     aside.rename(store)
     node.wait_training()

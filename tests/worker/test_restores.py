@@ -53,7 +53,7 @@ def test_what_the_way_from_storage_damaged_is_read_again_before_anything_is_call
             case "away":
                 raise StorageUnavailable("storage is away")
 
-    patience = module._Patience(f"file://{tmp_path}", JobName("job"), threading.Event())
+    patience = module._Patience(f"file://{tmp_path}", JobName("job"), threading.Event(), lambda text: None)
     if is_damaged:
         with pytest.raises(ShardDamagedError):
             patience.try_out(part)
@@ -63,7 +63,7 @@ def test_what_the_way_from_storage_damaged_is_read_again_before_anything_is_call
 
 
 def test_a_folder_that_shows_no_checkpoint_of_the_job_is_waited_for_as_one_that_is_not_mounted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for pause in ("PAUSE_S", "DAMAGED_PAUSE_S", "ROUND_S"):
         monkeypatch.setattr(module, pause, 0.0)
@@ -80,7 +80,10 @@ def test_a_folder_that_shows_no_checkpoint_of_the_job_is_waited_for_as_one_that_
             (tmp_path / keys.marker_key(job, number)).touch()
         raise ShardMissingError("a shard")
 
+    said: list[str] = []
     with pytest.raises(ShardMissingError):
-        module._Patience(f"file://{tmp_path}", job, threading.Event()).try_out(part)
+        module._Patience(f"file://{tmp_path}", job, threading.Event(), said.append).try_out(part)
     assert reads >= 10, "a checkpoint was called damaged because its store was not mounted"
-    assert "is it mounted here?" in caplog.text
+    assert said == [
+        f"the restore waits: file://{tmp_path} shows no checkpoint of job on this node: is it mounted here?"
+    ]
