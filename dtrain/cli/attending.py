@@ -14,16 +14,20 @@ LOOK_S = 0.5  # how long a follower may outlive its run
 
 async def while_active(folder: DataFolder | None, follow: Coroutine[object, object, None]) -> None:
     """Run ``follow`` until it ends, or until no run is active in ``folder``; None: a cluster, which is for ever."""
-    following = asyncio.create_task(follow, name="follow")
-    watching = asyncio.create_task(_until_inactive(folder), name="data folder")
+    await until(_until_inactive(folder), follow)
+
+
+async def until(end: Coroutine[object, object, None], follow: Coroutine[object, object, None]) -> None:
+    """Run ``follow`` until it or ``end`` has ended; raise what ended it."""
+    tasks = [asyncio.create_task(follow, name="follow"), asyncio.create_task(end, name="end")]
     try:
-        await asyncio.wait((following, watching), return_when=asyncio.FIRST_COMPLETED)
-        if following.done():
-            following.result()
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
     finally:
-        for task in (following, watching):
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(following, watching, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _until_inactive(folder: DataFolder | None) -> None:

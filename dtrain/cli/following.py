@@ -104,7 +104,9 @@ class Follower:
     async def _read_events(self) -> Outcome:
         async for recorded in self._events:
             if (outcome := _outcome(recorded.event)) is not None:
-                return outcome if self._saved else replace(outcome, words=outcome.words + self._never_saved)
+                if outcome.exit_code == 0 and not self._saved:
+                    return replace(outcome, words=outcome.words + self._never_saved)
+                return outcome
             if isinstance(recorded.event, CheckpointCommitted):
                 self._saved = True
             elif isinstance(recorded.event, CheckpointAborted) and not recorded.event.missed:
@@ -121,7 +123,7 @@ class Follower:
             except DtrainError as error:  # nobody leads just now; the next look makes up for it
                 if not told and time.monotonic() - heard_s > SILENT_S:
                     told = True
-                    self._screen.say(f"training goes on, but nothing can be told of it just now: {error}")
+                    self._screen.say(f"no news of the job just now: {error}")
             else:
                 if told:
                     self._screen.say("the cluster answers again")

@@ -71,16 +71,9 @@ def _require_rank(events: "list[RecordedEvent]", job: str, rank: int | None) -> 
 
 async def _follow_to_the_end(stream: "LogStream", events: "AsyncIterator[RecordedEvent]", known: int) -> None:
     """Show lines until the job's newest run has ended, and the rest of them."""
-    following = asyncio.create_task(stream.follow(), name="logs")
-    ended = asyncio.create_task(_until_ended(events, known), name="end")
-    try:
-        await asyncio.wait((following, ended), return_when=asyncio.FIRST_COMPLETED)
-        if following.done():
-            following.result()
-    finally:
-        for task in (following, ended):
-            task.cancel()
-        await asyncio.gather(following, ended, return_exceptions=True)
+    from dtrain.cli.attending import until
+
+    await until(_until_ended(events, known), stream.follow())
     await stream.drain()
 
 

@@ -122,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except DtrainError as error:
         return _say(_one_line(f"{error} (set DTRAIN_TRACEBACK=1 to see where)"), EXIT_FAILED, error)
     except OSError as error:
-        # What a person named cannot be used: a folder, a file, the place where output goes. Services catch their own.
+        # What a person named cannot be used: a folder, a file, where output goes. Services tell theirs (services.py).
         where = f"{error.filename}: " if error.filename else ""
         words = f"{where}{error.strerror or error} (set DTRAIN_TRACEBACK=1 to see where)"
         return _say(_one_line(words), EXIT_USER_ERROR if error.errno in _A_PERSONS else EXIT_FAILED, error)

@@ -9,12 +9,13 @@ import os
 import shlex
 import socket
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import click
 
+from dtrain.cli.main import EXIT_FAILED
 from dtrain.cli.options import DEFAULT_DATA_DIR, data_dir_option, etcd_option, prefix_option, upload_cap_option
 
 ETCD_WAIT_S = 10.0  # an etcd that is just starting beside us
@@ -65,7 +66,7 @@ def coordinator_command(etcd: str, prefix: str, listen: str, advertise: str, ide
             logging.getLogger(__name__).warning(warning)
         return await serve(config)
 
-    return asyncio.run(run())
+    return _serving(run())
 
 
 @click.command("worker")
@@ -166,7 +167,7 @@ def worker_command(
         await probe_etcd(config.etcd, wait_s=etcd_wait_s)
         return await serve(config)
 
-    return asyncio.run(run())
+    return _serving(run())
 
 
 def default_worker_id(host: str) -> str:
@@ -225,6 +226,15 @@ def etcdctl(endpoint: str, arguments: Sequence[str]) -> list[str]:
 
     # `env` says it in one word list: version 3.4 and later default to API 3, 3.3 does not.
     return ["env", "ETCDCTL_API=3", str(find_etcdctl()), f"--endpoints={endpoint}", *arguments]
+
+
+def _serving(service: Coroutine[object, object, int]) -> int:
+    """Run a service to its end; return its exit code. An error of the system is told whole: nobody is there to ask."""
+    try:
+        return asyncio.run(service)
+    except OSError:
+        logging.getLogger(__name__).exception("ended by an error of the system")
+        return EXIT_FAILED
 
 
 def _log_to_stderr() -> None:

@@ -18,7 +18,7 @@ from dtrain.cli.job_specs import default_name, parse_env, parse_nnodes, parse_np
 from dtrain.cli.log_streams import LINE_MAX_BYTES, LineJoiner
 from dtrain.cli.output import job_view, print_job, words_of_bytes
 from dtrain.cli.progress import progress_words, with_rank
-from dtrain.cli.services import default_worker_id
+from dtrain.cli.services import _serving, default_worker_id
 from dtrain.common.errors import UserError
 from dtrain.common.names import AttemptNumber, CheckpointNumber, JobName, job_name, worker_id
 from dtrain.common.specs import JobSpec
@@ -203,3 +203,11 @@ def test_a_run_of_which_nothing_could_be_stored_says_so_at_its_end(stored: bool)
     outcome = asyncio.run(follower._read_events())
     assert outcome.exit_code == 0
     assert outcome.words.endswith("could be stored: a lock cannot be stored") is not stored
+
+
+def test_an_error_of_the_system_that_ends_a_service_is_told_whole(caplog: pytest.LogCaptureFixture) -> None:
+    async def service() -> int:
+        raise OSError(5, "Input/output error", "/data/journal")
+
+    assert _serving(service()) == 1
+    assert "Traceback" in caplog.text and "/data/journal" in caplog.text
