@@ -87,6 +87,7 @@ class Keepers:
             return
         kept = self._kept[of] = _Kept(of, folder)
         if not folder.is_dir():  # nobody can say any more what lives: see to it that nothing does
+            kept.told_started = True  # nothing is left to look for
             self._begin(self._end_unseen(kept, "its folder in shared memory is gone"))
         elif read_started(folder) is not None or read_exited(folder) is not None:
             self._look(kept)

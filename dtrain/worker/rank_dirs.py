@@ -171,8 +171,9 @@ class RankDirs:
         """Show other agents that this one lives."""
         if self._held is None:
             with contextlib.suppress(OSError):  # nothing to be held yet
-                self._held = (self.root / OWNER_FILE).open("rb")
-                fcntl.flock(self._held, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                owner = (self.root / OWNER_FILE).open("rb")
+                fcntl.flock(owner, fcntl.LOCK_SH)  # another agent's look takes microseconds
+                self._held = owner
 
     def remove_root(self) -> None:
         """Remove the root if nothing is left in it."""
