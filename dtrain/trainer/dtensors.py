@@ -8,7 +8,7 @@ from functools import lru_cache
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor, Placement, Replicate
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from dtrain.trainer.parts import TensorPart
@@ -58,6 +58,12 @@ def ranks_of(tensor: torch.Tensor) -> frozenset[int]:
 @lru_cache(maxsize=64)  # asked for each tensor at each checkpoint; a job has a handful of meshes
 def _ranks_of_mesh(mesh: DeviceMesh) -> frozenset[int]:
     return frozenset(mesh.mesh.reshape(-1).tolist())
+
+
+def placed(tensor: torch.Tensor) -> tuple[DeviceMesh, tuple[Placement, ...]]:
+    """Return where the parts of the DTensor lie: equal for those that are placed alike."""
+    assert isinstance(tensor, DTensor)
+    return tensor.device_mesh, tensor.placements
 
 
 def is_replica(placement: object) -> bool:

@@ -39,13 +39,16 @@ class Siblings:
             list(self._sharded.values()),
         ]
         found = next((found for found in rivals if found), [])
-        placed = {(tensor.device_mesh, tensor.placements) for tensor in found}  # type: ignore[attr-defined]
-        if len(placed) > 1:
+        if not found:
+            return None
+        from dtrain.trainer.dtensors import placed
+
+        if len(set(map(placed, found))) > 1:
             raise UserError(
                 f"tensor {name!r} was sharded when it was saved, and nothing says how it shall be now: have the object "
                 "make it before the loop of steps, or track what it belongs to (an optimizer, a module) by itself."
             )
-        return found[0] if found else None
+        return found[0]
 
 
 def _end(name: str) -> str:

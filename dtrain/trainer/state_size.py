@@ -27,36 +27,23 @@ def tensors_of(item: object, apart: Collection[object] = ()) -> Iterator[torch.T
         return
     if isinstance(item, torch.optim.lr_scheduler.LRScheduler):
         return
-    seen: dict[int, torch.Tensor] = {}
-    _look_into(item, WRAPPERS_DEPTH, {id(other) for other in apart}, seen)
-    yield from seen.values()
+    yield from {id(tensor): tensor for part in parts_of(item, apart) for tensor in _held_by(part)}.values()
 
 
-def parts_of(item: object) -> Iterator[object]:
-    """Yield what the attributes of ``item`` are or hold, and of wrappers among them."""
-    yield from _parts_of(item, WRAPPERS_DEPTH)
+def parts_of(item: object, apart: Collection[object] = ()) -> Iterator[object]:
+    """Yield what the attributes of ``item`` are or hold, but for ``apart``, and the same of wrappers among them."""
+    yield from _parts_of(item, WRAPPERS_DEPTH, {id(other) for other in apart})
 
 
-def _parts_of(item: object, depth: int) -> Iterator[object]:
-    with contextlib.suppress(AttributeError):
-        attributes = object.__getattribute__(item, "__dict__")  # not getattr(): a class may answer that with code
-        for part in _parts(attributes.values(), CONTAINERS_DEPTH):
-            yield part
-            if depth and _is_wrapper(type(part)):
-                yield from _parts_of(part, depth - 1)
-
-
-def _look_into(item: object, depth: int, others: set[int], seen: dict[int, torch.Tensor]) -> None:
-    """Add to ``seen`` what the attributes of ``item`` hold, and of wrappers among them ``depth`` deep."""
+def _parts_of(item: object, depth: int, others: set[int]) -> Iterator[object]:
     with contextlib.suppress(AttributeError):
         attributes = object.__getattribute__(item, "__dict__")  # not getattr(): a class may answer that with code
         for part in _parts(attributes.values(), CONTAINERS_DEPTH):
             if id(part) in others:
                 continue
+            yield part
             if depth and _is_wrapper(type(part)):
-                _look_into(part, depth - 1, others, seen)
-            else:
-                seen.update((id(tensor), tensor) for tensor in _held_by(part))
+                yield from _parts_of(part, depth - 1, others)
 
 
 def _is_wrapper(kind: type) -> bool:
