@@ -28,8 +28,11 @@ CHUNK_BYTES = 8 * 1024 * 1024  # written at a time: the disk starts on one chunk
 TEMPORARY = RESERVED_PART + "tmp-"  # no key may have such a part, and no listing shows it
 DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC  # flags for opening one
 
-_NO_LOCK = {errno.EWOULDBLOCK, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL}
-_NO_LOCK |= {errno.EBADF, errno.ENOSYS}  # NFS, of what is open for reading only; Lustre that is mounted with noflock
+_NO_LOCK = {
+    *(errno.EWOULDBLOCK, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL),
+    errno.EBADF,  # NFS, of what is open for reading only
+    errno.ENOSYS,  # Lustre that is mounted with noflock
+}
 _NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP}  # exFAT; many FUSE folders; some CIFS
 _SYNC_FILE_RANGE_WRITE = 2  # start writing these pages out, do not wait
 
