@@ -26,6 +26,7 @@ from tests.coordinator.support.workers import DEADLINE_S
 from tests.support.etcd_server import EtcdServer
 
 ENDLESS = "x" * 2_000_000
+COMMON_THREADS = min(32, (os.cpu_count() or 1) + 4)  # that a process has for whatever is given no threads of its own
 ANOTHER = {"name": "another", "python": "python", "script": "/a.py", "cwd": "/", "nnodes_min": 1, "nnodes_max": 1,
            "nproc_per_node": 1}  # fmt: skip
 
@@ -230,10 +231,11 @@ def test_a_store_that_never_answers_holds_up_nobody_else(
         async with await asyncio.start_server(say_nothing, "127.0.0.1", 0) as hole:
             endpoint = f"http://127.0.0.1:{hole.sockets[0].getsockname()[1]}"
             asked = [
-                asyncio.create_task(stage.submits(name=f"hung-{n}", store=f"s3://bucket/x?endpoint={endpoint}"))
-                for n in range((os.cpu_count() or 1) + 5)
+                asyncio.create_task(stage.submits(name=f"hung-{n}", store=f"s3://bucket/{n}?endpoint={endpoint}"))
+                for n in range(COMMON_THREADS)
             ]
-            await reached.acquire()
+            for _ in asked:
+                await reached.acquire()
             began_s = time.monotonic()
             if what == "others submit":
                 assert (await stage.submits()).run == 1
