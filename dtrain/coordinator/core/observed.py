@@ -28,6 +28,7 @@ from dtrain.coordinator.core.facts import (
     WorkerSnapshot,
     WorkerUnregistered,
 )
+from dtrain.coordinator.core.hearing import Hearing
 from dtrain.coordinator.core.states import JobState
 from dtrain.coordinator.core.step_clocks import StepClocks
 
@@ -35,8 +36,8 @@ from dtrain.coordinator.core.step_clocks import StepClocks
 # the worker has had the lease's whole time to live to come back, and only a stream that is opened again is waited for,
 # or a key that a late put of an earlier life took along with its own lease: its owner puts that right at once.
 LOST_AFTER_S = 0.5
-# Where a leader never saw the lease, the worker may not have found this leader yet. While no worker has, it may be the
-# leader that is cut off: so the time counts from the first snapshot of any, or from when all of them are mute.
+# Where a leader never saw the lease, the worker may not have found this leader yet. While nobody reaches this leader,
+# it may be the leader that is cut off: so only time in which others do counts, or a silence of all that lasts.
 UNSEEN_LOST_AFTER_S = 3.0
 # A stream that brings nothing for so long is none: six heartbeats. A node whose power fails closes no stream.
 STREAM_SILENT_S = 3.0
@@ -68,6 +69,7 @@ class WorkerView:
     snapshot: WorkerSnapshot | None = None  # the newest that reached this leader
     snapshot_at_s: float = 0.0  # monotonic
     absent_since_s: float | None = None  # monotonic; since when neither lease nor stream was there
+    heard_before_s: float = 0.0  # how much the leader had heard by then of all workers
     lease_ended_s: float | None = None  # monotonic; when this leader saw its lease end, with no newer one since
 
     @property
@@ -108,7 +110,8 @@ class Observed:
     since_s: float  # monotonic time at which this leadership began
     # Monotonic time at which this leadership first knew every registration; None: an absent lease means nothing yet.
     listed_at_s: float | None = None
-    heard_at_s: float | None = None  # monotonic time of the first snapshot of any worker; None: nobody has come yet
+    heard_before_listed_s: float = 0.0  # how much it had heard of all workers by then
+    hearing: Hearing = field(init=False)
     workers: dict[WorkerId, WorkerView] = field(default_factory=dict)
     manifests: dict[tuple[JobName, AttemptNumber], ManifestFact] = field(default_factory=dict)
     markers: set[tuple[JobName, CheckpointNumber]] = field(default_factory=set)
@@ -127,6 +130,9 @@ class Observed:
     # (generation, number of the suspicion, since when stacks are waited for)
     stacks_since_s: dict[JobName, tuple[Generation, int, float]] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self.hearing = Hearing(last_s=self.since_s)
+
     def view(self, worker: WorkerId) -> WorkerView:
         """The worker's view; one that was never seen has been absent since the leadership began."""
         if worker not in self.workers:
@@ -142,8 +148,9 @@ class Observed:
             since_s = max(view.absent_since_s, self.listed_at_s)
             if view.lease_ended_s is not None:
                 return now.mono_s - since_s >= LOST_AFTER_S
-            heard_at_s = self.since_s + MUTE_AFTER_S if self.heard_at_s is None else self.heard_at_s
-            return now.mono_s - max(since_s, heard_at_s) >= UNSEEN_LOST_AFTER_S
+            heard_s = self.hearing.heard_s(now.mono_s) - max(view.heard_before_s, self.heard_before_listed_s)
+            silent_s = now.mono_s - max(since_s, self.hearing.last_s)
+            return heard_s >= UNSEEN_LOST_AFTER_S or silent_s >= MUTE_AFTER_S
         if view.registration is not None or view.lease_ended_s is None:
             return False
         return now.mono_s - view.lease_ended_s >= LOST_AFTER_S and now.mono_s - view.snapshot_at_s >= STREAM_SILENT_S
@@ -172,7 +179,8 @@ class Observed:
                 view.registration = None
                 return self._presence_changed(view, now)
             case RegistrationsListed():
-                self.listed_at_s = now.mono_s if self.listed_at_s is None else self.listed_at_s
+                if self.listed_at_s is None:
+                    self.listed_at_s, self.heard_before_listed_s = now.mono_s, self.hearing.heard_s(now.mono_s)
                 return set()
             case StreamClosed(worker=worker, stream=stream):
                 view = self.view(worker)
@@ -211,7 +219,7 @@ class Observed:
         if view.registration is not None or view.connected:
             view.absent_since_s = None
         elif view.absent_since_s is None:
-            view.absent_since_s = now.mono_s
+            view.absent_since_s, view.heard_before_s = now.mono_s, self.hearing.heard_s(now.mono_s)
         return self._jobs_of(view)
 
     def _snapshot(self, snapshot: WorkerSnapshot, stream: int, now: Now) -> set[JobName]:
@@ -221,8 +229,7 @@ class Observed:
         before = view.snapshot
         if before is not None and before.incarnation == snapshot.incarnation and before.number >= snapshot.number:
             return set()
-        if self.heard_at_s is None:
-            self.heard_at_s = now.mono_s
+        self.hearing.note(now.mono_s)
         touched = self._jobs_of(view)
         self._note_progress(snapshot, now.mono_s - view.snapshot_at_s if before is not None else 0.0)
         view.stream = stream
