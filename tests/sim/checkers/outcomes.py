@@ -44,10 +44,12 @@ def hangs(story: Story) -> Iterator[str]:
     shape = story.world.shape
     for told in story.events_of("HangFound"):
         steps = [e.at_s for e in story.diary if e.what == "trained" and e.of.generation == told.data["generation"]]
-        newest_s = max((at_s for at_s in steps if at_s <= told.at_s - HEARD_S), default=0.0)
-        idle_s = (shape.hang_timeout_s or float("inf")) * (1 - 2 * shape.drift)
-        if told.at_s - newest_s < idle_s:
-            yield f"generation {told.data['generation']} was called hung {told.at_s - newest_s:.1f} s after a step"
+        idle_s = max(
+            moment_s - max((at_s for at_s in steps if at_s <= moment_s - HEARD_S), default=0.0)
+            for moment_s in story.decided_s(told) or [told.at_s]
+        )
+        if idle_s < (shape.hang_timeout_s or float("inf")) * (1 - 2 * shape.drift):
+            yield f"generation {told.data['generation']} was called hung {idle_s:.1f} s after a step"
 
 
 def endings(story: Story) -> Iterator[str]:

@@ -15,6 +15,7 @@ from tests.sim.trainers import Entry
 
 if TYPE_CHECKING:
     from tests.sim.faults import Storm
+    from tests.sim.machines import Machine
     from tests.sim.world import World
 
 _EVENT = re.compile(r"/dtrain/jobs/([^/]+)/events/(\d{12})")
@@ -158,6 +159,20 @@ class Story:
         for told in self.events:
             standing.fold(told)
         return standing
+
+    def elected(self, told: Told) -> Change:
+        """The election of the leader that appended this."""
+        leaders = [change for change in self.changes if change.key.endswith("/leader") and change.value is not None]
+        return [change for change in leaders if change.revision < told.revision][-1]
+
+    def leader(self, told: Told) -> "Machine":
+        """The machine of the leader that appended this."""
+        value = self.elected(told).value or b""
+        return next(host for host in self.world.hosts if f'"{host.name}"'.encode() in value)
+
+    def decided_s(self, told: Told) -> list[float]:
+        """When this may have been decided. An append takes its time; and a clock that is set back shows times twice."""
+        return [moment_s for moment_s in self.leader(told).when(told.wall_s) if moment_s <= told.at_s]
 
     def standing_at(self, at_s: float) -> Standing:
         """What the log said at this moment."""

@@ -45,16 +45,14 @@ def given(story: Story) -> Iterator[str]:
 def room(story: Story) -> Iterator[str]:
     """A generation is given to no worker that had told this leader of other jobs' trainers in the slots."""
     heard, slots = story.world.witness.heard, story.world.shape.slots
-    leaders = [c for c in story.changes if c.key.endswith("/leader") and c.value is not None]
     for told in story.events_of("GenerationStarted"):
-        elected = [change for change in leaders if change.revision < told.revision][-1]
-        host = next(h for h in story.world.hosts if f'"{h.name}"'.encode() in (elected.value or b""))
-        moments = [moment_s for moment_s in host.when(told.wall_s) if moment_s <= told.at_s]
+        elected_s, leader = story.elected(told).at_s, story.leader(told).name
+        moments = story.decided_s(told)
         if len(moments) != 1:
             continue  # its clock was set back: nobody can say what it knew just then
         decided_s = moments[0] + ROUNDED_S
         for member in told.data["members"]:
-            known = [h for h in heard.get((host.name, member["worker"]), ()) if elected.at_s < h.at_s <= decided_s]
+            known = [h for h in heard.get((leader, member["worker"]), ()) if elected_s < h.at_s <= decided_s]
             behind = sum(h.at_s > decided_s - TAKEN_IN_S for h in known)
             others = [sum(n for job, n in h.running.items() if job != story.job) for h in known[-behind - 1 :]]
             if others and min(others) + member["nproc"] > slots:
