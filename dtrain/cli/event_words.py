@@ -25,6 +25,7 @@ from dtrain.coordinator.core.events import (
     JobFailed,
     JobSubmitted,
     JobSucceeded,
+    MembersFinished,
     PacksDeleted,
     PacksExpired,
     RunInterrupted,
@@ -43,6 +44,8 @@ def describe(event: Event) -> str:
             return "cancellation requested"
         case GenerationStarted():
             return _generation_started(event)
+        case MembersFinished(generation=generation, workers=workers):
+            return f"generation {generation}: every rank on {', '.join(workers)} has ended well"
         case GenerationFailed(generation=generation, reason=reason, counted=counted, victims=victims):
             uses_none = "" if counted else " (uses no restart)"
             return f"generation {generation} failed: {reason}{words_of_victims(victims)}{uses_none}"

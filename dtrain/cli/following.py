@@ -28,6 +28,7 @@ from dtrain.coordinator.core.events import (
     JobFailed,
     JobSubmitted,
     JobSucceeded,
+    MembersFinished,
     RunInterrupted,
 )
 from dtrain.coordinator.history import follow_history
@@ -36,7 +37,14 @@ from dtrain.etcd.client import EtcdClient
 SILENT_S = 5.0  # without an answer, before it is said that there is none
 STATUS_S = 0.5  # how often progress is asked for: workers report as often
 # Of no interest to who watches a run; `dtrain history` tells them.
-_HOUSEKEEPING = (CheckpointStarted, CheckpointMarked, CheckpointExpired, CheckpointDeleted, AttemptSwept)
+_HOUSEKEEPING = (
+    MembersFinished,
+    CheckpointStarted,
+    CheckpointMarked,
+    CheckpointExpired,
+    CheckpointDeleted,
+    AttemptSwept,
+)
 EXIT_CANCELLED = 1  # a run that somebody else ended did not succeed
 
 

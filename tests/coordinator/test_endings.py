@@ -34,6 +34,7 @@ def test_a_job_succeeds_when_every_rank_of_every_worker_has_ended_with_0() -> No
     cluster = running("w1", "w2")
     for rank in (0, 1, 3):
         cluster.exits(rank, 0)
+    assert cluster.decides() == ["MembersFinished"]
     assert cluster.decides() == []
     cluster.exits(2, 0)
     assert cluster.decides() == ["JobSucceeded"]

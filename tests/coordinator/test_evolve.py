@@ -32,6 +32,7 @@ from dtrain.coordinator.core.events import (
     JobSubmitted,
     JobSucceeded,
     Member,
+    MembersFinished,
     PacksDeleted,
     PacksExpired,
     RunInterrupted,
@@ -43,6 +44,7 @@ from dtrain.coordinator.core.states import JobPhase, JobState
 from tests.coordinator.support.clusters import DIGEST, JOB, PREFIX, WALL_START_S, Cluster, spec
 
 DECIDED = Cause(fact="test")
+FINISHED = MembersFinished(generation=Generation(1), workers=(WorkerId("w1"),))
 
 
 def submitted(run: int) -> JobSubmitted:
@@ -223,6 +225,7 @@ LEGAL: list[tuple[Event, set[str], JobPhase | None]] = [
     (submitted(2), {"succeeded", "failed", "cancelled", "interrupted"}, JobPhase.PENDING),
     (generation(1), {"pending"}, JobPhase.RUNNING),
     (generation(2), {"pending again"}, JobPhase.RUNNING),
+    (FINISHED, {"in flight", "salvaging", "building", *ON}, JobPhase.RUNNING),
     (failed(1), ON, JobPhase.PENDING),
     (failed(2), set(), None),
     (CancelRequested(), {"pending", "pending again", "in flight", "salvaging", "building", *ON}, JobPhase.CANCELLING),
@@ -328,6 +331,7 @@ REFUSED_FIELDS = [
     ("pending", broken(generation(1), world_size=3), "gap"),
     ("pending", broken(generation(1), generation=Generation(2)), "number"),
     ("in flight", broken(committed(1, 1), step=Step(11)), "in flight"),
+    ("in flight", broken(FINISHED, workers=("w1", "w2")), "no member"),
     ("in flight", broken(committed(1, 1), world_size=1), "in flight"),
     ("in flight", broken(committed(1, 1), generation=Generation(2)), "in flight"),
     ("in flight", broken(committed(1, 1), shards=committed(1, 1).shards[:1]), "missing"),

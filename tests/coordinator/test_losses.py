@@ -88,18 +88,6 @@ def test_the_next_run_of_an_elastic_job_gathers_again() -> None:
 # -- workers that are done ----------------------------------------------------------------------------
 
 
-def test_a_worker_whose_ranks_have_finished_may_go_away() -> None:
-    cluster = running("w1", "w2")
-    for rank in (2, 3):
-        cluster.exits(rank, 0)
-    cluster.loses("w2")
-    cluster.passes(LOST_AFTER_S * 2)
-    assert cluster.decides() == []
-    for rank in (0, 1):
-        cluster.exits(rank, 0)
-    assert cluster.decides() == ["JobSucceeded"]
-
-
 @pytest.mark.parametrize("code", [None, 1])
 def test_a_worker_with_a_rank_that_has_not_finished_well_may_not(code: int | None) -> None:
     cluster = running("w1", "w2")

@@ -197,7 +197,7 @@ def log_digest(seed: int) -> str:
 
 
 def test_the_same_facts_give_the_same_bytes_whatever_the_hash_seed_of_the_process() -> None:
-    code = "from tests.coordinator.test_turmoil import log_digest; print(*(log_digest(seed) for seed in (3, 14, 15)))"
+    code = "from tests.coordinator.test_turmoil import log_digest; print(*(log_digest(seed) for seed in (3, 15, 16)))"
     said = {
         subprocess.run(
             [sys.executable, "-c", code],

@@ -29,7 +29,7 @@ from tests.support.processes import free_shared_memory
 from tests.support.s3_server import seaweedfs
 from tests.survival.conftest import SCRIPT, Attack, begin
 from tests.survival.test_damage import flip_one_bit, forget_staged_bytes
-from tests.survival.test_nodes import begin_on_nodes, lose_node
+from tests.survival.test_nodes import begin_on_nodes, lose_node, outlive
 from tests.survival.test_salvage import SAVED
 
 SPOILS = Path(__file__).with_name("spoils.py")
@@ -144,6 +144,14 @@ def shrunk(it: Cluster) -> str:
     return attack.job
 
 
+def outlived(it: Cluster) -> str:
+    """A rank ends well before the other; its node leaves, and the leader dies."""
+    it.add_worker(slots=1)
+    outlive(it, "outlived")
+    it.wait_for_end("outlived")
+    return "outlived"
+
+
 def _both(attack: Attack, number: signal.Signals) -> None:
     for pid in {wait_for("a step", lambda r=rank: attack.steps(r), deadline_s=30)[-1]["pid"] for rank in (0, 1)}:  # type: ignore[misc]
         os.kill(pid, number)
@@ -198,7 +206,7 @@ def interrupted(folder: Path) -> list[bytes]:
 
 STORIES = (
     *(quiet, failover, failed_generation, quarantined, retention, cancelled),
-    *(packed, hung, suspected, shrunk),
+    *(packed, hung, suspected, shrunk, outlived),
 )
 RECORDINGS: dict[str, Callable[[Path], list[bytes]]] = {
     **{story.__name__.replace("_", "-"): functools.partial(on_a_cluster, story) for story in STORIES},

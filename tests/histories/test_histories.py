@@ -24,6 +24,7 @@ SITUATIONS = {
     "HangSuspected",
     "JobCancelled",
     "JobSucceeded",
+    "MembersFinished",
     "PacksDeleted",
     "PacksExpired",
     "RunInterrupted",

@@ -229,6 +229,36 @@ def _port_again(storm: "Storm") -> Undo | None:
     return undo
 
 
+def _finished_leaves(storm: "Storm") -> Undo | None:
+    """A node whose ranks have all ended well goes while rank 0 still lives, and the leader soon after it."""
+    world = storm.world
+    world.habits.lives_on_s = storm.rng.uniform(4.0, 12.0)
+
+    def ended(entry: Entry) -> None:
+        node = next(each for each in world.nodes if each.machine.name == entry.node)
+        same = (entry.of.job, entry.of.generation)
+        here = [t for t in node.living if (t.of.job, t.of.generation) == same]
+        if entry.what != "ended" or entry.detail != "0" or entry.of.rank == 0 or here or storm.over:
+            return
+        world.diary.readers.remove(ended)
+        world.loop.after(storm.rng.uniform(0.05, 1.5), goes, node)
+
+    def goes(node: "Node") -> None:
+        if not node.machine.dark and not storm.over:
+            storm.say(f"the ranks on {node.machine.name} have ended")
+            storm.undo_at_end(lose_power(storm, node, wipe=storm.rng.random() < 0.3))
+            world.loop.after(storm.rng.uniform(0.0, 2.0), leader_goes)
+
+    def leader_goes() -> None:
+        host = world.leader
+        if host is not None and not storm.over:
+            world.saw("leader killed when ranks had ended and their node was gone")
+            world.loop.after(storm.rng.uniform(0.1, 2.0), kill(storm, host))
+
+    world.diary.readers.append(ended)
+    return None
+
+
 AMBUSHES: dict[str, Callable[["Storm"], Undo | None]] = {
     "append overtaken": _append_overtaken,
     "append in doubt": _append_in_doubt,
@@ -236,4 +266,5 @@ AMBUSHES: dict[str, Callable[["Storm"], Undo | None]] = {
     "salvage disturbed": _salvage_disturbed,
     "put overtaken": _put_overtaken,
     "port again": _port_again,
+    "finished node leaves": _finished_leaves,
 }

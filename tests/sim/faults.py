@@ -59,6 +59,7 @@ DATA_PLANE = (
     "salvage disturbed",
     "put overtaken",
     "port again",
+    "finished node leaves",
 )
 STEADY = (
     "lost answers",
@@ -230,6 +231,11 @@ class Storm:
                 waiting()
 
         self.world.loop.after(self.rng.uniform(*self.mix.lasts_s), end)
+
+    def undo_at_end(self, undo: Undo) -> None:
+        """What has just happened lasts for as long as the storm does."""
+        self._count += 1
+        self._undo[self._count] = undo
 
     # -- choosing ------------------------------------------------------------------------------------------
 

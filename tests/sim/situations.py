@@ -77,6 +77,7 @@ EXPECTED = (
     "trainers of two jobs on one machine",
     "job began when another had ended",
     "job cancelled",
+    "leader killed when ranks had ended and their node was gone",
 )
 
 

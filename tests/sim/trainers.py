@@ -76,6 +76,7 @@ class Habits:
     stage_fails: float = 0.0
     slips: float = 0.0  # part of stagings in which a rank says that it has another rank's part
     stage_s: tuple[float, float] = (0.0, 0.05)
+    lives_on_s: float = 0.0  # how long rank 0 has something to do yet when all steps are done
     spoils_s: float = 0.0  # how long a rank lives on in a collective after a peer died; 0: it raises at once
 
 
@@ -296,7 +297,8 @@ class Trainer:
         if self.box.request != self._answered:
             self.box.missed = self.box.request
         self.box.phase = TrainerPhase.FINISHED
-        self._later(0.02, self.end, 0, "")
+        lives_on_s = self.node.world.habits.lives_on_s if self.of.rank == 0 else 0.0
+        self._later(0.02 + lives_on_s, self.end, 0, "")
 
     # -- ending ----------------------------------------------------------------------------------------
 

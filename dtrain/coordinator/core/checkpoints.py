@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from dtrain.common.names import AttemptNumber, Step
-from dtrain.coordinator.core import packs
+from dtrain.coordinator.core import finished, packs
 from dtrain.coordinator.core.events import (
     Cause,
     CheckpointAborted,
@@ -181,24 +181,29 @@ def settle(job: JobState, generation: GenerationState, observed: Observed, now: 
     inflight = job.inflight
     if inflight is None:
         return None
-    unstorable = _unstorable(job, generation, inflight, observed)
-    if unstorable is not None and not _parts_ranks(job, generation, inflight, observed):
+    unstorable = _unstorable(job, generation, inflight, observed, now)
+    if unstorable is not None and not _parts_ranks(job, generation, inflight, observed, now):
         return unstorable
     return _commit(job, generation, inflight, observed) or _overdue(job, generation, inflight, observed, now)
 
 
-def _parts_ranks(job: JobState, generation: GenerationState, inflight: InflightCheckpoint, observed: Observed) -> bool:
+def _parts_ranks(
+    job: JobState, generation: GenerationState, inflight: InflightCheckpoint, observed: Observed, now: Now
+) -> bool:
     """Whether to abort now would leave ranks behind that wait to be asked for their last state.
 
     A rank goes on once it was asked for the state of its last step, whatever came of it. Nothing can be saved without
     it, so a peer that was not asked by then would hold on for nothing. The attempt is kept until that one has answered.
-    A leader that has not heard of every member yet does not know, and keeps it as well.
+    A leader that has not heard of every member yet does not know, and keeps it as well. Who has finished was asked.
     """
     heard = list(reports(job, generation, observed))
-    if len(heard) < len(generation.members):
+    unheard = finished.unheard(job, generation, observed)
+    gone = [member for member in finished.gone(job, generation, observed, now) if member in unheard]
+    if len(heard) + len(gone) < len(generation.members):
         return True
     shards = _shards(job, generation, inflight, observed)
     answered = {shard.rank for shard, _ in shards if shard.phase is not ShardPhase.REQUESTED}
+    answered.update(rank for member in gone for rank in member.ranks)
     if not answered:
         return False
     for member, report in heard:
@@ -216,13 +221,13 @@ def _abort(inflight: InflightCheckpoint, reason: str, cause: Cause, *, missed: b
 
 
 def _unstorable(
-    job: JobState, generation: GenerationState, inflight: InflightCheckpoint, observed: Observed
+    job: JobState, generation: GenerationState, inflight: InflightCheckpoint, observed: Observed, now: Now
 ) -> Decision | None:
     if why := packs.why_base_is_lost(job, inflight):
         return _abort(inflight, why, Cause(fact="base_damaged"))
     if why := packs.why_foreign(job, inflight, acknowledged(job, generation, inflight, observed) or ()):
         return _abort(inflight, why, Cause(fact="acknowledgement_refused", detail=why))
-    staged = set()
+    staged, durable = set(), set()
     for shard, cause in _shards(job, generation, inflight, observed):
         if shard.phase is ShardPhase.MISSED:
             reason = f"rank {shard.rank} had already passed step {inflight.step}"
@@ -231,6 +236,8 @@ def _unstorable(
             return _abort(inflight, f"rank {shard.rank} could not store its shard: {shard.reason}", cause)
         if shard.phase in (ShardPhase.STAGED, ShardPhase.DURABLE):
             staged.add(shard.rank)
+        if shard.phase is ShardPhase.DURABLE:
+            durable.add(shard.rank)
     for member, report in reports(job, generation, observed):
         for rank in report.ranks:
             if rank.succeeded and rank.rank not in staged:
@@ -239,6 +246,10 @@ def _unstorable(
         for refusal in _refusals(job, inflight, observed, member):
             cause = Cause(fact="command_refused", worker=member.worker, detail=refusal)
             return _abort(inflight, f"worker {member.worker} refused it: {refusal}", cause)
+    for member in finished.gone(job, generation, observed, now):
+        if lost := [rank for rank in member.ranks if rank not in durable]:
+            reason = f"rank {lost[0]} finished, and {member.worker} is gone before it had stored its shard"
+            return _abort(inflight, reason, Cause(fact="worker_lost", worker=member.worker, rank=lost[0]))
     manifest = observed.manifests.get((job.name, inflight.attempt))
     if manifest is not None and manifest.refused:
         return _abort(inflight, manifest.refused, Cause(fact="manifest_refused", detail=manifest.refused))

@@ -97,6 +97,14 @@ class GenerationStarted:
     restore: RestorePoint | None = None  # None: step 0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MembersFinished:
+    """Every rank on these workers has ended well, and others go on. What becomes of their nodes costs nothing now."""
+
+    generation: Generation
+    workers: tuple[WorkerId, ...]
+
+
 class FailureKind(StrEnum):
     """Who is to answer for a failure."""
 
@@ -303,6 +311,7 @@ Event = (
     | RunInterrupted
     | CancelRequested
     | GenerationStarted
+    | MembersFinished
     | GenerationFailed
     | HangSuspected
     | HangCleared

@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import assert_never
 
 from dtrain.common.errors import InvariantError
-from dtrain.common.names import Term
+from dtrain.common.names import Generation, Term
 from dtrain.coordinator.core.checkpoint_folds import fold_checkpoint, fold_retention, require
 from dtrain.coordinator.core.events import (
     AttemptSwept,
@@ -26,6 +26,7 @@ from dtrain.coordinator.core.events import (
     JobFailed,
     JobSubmitted,
     JobSucceeded,
+    MembersFinished,
     PacksDeleted,
     PacksExpired,
     RecordedEvent,
@@ -99,6 +100,8 @@ def _lifecycle_event(state: JobState, record: RecordedEvent) -> JobState:
             return _end(state, JobPhase.INTERRUPTED, event.reason, 1)
         case GenerationStarted() as event:
             return _generation_started(state, record, event)
+        case MembersFinished() as event:
+            return _members_finished(state, record, event)
         case GenerationFailed() as event:
             return _generation_failed(state, record, event)
         case HangSuspected() | HangCleared() | HangFound():
@@ -166,14 +169,28 @@ def _generation_started(state: JobState, record: RecordedEvent, event: Generatio
     )
 
 
+def _members_finished(state: JobState, record: RecordedEvent, event: MembersFinished) -> JobState:
+    generation = _active(state, record, event.generation)
+    members = {member.worker for member in generation.members}
+    new = set(event.workers)
+    require(bool(new) and len(new) == len(event.workers), state, record, "it names nobody, or somebody twice")
+    require(new <= members - set(generation.finished), state, record, "it names who is no member, or was named before")
+    return replace(state, generation=replace(generation, finished=generation.finished + event.workers))
+
+
 def _generation_failed(state: JobState, record: RecordedEvent, event: GenerationFailed) -> JobState:
+    generation = _active(state, record, event.generation)
+    require(state.inflight is None, state, record, "a checkpoint is in flight")
+    return fold_failure(state, generation, record, event)
+
+
+def _active(state: JobState, record: RecordedEvent, number: Generation) -> GenerationState:
     generation = state.generation
     require(
-        state.phase is JobPhase.RUNNING and generation is not None and generation.number == event.generation,
+        state.phase is JobPhase.RUNNING and generation is not None and generation.number == number,
         state,
         record,
         "it is not the active generation",
     )
-    require(state.inflight is None, state, record, "a checkpoint is in flight")
     assert generation is not None
-    return fold_failure(state, generation, record, event)
+    return generation

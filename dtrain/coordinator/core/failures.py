@@ -7,6 +7,7 @@ A generation fails as a whole: collectives cannot go on without a member. The fi
 from collections.abc import Iterator
 
 from dtrain.common.names import Step
+from dtrain.coordinator.core import finished
 from dtrain.coordinator.core.events import (
     Cause,
     CheckpointQuarantined,
@@ -123,7 +124,7 @@ def _failed_rank(job: JobState, generation: GenerationState, observed: Observed,
     if first.is_victim:
         if _cause_may_follow(job, generation, observed, now):
             return None
-        unreachable = next((m for m in generation.members if not observed.view(m.worker).connected), None)
+        unreachable = next((m for m in generation.members if _is_unreachable(job, generation, m, observed)), None)
     if unreachable is not None:
         return _lost_with_victims(job, generation, observed, unreachable, failed)
     rank, worker = first.report, first.member.worker
@@ -152,11 +153,16 @@ def _failed_rank(job: JobState, generation: GenerationState, observed: Observed,
     return Decision(event=event, cause=cause)
 
 
+def _is_unreachable(job: JobState, generation: GenerationState, member: Member, observed: Observed) -> bool:
+    return not observed.view(member.worker).connected and not finished.is_done(job, generation, member, observed)
+
+
 def _cause_may_follow(job: JobState, generation: GenerationState, observed: Observed, now: Now) -> bool:
     """Whether lost connections are all that is known, and another rank's end may still be reported."""
     ended = sum(
         rank.state is RankState.EXITED for _, report in reports(job, generation, observed) for rank in report.ranks
     )
+    ended += sum(member.nproc for member in finished.unheard(job, generation, observed))
     if ended == generation.world_size:
         return False
     since = observed.failing_since_s.setdefault((job.name, generation.number), now.mono_s)
@@ -227,9 +233,8 @@ def _exit_code(rank: RankReport) -> int:
 def _lost_member(job: JobState, generation: GenerationState, observed: Observed, now: Now) -> Decision | None:
     for member in generation.members:
         view = observed.view(member.worker)
-        report = observed.assignment(member.worker, job.name, generation.number)
-        if report is not None and report.ranks and all(rank.succeeded for rank in report.ranks):
-            continue  # its part is done: nothing is lost with it
+        if finished.is_done(job, generation, member, observed):
+            continue  # nothing is lost with it
         if view.journal and view.journal != member.journal:
             why = "its data folder is new, or it is another node of the same --worker-id"
             reason = f"worker {member.worker} came back without its memory ({why})"

@@ -23,6 +23,7 @@ ended with code 0; but if it ended its steps before its peers had done theirs, i
 from dataclasses import dataclass
 
 from dtrain.common.names import Step
+from dtrain.coordinator.core import finished
 from dtrain.coordinator.core.culprits import LEFT, Standing, culprit_of, top_of
 from dtrain.coordinator.core.events import (
     Cause,
@@ -110,7 +111,8 @@ def stacks_id(job: JobState, generation: GenerationState, number: int) -> str:
 def _look(job: JobState, generation: GenerationState, observed: Observed) -> _Seen | None:
     """What is known of all ranks, or None while something is not."""
     found = [(member.worker, rank) for member, report in reports(job, generation, observed) for rank in report.ranks]
-    if len(found) != generation.world_size:
+    ended_unheard = sum(member.nproc for member in finished.unheard(job, generation, observed))
+    if len(found) + ended_unheard != generation.world_size:
         return None
     found.sort(key=lambda pair: pair[1].rank)
     return _Seen(

@@ -9,7 +9,7 @@ and the first that applies wins:
     CANCELLING   abort the attempt in flight; end once nothing of the job runs any more
     PENDING      fail for good if its failures say so; else start a generation as soon as they and workers allow
     RUNNING      fail the generation, also one that hangs, unless its checkpoint can be salvaged first; settle the
-                 attempt in flight; succeed; start a checkpoint
+                 attempt in flight; succeed; note who has finished; start a checkpoint
 """
 
 from collections.abc import Callable, Mapping
@@ -17,7 +17,17 @@ from typing import assert_never
 
 from dtrain.common.errors import InvariantError
 from dtrain.common.names import Generation, JobName
-from dtrain.coordinator.core import checkpoints, failures, hangs, packs, placement, restarts, retention, salvages
+from dtrain.coordinator.core import (
+    checkpoints,
+    failures,
+    finished,
+    hangs,
+    packs,
+    placement,
+    restarts,
+    retention,
+    salvages,
+)
 from dtrain.coordinator.core.events import (
     Cause,
     CheckpointAborted,
@@ -85,6 +95,7 @@ def _running(job: JobState, generation: GenerationState, observed: Observed, now
         failed
         or checkpoints.settle(job, generation, observed, now)
         or _success(job, generation, observed)
+        or finished.note(job, generation, observed)
         or (checkpoints.start(job, generation, observed, now) if job.inflight is None else None)
     )
 
@@ -92,8 +103,7 @@ def _running(job: JobState, generation: GenerationState, observed: Observed, now
 def _success(job: JobState, generation: GenerationState, observed: Observed) -> Decision | None:
     if job.inflight is not None:
         return None
-    ranks = [rank for _, report in failures.reports(job, generation, observed) for rank in report.ranks]
-    if len(ranks) != generation.world_size or not all(rank.succeeded for rank in ranks):
+    if not all(finished.is_done(job, generation, member, observed) for member in generation.members):
         return None
     return Decision(event=JobSucceeded(), cause=Cause(fact="all_ranks_finished"))
 

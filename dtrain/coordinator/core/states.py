@@ -5,6 +5,7 @@
     (none)        JobSubmitted                            PENDING
     PENDING       GenerationStarted                       RUNNING
     PENDING       JobFailed                               FAILED
+    RUNNING       MembersFinished                         RUNNING
     RUNNING       GenerationFailed                        PENDING
     RUNNING       HangSuspected, then HangCleared or      RUNNING
                   HangFound, then GenerationFailed
@@ -73,6 +74,7 @@ class GenerationState:
     position: Position  # of its GenerationStarted
     started_time: float  # unix time of that event
     restarts: int  # generations of this run that failed before it
+    finished: tuple[WorkerId, ...] = ()  # members whose ranks have all ended well, in the order of that
     suspicions: int = 0  # how often it was suspected to hang
     suspicion: HangSuspected | None = None  # the open one
     hang: HangFound | None = None  # what the open suspicion came to

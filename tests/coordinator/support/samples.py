@@ -25,6 +25,7 @@ from dtrain.coordinator.core.events import (
     JobSubmitted,
     JobSucceeded,
     Member,
+    MembersFinished,
     PacksDeleted,
     PacksExpired,
     RankStack,
@@ -76,6 +77,7 @@ EVENTS: tuple[Event, ...] = (
         step=_STEP,
         victims=(Victim(rank=1, worker=WorkerId("w1"), exit_code=1, error=_ODD_TEXT),),
     ),
+    MembersFinished(generation=_GENERATION, workers=(WorkerId("w1"), WorkerId("w2"))),
     HangSuspected(generation=_GENERATION, number=1, steps_sum=1400, idle_s=300.5, timeout_s=300.0),
     HangCleared(generation=_GENERATION, number=1),
     HangFound(

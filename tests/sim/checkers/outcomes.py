@@ -18,7 +18,10 @@ def peers(story: Story) -> Iterator[str]:
 
 
 def undisturbed(story: Story) -> Iterator[str]:
-    """A generation fails only if something happened to one of its members, or to what it starts from."""
+    """A generation fails only if something happened to one of its members, or to what it starts from.
+
+    What happens to a member whose ranks have all ended well, and were noted to have, is no reason.
+    """
     started = {told.data["generation"]: told for told in story.events_of("GenerationStarted")}
     failures = story.events_of("GenerationFailed")
     fences = [entry for entry in story.diary if entry.detail.endswith("told to end") and story.fenced(entry)]
@@ -29,11 +32,18 @@ def undisturbed(story: Story) -> Iterator[str]:
         return
     for told in failures:
         begin = started[told.data["generation"]]
-        members = {member["worker"] for member in begin.data["members"]}
+        done_s = {
+            worker: noted.at_s
+            for noted in story.events_of("MembersFinished")
+            for worker in noted.data["workers"]
+            if noted.data["generation"] == begin.data["generation"]
+        }
+        until_s = {m["worker"]: min(told.at_s, done_s.get(m["worker"], told.at_s)) for m in begin.data["members"]}
         reasons = [
-            hurt
-            for hurt in hurts
-            if hurt[0] <= told.at_s and (hurt[1] == "store" or (hurt[1] in members and begin.at_s - LATE_S <= hurt[0]))
+            (at_s, where)
+            for at_s, where in hurts
+            if (where == "store" and at_s <= told.at_s)
+            or (where in until_s and begin.at_s - LATE_S <= at_s <= until_s[where])
         ]
         if not reasons:
             yield f"generation {told.data['generation']} failed though nothing happened: {told.data['reason']}"
