@@ -75,7 +75,7 @@ def _print_json(event: "RecordedEvent") -> None:
 
 
 def event_view(event: "RecordedEvent") -> "dict[str, Json]":
-    """One event; the same fields as its value in etcd, and its key."""
+    """One event; the same fields as its value in etcd but for `prev`, and its key."""
     import msgspec
 
     return {

@@ -76,7 +76,7 @@ async def _pin(job: str, checkpoint: int, etcd: str | None, prefix: str, data_di
 def verify_command(job: str, deep: bool, etcd: str | None, prefix: str, data_dir: str, output: str) -> int:
     """Look whether storage still holds a job's committed checkpoints. Exit code 1 if one is damaged.
 
-    Without --deep the manifests are read, and of the shards only the sizes.
+    Without --deep manifests and indexes are read, and of shards and packs only the sizes.
     """
     from dtrain.cli.output import print_json
     from dtrain.cli.verification import verify_job

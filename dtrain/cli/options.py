@@ -1,6 +1,6 @@
 """Options that several verbs share, so that one word means one thing everywhere.
 
-Each can also come from the environment, as ``DTRAIN_`` and the option's name.
+Each but ``-o`` can also come from the environment, as ``DTRAIN_`` and the option's name.
 """
 
 from collections.abc import Callable

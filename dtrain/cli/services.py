@@ -73,7 +73,12 @@ def coordinator_command(etcd: str, prefix: str, listen: str, advertise: str, ide
 @etcd_option(required=True)
 @prefix_option
 @click.option("--worker-id", envvar="DTRAIN_WORKER_ID", help="Its name in the cluster. Default: this host's name.")
-@click.option("--slots", envvar="DTRAIN_SLOTS", type=int, help="Room for ranks. Default: GPUs, or processors.")
+@click.option(
+    "--slots",
+    envvar="DTRAIN_SLOTS",
+    type=int,
+    help="Room for ranks. Default: one a GPU, or without any one a processor.",
+)
 @click.option(
     "--data-dir",
     envvar="DTRAIN_DATA_DIR",

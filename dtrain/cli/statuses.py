@@ -1,4 +1,4 @@
-"""Where reading verbs read: the coordinator if one leads, else the log itself.
+"""Where `list` and `status` read: what leads, or in a data folder where nothing does, the log itself.
 
 A data folder where nothing runs still holds its log. Its etcd is then started for the moment of the read, so
 that ``dtrain list`` and ``dtrain history`` answer after a run as they do during it. A run that the log does

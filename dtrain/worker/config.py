@@ -13,9 +13,13 @@ LEASE_TTL_MAX_S = 3600.0
 SHARED_MEMORY = Path("/dev/shm")
 
 
-def default_slots() -> int:
-    """One trainer a processor."""
-    return os.cpu_count() or 1
+def default_slots(devices: Path = Path("/dev")) -> int:
+    """One trainer a GPU that the node has and may use; where there is none, one a processor."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = sum(path.name.removeprefix("nvidia").isdecimal() for path in devices.glob("nvidia*"))
+    if visible is not None:
+        gpus = min(gpus, sum(name.strip() not in ("", "-1", "NoDevFiles") for name in visible.split(",")))
+    return gpus or os.cpu_count() or 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -108,7 +108,7 @@ class MembersFinished:
 class FailureKind(StrEnum):
     """Who is to answer for a failure."""
 
-    UNKNOWN = ""  # the log was written before kinds were told apart
+    UNKNOWN = ""  # a worker refused to start it; or the log was written before kinds were told apart
     SCRIPT = "script"  # the user's code: an exception, an exit code, a crash of its own process
     CONNECTION = "connection"  # ranks lost each other, and nothing else was seen to be wrong
     KILLED = "killed"  # a signal from outside ended the trainer
