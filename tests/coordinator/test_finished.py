@@ -3,11 +3,12 @@
 import pytest
 
 from dtrain.common.names import Step
-from dtrain.coordinator.core.events import CheckpointAborted, FailureKind, GenerationFailed, MembersFinished
+from dtrain.coordinator.core.events import CheckpointAborted, FailureKind, GenerationFailed, HangFound, MembersFinished
 from dtrain.coordinator.core.facts import ShardPhase
 from dtrain.coordinator.core.hangs import AUTO_FLOOR_S
 from dtrain.coordinator.core.observed import LOST_AFTER_S, MUTE_AFTER_S
-from tests.coordinator.support.clusters import Cluster, spec
+from dtrain.coordinator.core.states import JobPhase
+from tests.coordinator.support.clusters import HEARTBEAT_S, Cluster, spec
 
 BOTH = spec(nnodes_min=2, nnodes_max=2, every_steps=100)
 
@@ -129,6 +130,7 @@ def test_an_attempt_is_kept_until_those_that_still_hold_their_last_state_were_as
     assert successor.decides() == []
     assert "/checkpoint-2/" in "".join(command.id for command in successor.commands("w1"))
     for rank in (0, 1):
+        successor.says(rank, phase="training")
         successor.shard(rank, ShardPhase.STAGED)
     assert successor.decides() == ["CheckpointAborted"]
     ends_well(successor, 0, 1)
@@ -137,7 +139,9 @@ def test_an_attempt_is_kept_until_those_that_still_hold_their_last_state_were_as
 
 @pytest.mark.parametrize("leader_dies", [False, True])
 @pytest.mark.parametrize("stored", [False, True])
-def test_what_it_takes_along_of_the_last_checkpoint_aborts_that_at_once(leader_dies: bool, stored: bool) -> None:
+def test_what_it_takes_along_of_the_last_checkpoint_is_not_waited_for_without_end(
+    leader_dies: bool, stored: bool
+) -> None:
     cluster = Cluster()
     cluster.joins("w1", "w2")
     cluster.runs(BOTH, step=50)
@@ -159,7 +163,99 @@ def test_what_it_takes_along_of_the_last_checkpoint_aborts_that_at_once(leader_d
         cluster.manifest_written()
         assert cluster.decides() == ["CheckpointCommitted", "JobSucceeded"]
         return
+    else:
+        assert cluster.decides() == [], "it may come back, and store what it has"
+        cluster.passes(MUTE_AFTER_S)
     assert cluster.decides() == ["CheckpointAborted", "JobSucceeded"]
     event = cluster.last("CheckpointAborted")
     assert isinstance(event, CheckpointAborted)
-    assert event.reason == "rank 2 finished, and w2 is gone before it had stored its shard"
+    assert event.reason == "rank 2 finished, and w2 is gone, or silent, with what it had not stored"
+
+
+@pytest.mark.parametrize("lease_ends", [False, True])
+def test_a_worker_that_was_silent_for_a_while_still_stores_the_last_checkpoint(lease_ends: bool) -> None:
+    """Nothing runs any more that could make it again."""
+    cluster = Cluster()
+    cluster.joins("w1", "w2")
+    cluster.runs(BOTH, step=50)
+    cluster.trains(step=101, until=101, phase="holding")
+    cluster.decides()
+    for rank in range(4):
+        cluster.shard(rank, ShardPhase.STAGED)
+    ends_well(cluster, 0, 1, 2, 3)
+    assert cluster.decides() == ["MembersFinished"]
+    if lease_ends:
+        cluster.loses("w2")
+    for _ in range(int(MUTE_AFTER_S * (1 if lease_ends else 3) / HEARTBEAT_S) - 1):
+        cluster.passes(HEARTBEAT_S)
+        cluster.reports("w1")
+        assert cluster.decides() == []
+    cluster.registers("w2")
+    cluster.connects("w2")
+    cluster.acknowledges()
+    cluster.manifest_written()
+    assert cluster.decides() == ["CheckpointCommitted", "JobSucceeded"]
+
+
+def test_nobody_is_blamed_for_a_hang_where_it_is_not_known_how_far_one_had_come() -> None:
+    cluster = half_done()
+    leaves_for_good(cluster, "w2")
+    successor = under_its_successor(cluster)
+    for step in (51, 52):
+        for rank in (0, 1):
+            successor.says(rank, phase="training", completed_step=Step(step), step_s=0.1)
+        successor.passes(0.1)
+    successor.stands_still(AUTO_FLOOR_S + 1.0)
+    assert successor.decides() == ["HangSuspected"]
+    for rank, where in ((0, "torch/distributed/c10d.py"), (1, "train.py")):
+        successor.says(rank, stack=f'File "/{where}", line 9 in wait', stack_number=1)
+    assert successor.decides()[0] == "HangFound"
+    event = successor.last("HangFound")
+    assert isinstance(event, HangFound)
+    assert event.culprit == -1
+
+
+@pytest.mark.parametrize("how", ["ended", "finished", "went further"])
+def test_a_rank_that_holds_its_last_state_in_vain_is_asked_for_it_and_goes_on(how: str) -> None:
+    """No checkpoint can ever be of its step and of all ranks; nobody else would ask, and it would hold for hours."""
+    cluster = Cluster()
+    cluster.joins("w1", "w2")
+    cluster.runs(BOTH, step=50)
+    for rank in (2, 3):
+        match how:
+            case "ended":
+                cluster.exits(rank, 0)
+            case "finished":
+                cluster.says(rank, phase="finished")
+            case _:
+                cluster.says(rank, phase="training", completed_step=Step(70), until_step=Step(90))
+    if how == "ended":
+        assert cluster.decides() == ["MembersFinished"]
+    for rank in (0, 1):
+        cluster.says(rank, phase="holding", completed_step=Step(60), until_step=Step(60))
+    assert cluster.decides() == ["CheckpointStarted"]
+    assert cluster.inflight().step == 60
+    assert "/checkpoint-1/" in "".join(command.id for command in cluster.commands("w1"))
+    for rank in (0, 1):
+        assert cluster.decides() == [], "the other still holds"
+        cluster.says(rank, phase="training")
+        cluster.shard(rank, ShardPhase.STAGED)
+    match how:
+        case "finished":
+            ends_well(cluster, 2, 3)
+        case "went further":
+            cluster.shard(2, ShardPhase.MISSED)
+            cluster.shard(3, ShardPhase.MISSED)
+    assert cluster.decides()[0] == "CheckpointAborted"
+    ends_well(cluster, 0, 1)
+    cluster.decides()
+    if how == "went further":
+        for rank in (2, 3):
+            cluster.says(rank, phase="holding", completed_step=Step(90))
+        assert cluster.decides() == ["CheckpointStarted"], "and so for the others"
+        for rank in (2, 3):
+            cluster.shard(rank, ShardPhase.STAGED)
+        ends_well(cluster, 2, 3)
+        assert cluster.decides() == ["CheckpointAborted", "JobSucceeded"]
+    else:
+        assert cluster.job().phase is JobPhase.SUCCEEDED

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from dtrain.worker.config import LEASE_TTL_S
 from tests.sim import people
 from tests.sim.machines import Machine
-from tests.sim.world import PREFIX
+from tests.sim.world import PREFIX, RESTART_S
 
 if TYPE_CHECKING:
     from tests.sim.faults import Storm
@@ -136,12 +136,18 @@ def _agent_dies(storm: "Storm") -> Undo | None:
 
 
 def _coordinator_leaves(storm: "Storm") -> Undo | None:
-    host = storm.host()
+    host, world = storm.host(), storm.world
+
+    def gone() -> None:
+        if world.healed:  # it slept until then, and who was to start it again found it there
+            world.loop.after(storm.rng.uniform(*RESTART_S), world.start_coordinator, host)
+
     storm.say(f"{host.name} is asked to leave")
     for process in list(host.processes):
+        process.at_end.append(gone)
         process.signal(signal.SIGTERM)
-        _must_be_gone(storm.world, process, COORDINATOR_LEAVES_S)
-    return lambda: storm.world.start_coordinator(host)
+        _must_be_gone(world, process, COORDINATOR_LEAVES_S)
+    return lambda: world.start_coordinator(host)
 
 
 def _must_be_gone(world: "World", process: "Process", within_s: float) -> None:

@@ -113,10 +113,11 @@ def start(job: JobState, generation: GenerationState, observed: Observed, now: N
     if at is None or step is None:
         return None
     cause = Cause(fact="policy_due", detail=f"the furthest rank had completed step {at.furthest}")
-    return Decision(event=_started(job, generation, step), cause=cause)
+    return Decision(event=started_at(job, generation, step), cause=cause)
 
 
-def _started(job: JobState, generation: GenerationState, step: Step) -> CheckpointStarted:
+def started_at(job: JobState, generation: GenerationState, step: Step) -> CheckpointStarted:
+    """The job's next attempt, at this step."""
     return CheckpointStarted(
         checkpoint=job.next_checkpoint,
         attempt=AttemptNumber(job.last_attempt + 1),
@@ -137,7 +138,7 @@ def start_on_request(
     if at.until and step > at.until:
         return None
     cause = Cause(fact="client_request", detail=request)
-    return Decision(event=_started(job, generation, step), cause=cause)
+    return Decision(event=started_at(job, generation, step), cause=cause)
 
 
 def _shards(
@@ -194,7 +195,7 @@ def _parts_ranks(
 
     A rank goes on once it was asked for the state of its last step, whatever came of it. Nothing can be saved without
     it, so a peer that was not asked by then would hold on for nothing. The attempt is kept until that one has answered.
-    A leader that has not heard of every member yet does not know, and keeps it as well. Who has finished was asked.
+    A leader that has not heard of every member yet does not know, and keeps it as well. Who has ended well was asked.
     """
     heard = list(reports(job, generation, observed))
     unheard = finished.unheard(job, generation, observed)
@@ -204,6 +205,7 @@ def _parts_ranks(
     shards = _shards(job, generation, inflight, observed)
     answered = {shard.rank for shard, _ in shards if shard.phase is not ShardPhase.REQUESTED}
     answered.update(rank for member in gone for rank in member.ranks)
+    answered.update(rank.rank for _, report in heard for rank in report.ranks if rank.succeeded)
     if not answered:
         return False
     for member, report in heard:
@@ -248,7 +250,7 @@ def _unstorable(
             return _abort(inflight, f"worker {member.worker} refused it: {refusal}", cause)
     for member in finished.gone(job, generation, observed, now):
         if lost := [rank for rank in member.ranks if rank not in durable]:
-            reason = f"rank {lost[0]} finished, and {member.worker} is gone before it had stored its shard"
+            reason = f"rank {lost[0]} finished, and {member.worker} is gone, or silent, with what it had not stored"
             return _abort(inflight, reason, Cause(fact="worker_lost", worker=member.worker, rank=lost[0]))
     manifest = observed.manifests.get((job.name, inflight.attempt))
     if manifest is not None and manifest.refused:

@@ -51,12 +51,18 @@ def unheard(job: JobState, generation: GenerationState, observed: Observed) -> l
 
 
 def gone(job: JobState, generation: GenerationState, observed: Observed, now: Now) -> list[Member]:
-    """The members that are done, and whose workers will do nothing more for the generation."""
+    """The members that are done, and whose workers will do nothing more for the generation.
+
+    One that is known to have something to store yet may come back and do so: nothing runs any more that could make it
+    again. It is given up when it is lost, and was silent for as long as a worker is waited for that keeps its lease.
+    """
     found = []
     for member in generation.members:
         journal = observed.view(member.worker).journal
         replaced = journal != "" and journal != member.journal
-        away = observed.lost(member.worker, now) or observed.mute(member.worker, now)
+        lost, mute = observed.lost(member.worker, now), observed.mute(member.worker, now)
+        known = observed.assignment(member.worker, job.name, generation.number) is not None
+        away = lost and mute if known else lost or mute
         if (replaced or away) and is_done(job, generation, member, observed):
             found.append(member)
     return found

@@ -60,6 +60,7 @@ class _Seen:
 
     ranks: tuple[tuple[str, RankReport], ...]  # (worker, report), by rank; those that have not exited
     exited: tuple[tuple[str, RankReport], ...]  # the others: with code 0, or the generation would have failed
+    complete: bool  # no rank is known by the log alone to have ended: that says when, and not how far it had come
 
     @property
     def steps_sum(self) -> int:
@@ -118,6 +119,7 @@ def _look(job: JobState, generation: GenerationState, observed: Observed) -> _Se
     return _Seen(
         ranks=tuple(pair for pair in found if pair[1].state is not RankState.EXITED),
         exited=tuple(pair for pair in found if pair[1].state is RankState.EXITED),
+        complete=ended_unheard == 0,
     )
 
 
@@ -158,7 +160,7 @@ def _find(generation: GenerationState, suspicion: HangSuspected, seen: _Seen) ->
         if rank.phase not in _DONE
     ]
     standings += _left(seen, step=min(standing.step for standing in standings))
-    culprit = culprit_of(standings)
+    culprit = culprit_of(standings) if seen.complete else None
     order = sorted(standings, key=lambda s: (culprit is None or s.rank != culprit.rank, s.rank))[:STACKS_KEPT]
     event = HangFound(
         generation=generation.number,

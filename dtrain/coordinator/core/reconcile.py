@@ -22,6 +22,7 @@ from dtrain.coordinator.core import (
     failures,
     finished,
     hangs,
+    holds,
     packs,
     placement,
     restarts,
@@ -96,8 +97,12 @@ def _running(job: JobState, generation: GenerationState, observed: Observed, now
         or checkpoints.settle(job, generation, observed, now)
         or _success(job, generation, observed)
         or finished.note(job, generation, observed)
-        or (checkpoints.start(job, generation, observed, now) if job.inflight is None else None)
+        or (_started(job, generation, observed, now) if job.inflight is None else None)
     )
+
+
+def _started(job: JobState, generation: GenerationState, observed: Observed, now: Now) -> Decision | None:
+    return checkpoints.start(job, generation, observed, now) or holds.release(job, generation, observed)
 
 
 def _success(job: JobState, generation: GenerationState, observed: Observed) -> Decision | None:
