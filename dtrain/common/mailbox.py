@@ -34,8 +34,8 @@ class TrainerPhase(IntEnum):
     CHECKPOINTING = 4  # copying its state into shared memory
     FINISHED = 5  # all steps done, the script is leaving
     HOLDING = 6  # all steps done; waits for its last state to be asked for
-    # In ``run.paused()``, or after a loop that was left early: what is no step, and may take as long as it likes.
-    PAUSED = 7
+    PAUSED = 7  # in ``run.paused()``: what is no step, and may take as long as it likes
+    LEFT = 8  # after a loop that was left early: the same, and the steps may be over, or another loop take them up
 
 
 class RestoreState(IntEnum):

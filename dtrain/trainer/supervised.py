@@ -4,7 +4,7 @@
                               +-> HOLDING -> FINISHED
 
 TRAINING is left for PAUSED and entered again wherever the script says so. A loop that is left before its last step
-(``break``, or an exception of its body) leads to PAUSED too, and not to FINISHED: whether this rank fails shows at the
+(``break``, or an exception of its body) leads to LEFT, and not to FINISHED: whether this rank fails shows at the
 end of ``with join()`` only, and another loop may take the steps up. What the script does until then may take long: an
 evaluation.
 
@@ -167,7 +167,7 @@ class WorkerStation:
         if staging is not None and (staging.arriving is None or staging.arriving.is_there()):
             self._settle()
         self._miss()
-        self._mailbox.phase = TrainerPhase.PAUSED
+        self._mailbox.phase = TrainerPhase.LEFT
 
     def go_on(self) -> None:
         """Steps will follow after all: another loop took them up."""

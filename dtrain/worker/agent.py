@@ -362,7 +362,7 @@ class Agent:
 
     def _registration(self) -> bytes:
         assert self._identity is not None
-        return registration(self._identity, self._config.slots)
+        return registration(self._identity, self._config.slots, fence_after_s=self._config.fence_after_s)
 
     async def _serve_logs(self) -> tuple[grpc.aio.Server, str]:
         """Serve the Logs service; return the server and the address under which others reach it."""

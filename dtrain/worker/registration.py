@@ -7,7 +7,7 @@ import msgspec
 from dtrain.worker.rpc.convert import Identity
 
 
-def registration(identity: Identity, slots: int) -> bytes:
+def registration(identity: Identity, slots: int, *, fence_after_s: float) -> bytes:
     """The value of the worker's key."""
     return msgspec.json.encode(
         {
@@ -15,6 +15,7 @@ def registration(identity: Identity, slots: int) -> bytes:
             "host": identity.host,
             "address": identity.address,
             "slots": slots,
+            "fence_after_s": fence_after_s,
             "journal": identity.journal,
             "incarnation": identity.incarnation,
             "version": identity.version,

@@ -7,7 +7,6 @@ from dtrain.coordinator.core.events import CheckpointAborted, FailureKind, Gener
 from dtrain.coordinator.core.facts import ShardPhase
 from dtrain.coordinator.core.hangs import AUTO_FLOOR_S
 from dtrain.coordinator.core.observed import LOST_AFTER_S, MUTE_AFTER_S
-from dtrain.coordinator.core.states import JobPhase
 from tests.coordinator.support.clusters import HEARTBEAT_S, Cluster, spec
 
 BOTH = spec(nnodes_min=2, nnodes_max=2, every_steps=100)
@@ -213,49 +212,3 @@ def test_nobody_is_blamed_for_a_hang_where_it_is_not_known_how_far_one_had_come(
     event = successor.last("HangFound")
     assert isinstance(event, HangFound)
     assert event.culprit == -1
-
-
-@pytest.mark.parametrize("how", ["ended", "finished", "went further"])
-def test_a_rank_that_holds_its_last_state_in_vain_is_asked_for_it_and_goes_on(how: str) -> None:
-    """No checkpoint can ever be of its step and of all ranks; nobody else would ask, and it would hold for hours."""
-    cluster = Cluster()
-    cluster.joins("w1", "w2")
-    cluster.runs(BOTH, step=50)
-    for rank in (2, 3):
-        match how:
-            case "ended":
-                cluster.exits(rank, 0)
-            case "finished":
-                cluster.says(rank, phase="finished")
-            case _:
-                cluster.says(rank, phase="training", completed_step=Step(70), until_step=Step(90))
-    if how == "ended":
-        assert cluster.decides() == ["MembersFinished"]
-    for rank in (0, 1):
-        cluster.says(rank, phase="holding", completed_step=Step(60), until_step=Step(60))
-    assert cluster.decides() == ["CheckpointStarted"]
-    assert cluster.inflight().step == 60
-    assert "/checkpoint-1/" in "".join(command.id for command in cluster.commands("w1"))
-    for rank in (0, 1):
-        assert cluster.decides() == [], "the other still holds"
-        cluster.says(rank, phase="training")
-        cluster.shard(rank, ShardPhase.STAGED)
-    match how:
-        case "finished":
-            ends_well(cluster, 2, 3)
-        case "went further":
-            cluster.shard(2, ShardPhase.MISSED)
-            cluster.shard(3, ShardPhase.MISSED)
-    assert cluster.decides()[0] == "CheckpointAborted"
-    ends_well(cluster, 0, 1)
-    cluster.decides()
-    if how == "went further":
-        for rank in (2, 3):
-            cluster.says(rank, phase="holding", completed_step=Step(90))
-        assert cluster.decides() == ["CheckpointStarted"], "and so for the others"
-        for rank in (2, 3):
-            cluster.shard(rank, ShardPhase.STAGED)
-        ends_well(cluster, 2, 3)
-        assert cluster.decides() == ["CheckpointAborted", "JobSucceeded"]
-    else:
-        assert cluster.job().phase is JobPhase.SUCCEEDED

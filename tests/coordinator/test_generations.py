@@ -202,6 +202,7 @@ def test_a_worker_is_lost_only_when_lease_and_stream_have_been_gone_for_a_while(
     cluster.tells(StreamClosed(worker=node.name, stream=node.stream))
     cluster.passes(LOST_AFTER_S * 10)
     assert cluster.decides() == [], "its lease is alive"
+    cluster.reports("w2")
     cluster.tells(WorkerUnregistered(worker=node.name))
     cluster.passes(LOST_AFTER_S - 0.1)
     assert cluster.decides() == []

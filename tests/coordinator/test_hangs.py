@@ -5,6 +5,7 @@ import pytest
 from dtrain.common.errors import UserError
 from dtrain.common.names import Step, WorkerId
 from dtrain.coordinator import codec
+from dtrain.coordinator.core.checkpoints import ATTEMPT_TIMEOUT_S
 from dtrain.coordinator.core.commands import TakeStacks
 from dtrain.coordinator.core.events import FailureKind, HangFound, HangSuspected, Victim
 from dtrain.coordinator.core.hangs import AUTO_FACTOR, AUTO_FLOOR_S, STACKS_WAIT_S
@@ -136,7 +137,7 @@ def test_the_events_of_a_hang_come_back_from_the_log_as_they_were() -> None:
 # -- what is no hang ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("phase", ["starting", "joined", "restoring", "checkpointing", "paused"])
+@pytest.mark.parametrize("phase", ["starting", "joined", "restoring", "checkpointing", "paused", "left"])
 def test_while_a_rank_does_something_that_is_no_step_nobody_hangs(phase: str) -> None:
     cluster = training()
     cluster.says(1, phase=phase)
@@ -350,3 +351,17 @@ def test_a_rank_that_has_ended_and_keeps_nobody_waiting_is_not_named(step: int, 
     cluster.says(0, stack=IN_USER_CODE, stack_number=1)
     assert cluster.decides()[0] == "HangFound"
     assert (found(cluster).culprit, found(cluster).victims) == (0, ())
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_copy_that_never_ends_is_an_excuse_for_as_long_as_its_attempt_is_waited_for(workers: int) -> None:
+    """A state_dict() that waits for somebody, a device that is lost. With the others gone nothing else would end it."""
+    cluster = training(workers=workers)
+    cluster.asks_for_checkpoint()
+    cluster.says(0, phase="checkpointing")
+    for rank in range(1, 2 * workers):
+        cluster.exits(rank, 0)
+    cluster.stands_still(ATTEMPT_TIMEOUT_S - 1.0)
+    assert "HangSuspected" not in cluster.decides()
+    cluster.stands_still(2.0)
+    assert "HangSuspected" in cluster.decides()

@@ -4,10 +4,10 @@ import pytest
 
 from dtrain.coordinator.core.commands import StageCheckpoint
 from dtrain.coordinator.core.events import CheckpointAborted, GenerationFailed, GenerationStarted
-from dtrain.coordinator.core.facts import ShardPhase, WorkerUnregistered
-from dtrain.coordinator.core.observed import LOST_AFTER_S, STREAM_SILENT_S
+from dtrain.coordinator.core.facts import Registration, ShardPhase, WorkerRegistered, WorkerUnregistered
+from dtrain.coordinator.core.observed import LOST_AFTER_S, MUTE_AFTER_S, STREAM_SILENT_S
 from dtrain.coordinator.core.placement import GATHER_S
-from tests.coordinator.support.clusters import Cluster, spec
+from tests.coordinator.support.clusters import HEARTBEAT_S, Cluster, spec
 
 RESTARTED = ["GenerationFailed", "GenerationStarted"]
 ELASTIC = spec(nnodes_min=1, nnodes_max=3)
@@ -190,3 +190,38 @@ def test_a_refusal_of_an_older_attempt_does_not_abort_the_next() -> None:
     cluster.asks_for_checkpoint()
     cluster.shard(0, ShardPhase.REQUESTED)
     assert cluster.decides() == []
+
+
+FENCE_S = 1800.0
+
+
+def mute_beyond_its_fence(*workers: str) -> Cluster:
+    """Worker w1 keeps its lease and its stream, and tells nothing for as long as it would go on without a word."""
+    cluster = Cluster()
+    cluster.joins(*workers)
+    cluster.runs(spec(), step=10)
+    node = cluster.nodes["w1"]
+    told = Registration(worker=node.name, journal=node.journal, address="", slots=2, fence_after_s=FENCE_S)
+    cluster.tells(WorkerRegistered(registration=told))
+    for _ in range(int((FENCE_S + MUTE_AFTER_S - 1.0) / HEARTBEAT_S)):
+        cluster.passes(HEARTBEAT_S)
+        for other in workers[1:]:
+            cluster.reports(other)
+    assert cluster.decides() == [], "it may train as well as ever"
+    cluster.passes(1.0)
+    return cluster
+
+
+def test_a_worker_that_was_mute_for_longer_than_it_goes_on_without_a_coordinator_has_ended_its_ranks() -> None:
+    cluster = mute_beyond_its_fence("w1", "w2")
+    assert cluster.decides() == RESTARTED
+    assert members(cluster) == ["w2"]
+    assert not failure(cluster).counted
+    assert "keeps its lease" in failure(cluster).reason
+
+
+def test_it_is_not_chosen_again_before_it_speaks() -> None:
+    cluster = mute_beyond_its_fence("w1")
+    assert cluster.decides() == ["GenerationFailed"]
+    cluster.reports("w1")
+    assert cluster.decides() == ["GenerationStarted"]

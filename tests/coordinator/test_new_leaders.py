@@ -1,8 +1,10 @@
-"""Whom a new leader takes for lost: it knows nobody yet, and may be the one that is cut off."""
+"""Whom a leader takes for lost that knows nobody yet, or may be the one that is cut off."""
 
-from dtrain.coordinator.core.facts import RegistrationsListed, StreamClosed
+import pytest
+
+from dtrain.coordinator.core.facts import RegistrationsListed, StreamClosed, WorkerUnregistered
 from dtrain.coordinator.core.hearing import GAP_S
-from dtrain.coordinator.core.observed import MUTE_AFTER_S, UNSEEN_LOST_AFTER_S, Observed
+from dtrain.coordinator.core.observed import LOST_AFTER_S, MUTE_AFTER_S, STREAM_SILENT_S, UNSEEN_LOST_AFTER_S, Observed
 from tests.coordinator.support.clusters import HEARTBEAT_S, Cluster
 
 
@@ -96,5 +98,48 @@ def test_a_leader_that_has_not_read_yet_who_is_registered_takes_nobody_for_lost(
     successor.tells(RegistrationsListed())
     hears_for(successor, UNSEEN_LOST_AFTER_S - 0.1)
     assert successor.decides() == [], "a worker that etcd was away from could not find it either"
+    successor.passes(0.1)
+    assert successor.decides()[0] == "GenerationFailed"
+
+
+@pytest.mark.parametrize("stream_closes", [False, True])
+def test_a_leader_that_nobody_reaches_gives_up_nobody_whose_lease_has_ended(stream_closes: bool) -> None:
+    """It is cut off from all, and a lease that was not renewed in time says little; it could start nothing anyway."""
+    cluster = Cluster()
+    cluster.joins("w1", "w9")
+    cluster.runs(step=5)
+    cluster.passes(STREAM_SILENT_S * 2)
+    node = cluster.nodes["w1"]
+    if stream_closes:
+        cluster.tells(StreamClosed(worker=node.name, stream=node.stream))
+    cluster.tells(WorkerUnregistered(worker=node.name))
+    cluster.passes(MUTE_AFTER_S - STREAM_SILENT_S * 2 - 0.1)
+    assert cluster.decides() == []
+    cluster.reports("w9")
+    cluster.passes(LOST_AFTER_S - 0.1)
+    assert cluster.decides() == [], "its way is open again: the other needs a moment too"
+    cluster.passes(0.1)
+    assert cluster.decides()[0] == "GenerationFailed"
+
+
+def test_where_nobody_else_is_registered_there_is_nobody_to_hear() -> None:
+    cluster = Cluster()
+    cluster.joins("w1")
+    cluster.runs(step=5)
+    cluster.passes(STREAM_SILENT_S * 2)
+    cluster.loses("w1")
+    cluster.passes(LOST_AFTER_S)
+    assert cluster.decides() == ["GenerationFailed"]
+
+
+def test_a_worker_that_speaks_once_and_never_registers_is_given_up() -> None:
+    cluster = Cluster()
+    cluster.joins("w1")
+    cluster.runs(step=5)
+    successor = cluster.fails_over()
+    successor.joins("w9")
+    successor.connects("w1")
+    hears_for(successor, MUTE_AFTER_S - 0.1)
+    assert successor.decides() == []
     successor.passes(0.1)
     assert successor.decides()[0] == "GenerationFailed"

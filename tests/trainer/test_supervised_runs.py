@@ -250,12 +250,12 @@ def test_a_loop_that_was_left_early_is_no_step_and_only_a_rank_that_did_not_fail
         rank.mailbox.request = pack(1, 50)
         rank.start(script, str(tmp_path))
         rank.wait_until(lambda _: "evaluates" in rank.output(), "the loop is left")
-        assert rank.mailbox.phase is TrainerPhase.PAUSED and rank.mailbox.completed_step == 3
+        assert rank.mailbox.phase is TrainerPhase.LEFT and rank.mailbox.completed_step == 3
         assert unpack(rank.mailbox.missed) == (1, 50)
         (tmp_path / "evaluated").touch()
         rank.wait_until(lambda _: "is out" in rank.output(), "join() is over")
         failed = "raise" in how
-        assert rank.mailbox.phase is (TrainerPhase.PAUSED if failed else TrainerPhase.FINISHED)
+        assert rank.mailbox.phase is (TrainerPhase.LEFT if failed else TrainerPhase.FINISHED)
         (tmp_path / "go").touch()
         assert rank.wait_exit() == int(failed)
 
@@ -276,7 +276,7 @@ def test_steps_that_one_loop_left_are_gone_on_with_by_the_next(tmp_path: Path) -
         start_from_nothing([rank])
         rank.start(script, str(tmp_path))
         rank.wait_until(lambda _: "left" in rank.output(), "the first loop is left")
-        assert rank.mailbox.phase is TrainerPhase.PAUSED
+        assert rank.mailbox.phase is TrainerPhase.LEFT
         (tmp_path / "go").touch()
         rank.wait_until(lambda _: "again" in rank.output(), "the second loop is under way")
         assert rank.mailbox.phase is TrainerPhase.TRAINING

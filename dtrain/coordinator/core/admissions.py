@@ -101,9 +101,10 @@ def checkpoint(asked: CheckpointAsked, observed: Observed, jobs: Jobs, now: Now)
         raise UserError(f"job {job.name!r} is {job.phase}: only a running job can be checkpointed.")
     if not job.spec.store:
         raise UserError(f"job {job.name!r} has no store to keep a checkpoint in: give it one with --store next time.")
-    if job.inflight is not None:
+    in_vain = job.inflight is not None and checkpoints.is_in_vain(job, generation, job.inflight, observed)
+    if job.inflight is not None and not in_vain:
         return []  # an attempt is started only shortly before its step, so the one in flight serves the request
-    decision = checkpoints.start_on_request(job, generation, observed, now, asked.request)
+    decision = None if in_vain else checkpoints.start_on_request(job, generation, observed, now, asked.request)
     if decision is None:
         raise UserError(
             f"job {job.name!r} cannot be checkpointed right now: its ranks are not all training with run.track(), "

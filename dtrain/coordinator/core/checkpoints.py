@@ -26,7 +26,7 @@ from dtrain.coordinator.core.events import (
 )
 from dtrain.coordinator.core.facts import Now, RankReport, RankState, ShardPhase, ShardReport
 from dtrain.coordinator.core.failures import reports, stage_id
-from dtrain.coordinator.core.observed import Advance, Observed
+from dtrain.coordinator.core.observed import MUTE_AFTER_S, Advance, Observed
 from dtrain.coordinator.core.states import GenerationState, InflightCheckpoint, JobState
 
 # Reconcile, append, send, write to the mailbox: 0.03 s when nothing else runs. And a step in a fresh report may
@@ -59,7 +59,7 @@ def progress(job: JobState, generation: GenerationState, observed: Observed, now
     for member, report in reports(job, generation, observed):
         ranks.extend(report.ranks)
         age_s = max(age_s, now.mono_s - observed.view(member.worker).snapshot_at_s)
-    if len(ranks) != generation.world_size:
+    if len(ranks) != generation.world_size or age_s >= MUTE_AFTER_S:
         return None
     for rank in ranks:
         if rank.state is not RankState.RUNNING or not rank.tracking or rank.phase not in _CHECKPOINTABLE_PHASES:
@@ -205,7 +205,7 @@ def _parts_ranks(
     shards = _shards(job, generation, inflight, observed)
     answered = {shard.rank for shard, _ in shards if shard.phase is not ShardPhase.REQUESTED}
     answered.update(rank for member in gone for rank in member.ranks)
-    answered.update(rank.rank for _, report in heard for rank in report.ranks if rank.succeeded)
+    answered.update(rank.rank for _, report in heard for rank in report.ranks if _is_too_late(rank, inflight))
     if not answered:
         return False
     for member, report in heard:
@@ -242,8 +242,8 @@ def _unstorable(
             durable.add(shard.rank)
     for member, report in reports(job, generation, observed):
         for rank in report.ranks:
-            if rank.succeeded and rank.rank not in staged:
-                cause = Cause(fact="trainer_exited", worker=member.worker, rank=rank.rank)
+            if _is_too_late(rank, inflight) and rank.rank not in staged:
+                cause = Cause(fact="steps_over", worker=member.worker, rank=rank.rank)
                 return _abort(inflight, f"rank {rank.rank} finished without reaching step {inflight.step}", cause)
         for refusal in _refusals(job, inflight, observed, member):
             cause = Cause(fact="command_refused", worker=member.worker, detail=refusal)
@@ -256,6 +256,19 @@ def _unstorable(
     if manifest is not None and manifest.refused:
         return _abort(inflight, manifest.refused, Cause(fact="manifest_refused", detail=manifest.refused))
     return None
+
+
+def is_in_vain(job: JobState, generation: GenerationState, inflight: InflightCheckpoint, observed: Observed) -> bool:
+    """Whether the attempt can never be committed, since a rank had ended its steps and has nothing of it."""
+    have = {shard.rank for shard, _ in _shards(job, generation, inflight, observed) if shard.phase in _STAGES}
+    told = [rank for _, report in reports(job, generation, observed) for rank in report.ranks]
+    return any(_is_too_late(rank, inflight) and rank.rank not in have for rank in told)
+
+
+def _is_too_late(rank: RankReport, inflight: InflightCheckpoint) -> bool:
+    """Whether the rank ended its steps, well, before the attempt's. Of an equal step it may be about to say more."""
+    over = rank.phase in ("left", "finished") or (rank.phase == "holding" and rank.completed_step == rank.until_step)
+    return rank.succeeded or (rank.state is RankState.RUNNING and over and rank.completed_step < inflight.step)
 
 
 def _refusals(job: JobState, inflight: InflightCheckpoint, observed: Observed, member: Member) -> list[str]:

@@ -152,6 +152,7 @@ class Registration:
     journal: str
     address: str
     slots: int
+    fence_after_s: float = 0.0  # without a coordinator for so long, it ends what it runs; 0: it does not say
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

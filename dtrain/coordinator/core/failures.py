@@ -28,7 +28,9 @@ from dtrain.coordinator.core.restarts import counts
 from dtrain.coordinator.core.states import SIGNAL_EXIT_BASE, GenerationState, InflightCheckpoint, JobState
 
 _SIGKILL = 9
-_STARTED_PHASES = frozenset({"joined", "restoring", "training", "checkpointing", "holding", "paused", "finished"})
+_STARTED_PHASES = frozenset(
+    {"joined", "restoring", "training", "checkpointing", "holding", "paused", "left", "finished"}
+)
 
 
 def reports(
@@ -239,6 +241,9 @@ def _lost_member(job: JobState, generation: GenerationState, observed: Observed,
             why = "its data folder is new, or it is another node of the same --worker-id"
             reason = f"worker {member.worker} came back without its memory ({why})"
             cause = Cause(fact="journal_replaced", worker=member.worker, snapshot=_snapshot_number(observed, member))
+        elif observed.fenced(member.worker, now):
+            reason = f"worker {member.worker} keeps its lease, and told nothing for so long that it ended what it ran"
+            cause = Cause(fact="worker_mute", worker=member.worker, snapshot=_snapshot_number(observed, member))
         elif observed.lost(member.worker, now):
             reason = f"worker {member.worker} is gone: its lease and its stream ended"
             cause = Cause(fact="worker_lost", worker=member.worker, snapshot=_snapshot_number(observed, member))

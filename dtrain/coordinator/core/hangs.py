@@ -10,8 +10,9 @@ What is no hang is told apart by the trainers' own words (their phases) and by t
     starting, joined    processes start, a model is built, the process group comes up
     restoring           a checkpoint is fetched and loaded
     training, and the step that the generation started from is still the last one    compiling, the first batches
-    checkpointing       a state is copied
-    paused              the script says so (``run.paused()``), or has left its steps early
+    checkpointing       a state is copied; but not for longer than an attempt that stands still is waited for
+    paused              the script says so (``run.paused()``)
+    left                it has left its steps early
 
 While any rank is in one of these, the generation is not judged: the others may well wait for it. What such a phase
 may take is bounded elsewhere: by the timeouts of the process group, and of checkpoints.
@@ -24,6 +25,7 @@ from dataclasses import dataclass
 
 from dtrain.common.names import Step
 from dtrain.coordinator.core import finished
+from dtrain.coordinator.core.checkpoints import ATTEMPT_TIMEOUT_S
 from dtrain.coordinator.core.culprits import LEFT, Standing, culprit_of, top_of
 from dtrain.coordinator.core.events import (
     Cause,
@@ -41,6 +43,7 @@ from dtrain.coordinator.core.failures import reports
 from dtrain.coordinator.core.first_causes import VICTIMS_MAX
 from dtrain.coordinator.core.observed import Observed
 from dtrain.coordinator.core.states import GenerationState, JobState
+from dtrain.coordinator.core.step_clocks import StepClocks
 
 # Where the job names no timeout: so many times the longest step seen, and never less than the floor. Steps differ: one
 # of a thousand evaluates, logs or compiles anew. A false alarm costs a healthy generation, a late one costs minutes.
@@ -51,6 +54,7 @@ STACKS_KEPT = 8  # ranks whose stacks are recorded: an event has to fit into a t
 STACK_KEPT_CHARS = 1500  # of each
 
 _STEPPING = "training"
+_COPYING = "checkpointing"
 _DONE = frozenset({"holding", "finished"})
 
 
@@ -79,7 +83,7 @@ def hang(job: JobState, generation: GenerationState, observed: Observed, now: No
     suspicion = generation.suspicion
     if suspicion is None:
         return _suspect(job, generation, seen, observed)
-    if seen.steps_sum != suspicion.steps_sum or not _may_hang(generation, seen):
+    if seen.steps_sum != suspicion.steps_sum or not _may_hang(generation, seen, observed.clocks.get(job.name)):
         cleared = HangCleared(generation=generation.number, number=suspicion.number)
         return Decision(event=cleared, cause=Cause(fact="progress_seen"))
     told = all(rank.stack_number >= suspicion.number for _, rank in seen.ranks)
@@ -123,16 +127,23 @@ def _look(job: JobState, generation: GenerationState, observed: Observed) -> _Se
     )
 
 
-def _may_hang(generation: GenerationState, seen: _Seen) -> bool:
+def _may_hang(generation: GenerationState, seen: _Seen, clocks: StepClocks | None) -> bool:
     """Whether some rank is in the middle of its steps, and none has an excuse."""
     start = generation.restore.step if generation.restore is not None else 0
     stepping = [rank for _, rank in seen.ranks if rank.phase not in _DONE]
-    return bool(stepping) and all(rank.phase == _STEPPING and rank.completed_step > start for rank in stepping)
+    return bool(stepping) and all(_steps(rank, clocks) and rank.completed_step > start for rank in stepping)
+
+
+def _steps(rank: RankReport, clocks: StepClocks | None) -> bool:
+    """Whether the rank is about to complete a step, or should be."""
+    clock = clocks.ranks.get(rank.rank) if clocks is not None else None
+    copies_s = clock.idle_s if clock is not None and rank.phase == _COPYING else 0.0
+    return rank.phase == _STEPPING or copies_s >= ATTEMPT_TIMEOUT_S
 
 
 def _suspect(job: JobState, generation: GenerationState, seen: _Seen, observed: Observed) -> Decision | None:
     clocks = observed.clocks.get(job.name)
-    if clocks is None or clocks.generation != generation.number or not _may_hang(generation, seen):
+    if clocks is None or clocks.generation != generation.number or not _may_hang(generation, seen, clocks):
         return None
     idle_s = min(clocks.ranks[rank.rank].idle_s for _, rank in seen.ranks)
     allowed_s = timeout_s(job, clocks.longest_step_s)

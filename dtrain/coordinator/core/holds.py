@@ -32,5 +32,7 @@ def _holds(rank: RankReport) -> bool:
 
 
 def _is_past(peer: RankReport, holder: RankReport) -> bool:
-    over = peer.state is RankState.EXITED or peer.phase == "finished"
-    return over or peer.completed_step > holder.completed_step
+    if peer.state is not RankState.RUNNING:
+        return peer.succeeded
+    goes_on = peer.completed_step == holder.completed_step < peer.until_step  # it looked for requests of that step
+    return peer.phase in ("left", "finished") or peer.completed_step > holder.completed_step or goes_on

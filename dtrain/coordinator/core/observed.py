@@ -36,9 +36,10 @@ from dtrain.coordinator.core.step_clocks import StepClocks
 # the worker has had the lease's whole time to live to come back, and only a stream that is opened again is waited for,
 # or a key that a late put of an earlier life took along with its own lease: its owner puts that right at once.
 LOST_AFTER_S = 0.5
-# Where a leader never saw the lease, the worker may not have found this leader yet. While nobody reaches this leader,
-# it may be the leader that is cut off: so only time in which others do counts, or a silence of all that lasts.
+# Where a leader never saw the lease, the worker may not have found this leader yet.
 UNSEEN_LOST_AFTER_S = 3.0
+# Both are counted in time in which others reach this leader (hearing.py). While nobody does, it may be the leader that
+# is cut off, and it could start nothing anyway: then only a silence of all that lasts for MUTE_AFTER_S counts.
 # A stream that brings nothing for so long is none: six heartbeats. A node whose power fails closes no stream.
 STREAM_SILENT_S = 3.0
 # A worker that keeps its lease and tells this leader nothing for so long does not reach it, or hangs. It is not lost,
@@ -69,7 +70,7 @@ class WorkerView:
     snapshot: WorkerSnapshot | None = None  # the newest that reached this leader
     snapshot_at_s: float = 0.0  # monotonic
     absent_since_s: float | None = None  # monotonic; since when neither lease nor stream was there
-    heard_before_s: float = 0.0  # how much the leader had heard by then of all workers
+    heard_before_s: float = 0.0  # how much the leader had heard of all workers when its lease or its stream ended
     lease_ended_s: float | None = None  # monotonic; when this leader saw its lease end, with no newer one since
 
     @property
@@ -144,20 +145,33 @@ class Observed:
         if self.listed_at_s is None:
             return False
         view = self.view(worker)
-        if view.absent_since_s is not None:
-            since_s = max(view.absent_since_s, self.listed_at_s)
-            if view.lease_ended_s is not None:
-                return now.mono_s - since_s >= LOST_AFTER_S
-            heard_s = self.hearing.heard_s(now.mono_s) - max(view.heard_before_s, self.heard_before_listed_s)
-            silent_s = now.mono_s - max(since_s, self.hearing.last_s)
-            return heard_s >= UNSEEN_LOST_AFTER_S or silent_s >= MUTE_AFTER_S
-        if view.registration is not None or view.lease_ended_s is None:
-            return False
-        return now.mono_s - view.lease_ended_s >= LOST_AFTER_S and now.mono_s - view.snapshot_at_s >= STREAM_SILENT_S
+        if view.registration is not None:
+            return self.fenced(worker, now)
+        if view.absent_since_s is None:  # its stream is open
+            if view.lease_ended_s is None:
+                return self.mute(worker, now)
+            if now.mono_s - view.snapshot_at_s < STREAM_SILENT_S:
+                return False
+        since_s = max(view.absent_since_s or 0.0, view.lease_ended_s or 0.0, self.listed_at_s)
+        patience_s = UNSEEN_LOST_AFTER_S if view.lease_ended_s is None else LOST_AFTER_S
+        heard_s = self.hearing.heard_s(now.mono_s) - max(view.heard_before_s, self.heard_before_listed_s)
+        silent_s = now.mono_s - max(since_s, self.hearing.last_s)
+        if heard_s >= patience_s or silent_s >= MUTE_AFTER_S:
+            return True
+        nobody_to_hear = view.lease_ended_s is not None and not any(v.registration for v in self.workers.values())
+        return nobody_to_hear and now.mono_s - since_s >= patience_s
 
     def mute(self, worker: WorkerId, now: Now) -> bool:
         """True once the worker has told this leader nothing for so long that nothing may wait for its word."""
         return now.mono_s - max(self.view(worker).snapshot_at_s, self.since_s) >= MUTE_AFTER_S
+
+    def fenced(self, worker: WorkerId, now: Now) -> bool:
+        """True once a worker with a lease has told this leader nothing for so long that it has ended what it ran."""
+        view = self.view(worker)
+        if view.registration is None or view.registration.fence_after_s <= 0:
+            return False
+        silent_s = now.mono_s - max(view.snapshot_at_s, self.since_s)
+        return silent_s >= view.registration.fence_after_s + MUTE_AFTER_S
 
     def assignment(self, worker: WorkerId, job: JobName, generation: Generation) -> AssignmentReport | None:
         """The worker's report on exactly this generation of the job."""
@@ -175,7 +189,7 @@ class Observed:
             case WorkerUnregistered(worker=worker):
                 view = self.view(worker)
                 if view.registration is not None:
-                    view.lease_ended_s = now.mono_s
+                    view.lease_ended_s, view.heard_before_s = now.mono_s, self.hearing.heard_s(now.mono_s)
                 view.registration = None
                 return self._presence_changed(view, now)
             case RegistrationsListed():

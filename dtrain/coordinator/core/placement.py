@@ -1,9 +1,10 @@
 """Which workers a generation runs on.
 
-A worker is a candidate if it is connected to this leader, its lease is alive, it is not about to leave, and it has a
-free slot for each of its ranks. A slot counts as taken while desired state gives it to another job or while the worker
-reports a trainer of another job in it, so that no slot ever runs two trainers. Trainers of the same job's older
-generations do not count: the worker ends them before it starts the new ones.
+A worker is a candidate if it is connected to this leader, its lease is alive, it is not about to leave, was not silent
+for as long as a worker is that ends all it runs, and has a free slot for each of its ranks. A slot counts as taken
+while desired state gives it to another job or while the worker reports a trainer of another job in it, so that no slot
+ever runs two trainers. Trainers of the same job's older generations do not count: the worker ends them before it starts
+the new ones.
 """
 
 from collections.abc import Mapping
@@ -36,11 +37,13 @@ def taken_slots(view: WorkerView, job: JobName, jobs: Mapping[JobName, JobState]
     return sum(taken.values())
 
 
-def candidates(job: JobState, observed: Observed, jobs: Mapping[JobName, JobState]) -> list[WorkerView]:
+def candidates(job: JobState, observed: Observed, jobs: Mapping[JobName, JobState], now: Now) -> list[WorkerView]:
     """Workers this job could run on, best first: those that ran it last, then by name."""
     found = []
     for view in observed.workers.values():
         if view.snapshot is None or not view.connected or view.registration is None or view.leaving:
+            continue
+        if observed.fenced(view.worker, now):
             continue
         if view.snapshot.slots - taken_slots(view, job.name, jobs) >= job.spec.nproc_per_node:
             found.append(view)
@@ -53,7 +56,7 @@ def waiting_for(job: JobState, observed: Observed, jobs: Mapping[JobName, JobSta
         return f"the store's commit markers to be read: {job.spec.store}"
     if (left_s := backoff_left_s(job, now)) > 0:
         return f"{left_s:.0f} s more, because {job.stalls} failures in a row got no further"
-    have, need = len(candidates(job, observed, jobs)), job.spec.nnodes_min
+    have, need = len(candidates(job, observed, jobs, now)), job.spec.nnodes_min
     if have >= need:
         return f"more workers, up to {job.spec.nnodes_max}, or a port that no other job was given, for a moment"
     return f"{need} worker(s) with {job.spec.nproc_per_node} free slot(s) each; {have} there"
@@ -88,7 +91,7 @@ def start(job: JobState, observed: Observed, jobs: Mapping[JobName, JobState], n
         return None  # whether the log is whole is not known yet
     if backoff_left_s(job, now) > 0:
         return None
-    found = candidates(job, observed, jobs)
+    found = candidates(job, observed, jobs, now)
     if len(found) < job.spec.nnodes_min:
         observed.gathers_since_s.pop((job.name, job.run), None)
         return None

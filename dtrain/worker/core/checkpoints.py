@@ -24,7 +24,8 @@ from dtrain.worker.core.states import (
 )
 from dtrain.worker.core.turns import Turn
 
-_RESTORED = ("training", "checkpointing", "holding", "finished")  # phases in which a rank has read what it starts from
+# Phases in which a rank has read what it starts from.
+_RESTORED = ("training", "checkpointing", "holding", "left", "finished")
 
 
 def mailbox_seen(turn: Turn, seen: MailboxSeen) -> None:

@@ -67,7 +67,7 @@ def _phase_of_live(assignment: Assignment) -> Phase:
     said = {run.phase for run in assignment.ranks if run.stage is not RankStage.EXITED}
     if "checkpointing" in said or any(shard.stage is ShardStage.STAGED for shard in assignment.shards):
         return Phase.CHECKPOINTING
-    if said & {"training", "holding", "paused", "finished"}:
+    if said & {"training", "holding", "paused", "left", "finished"}:
         return Phase.TRAINING
     if "restoring" in said or assignment.restore.stage is RestoreStage.FETCHING:
         return Phase.RESTORING
