@@ -275,7 +275,7 @@ class Mailbox:
 
     @error.setter
     def error(self, text: str) -> None:
-        self._write_region(_Word.ERROR_SEQ, _Word.ERROR_LEN, _ERROR_AT, text.encode()[:_ERROR_MAX])
+        self._write_region(_Word.ERROR_SEQ, _Word.ERROR_LEN, _ERROR_AT, text.encode(errors="replace")[:_ERROR_MAX])
 
     def _write_region(self, seq: _Word, length: _Word, at: int, text: bytes) -> None:
         before = self._words[seq] & ~1  # a writer that died half-way left it odd

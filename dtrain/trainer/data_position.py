@@ -16,6 +16,7 @@ Limits:
   its own state takes the state of the rank whose shard this rank was given.
 """
 
+import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, cast
@@ -29,6 +30,8 @@ from dtrain.trainer.random_states import RandomStates
 
 Batch = TypeVar("Batch")
 _END = object()  # no batch is this
+_log = logging.getLogger("dtrain")
+REPLAY_TOLD_AT = 1000  # batches: fewer are read again before anybody wonders
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,6 +114,10 @@ class DataPosition(Generic[Batch]):
         if self._epoch > 0 and getattr(self._loader, "persistent_workers", False):
             # From its second iter() on such a loader draws less: make that one the second here too.
             iter(self._loader)
+        if batches >= REPLAY_TOLD_AT:
+            _log.warning(
+                "reads %d batches again to find its place in the data: a loader with a state_dict() need not", batches
+            )
         random_states.restore(RandomStates.from_state(start["states"]))
         self._set_generators(start["generators"])
         iterator = self._begin_epoch()

@@ -67,6 +67,8 @@ class LocalStation:
         self._surroundings = surroundings
         self._store = open_store(store_uri) if store_uri else None
         self._every_steps = every_steps or EVERY_STEPS_DEFAULT
+        if every_steps and not store_uri and surroundings.rank == 0:
+            _log.warning("every_steps=%d keeps nothing without a store: give join(store=...) too", every_steps)
         self._checkpoint = 0  # highest number used
         self._attempt = 0  # highest number used; never used twice, so that no shard is ever overwritten
         self._until = Step(0)
@@ -96,6 +98,11 @@ class LocalStation:
                 raise UserError(f"cannot restore from {key} in {self._store.uri}: {obstacles[0]}")
             damages = dict.fromkeys(text for text, _ in answers if text)
             if not damages:
+                if self._surroundings.rank == 0:
+                    job = self._surroundings.job
+                    _log.warning(
+                        "goes on from step %d of job %s in %s", saved.step if saved else 0, job, self._store.uri
+                    )
                 return saved
             for text in damages:
                 _log.warning("not restoring from %s: %s; trying the checkpoint before it", key, text)
@@ -117,6 +124,10 @@ class LocalStation:
         """The steps begin: ``step`` is done, ``until`` will be the last. Nothing is prepared: training waits anyway."""
         self._until = until
         self._capture = capture if self._store is not None and self._tracking else None
+
+    def stop(self, until: Step) -> None:
+        """The step that is under way is the last one."""
+        self._until = until
 
     def boundary(self, step: Step) -> None:
         """The body of ``step`` has run: keep a checkpoint if it is time for one, and after the last step."""

@@ -9,6 +9,7 @@ the script made itself is used and left alone; on an exception nothing is torn d
 peers that may be gone.
 """
 
+import logging
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -32,6 +33,8 @@ _kept: list[object] = []
 # gloo's threads let go of the last collective after it has completed, which takes the GIL when Python knows one of
 # its tensors. Once the interpreter is ending, a foreign thread that asks for the GIL is killed in the middle of C++
 # code, and that ends the process with SIGABRT (pytorch/pytorch#179291). So leaving waits until they are at rest.
+_log = logging.getLogger("dtrain")
+
 _GLOO_THREADS = "pt_gloo_runloop"  # the name torch gives them
 _REST_S = 0.012  # longer than the 5 ms after which a thread that waits for the GIL asks again
 _REST_TIMEOUT_S = 5.0
@@ -41,8 +44,18 @@ JOIN_TIMEOUT_S = 600.0  # longest wait for peers to appear, and for any one coll
 
 def choose_device(surroundings: Surroundings) -> torch.device:
     """Return this rank's device. A node with fewer GPUs than ranks uses none, so that all its ranks agree."""
-    if torch.cuda.is_available() and torch.cuda.device_count() >= surroundings.local_world_size:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    gpus, ranks = torch.cuda.device_count(), surroundings.local_world_size
+    if gpus >= ranks:
         return torch.device("cuda", surroundings.local_rank)
+    if surroundings.local_rank == 0:
+        _log.warning(
+            "%d GPU(s) can be seen by %d ranks of this node, so all of them use the CPU: let every rank see all GPUs "
+            "(CUDA_VISIBLE_DEVICES), or start as many ranks as there are",
+            gpus,
+            ranks,
+        )
     return torch.device("cpu")
 
 

@@ -16,6 +16,7 @@ import math
 import os
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import AbstractContextManager
+from pathlib import Path
 from types import TracebackType
 from typing import Protocol, SupportsFloat, TypeVar
 
@@ -67,6 +68,8 @@ class Station(Protocol):
 
     def finish(self) -> None: ...
 
+    def stop(self, until: Step) -> None: ...
+
     def paused(self) -> AbstractContextManager[None]: ...
 
     def report(self, metrics: dict[str, float | str]) -> None: ...
@@ -74,6 +77,9 @@ class Station(Protocol):
     def fail(self, text: str) -> None: ...
 
     def close(self) -> None: ...
+
+
+_joined: set[Path] = set()  # folders of the ranks that this process has been
 
 
 def join(*, store: str = "", every_steps: int = 0, timeout_s: float = JOIN_TIMEOUT_S) -> "Run":
@@ -87,9 +93,15 @@ def join(*, store: str = "", every_steps: int = 0, timeout_s: float = JOIN_TIMEO
     """
     failpoints.arm(os.environ)
     surroundings = surroundings_module.read(os.environ)
+    if surroundings.rank_dir in _joined:
+        raise UserError(
+            "dtrain.join() was called twice in one process: a rank joins once. Let an error end the process: "
+            "dtrain starts the ranks again, from the newest checkpoint."
+        )
     device = choose_device(surroundings)
     owns_group = join_group(surroundings, device, timeout_s=timeout_s)
     if surroundings.rank_dir is not None:
+        _joined.add(surroundings.rank_dir)
         station: Station = WorkerStation(
             surroundings.rank_dir,
             rank=surroundings.rank,
@@ -123,6 +135,7 @@ class Run:
         self._step = Step(0)  # completed steps
         self._restored = False
         self._stepping = False  # whether steps() was called
+        self._until = Step(0)  # the last step
         self._over = False  # whether the ``with`` statement was left
 
     @property
@@ -203,17 +216,31 @@ class Run:
         if isinstance(until, bool) or not isinstance(until, int) or until < 0:
             raise UserError(f"run.steps(until={until!r}) is not valid: give the number of the last step, 0 or more.")
         if self._stepping:
-            raise UserError("run.steps() was called twice: a run has one sequence of steps.")
+            raise UserError(
+                "run.steps() was called twice: a run has one sequence of steps, over as many epochs as it takes. Say "
+                "until=epochs * len(loader); to go on behind an epoch, hold the steps and loop over the same again."
+            )
         self._stepping = True
         self._tracked.bind_loader(loader)
         steps = self._run_steps(DataPosition(loader), Step(until))
         return Steps(steps, leave=self._leave_steps, go_on=self._station.go_on)
 
+    def stop(self) -> None:
+        """Make the step that is under way the last one, on every rank in the same step: training has converged.
+
+        Its state is saved as that of any last step is, which a loop that is left by ``break`` does not bring about.
+        """
+        if not self._stepping or self._over or self._step >= self._until:
+            raise UserError("run.stop() belongs into the body of the loop over run.steps().")
+        self._until = Step(self._step + 1)
+        self._station.stop(self._until)
+
     def paused(self) -> AbstractContextManager[None]:
         """Around what is no step, between steps or within one: an evaluation, a download, a person's prompt.
 
         A rank that completes no step for too long is taken to hang. What runs in ``with run.paused():`` may take as
-        long as it likes. Every rank that waits for another one inside should say so too.
+        long as it likes. Every rank that waits for another one inside should say so too; and what it waits in, a
+        collective, still ends after :func:`join`'s ``timeout_s``.
         """
         return self._station.paused()
 
@@ -262,8 +289,9 @@ class Run:
         station = self._station
         station.begin(step=self._step, until=until, capture=capture, estimate_bytes=self._tracked.estimate_bytes)
         boundary, next_batch, step = station.boundary, position.next_batch, self._step
+        self._until = until
         try:
-            while step < until:
+            while step < self._until:
                 yield next_batch()
                 self._step = step = Step(step + 1)
                 boundary(step)

@@ -8,7 +8,10 @@ keeps holds what it was given. So each loop gets an iterator of its own, which e
 from collections.abc import Callable, Generator, Iterator
 from typing import TypeVar
 
+from dtrain.common.errors import UserError
+
 Batch = TypeVar("Batch")
+_END = object()
 
 
 class Steps(Iterator[Batch]):
@@ -22,12 +25,13 @@ class Steps(Iterator[Batch]):
         self._leave = leave
         self._go_on = go_on
         self._left = False
+        self._failed: Exception | None = None  # what ended them
 
     def __iter__(self) -> Iterator[Batch]:
         self._take_up()
         try:
-            for batch in self._batches:  # noqa: UP028  "yield from" would close them when this loop is left
-                yield batch
+            while (batch := self._next(_END)) is not _END:
+                yield batch  # type: ignore[misc]
         except GeneratorExit:
             # By break, return or an exception of the body: which one cannot be seen here.
             self._left = True
@@ -36,11 +40,26 @@ class Steps(Iterator[Batch]):
 
     def __next__(self) -> Batch:
         self._take_up()
-        return next(self._batches)
+        if (batch := self._next(_END)) is _END:
+            raise StopIteration
+        return batch  # type: ignore[return-value]
 
     def close(self) -> None:
         """No step will follow."""
         self._batches.close()
+
+    def _next(self, end: object) -> Batch | object:
+        """The next batch, or ``end``. Behind an error there is none: its place in the data could not be found again."""
+        if self._failed is not None:
+            raise UserError(
+                f"run.steps() was asked for a batch behind an error ({type(self._failed).__name__}): what cannot be "
+                "read is to be skipped in the dataset, or let the error end the rank."
+            ) from self._failed
+        try:
+            return next(self._batches, end)
+        except Exception as error:
+            self._failed = error
+            raise
 
     def _take_up(self) -> None:
         if self._left:

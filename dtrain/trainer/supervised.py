@@ -158,6 +158,11 @@ class WorkerStation:
             self._first_step_is_due = False
             self._preparation.look()
 
+    def stop(self, until: Step) -> None:
+        """The step that is under way is the last one."""
+        self._steps = self._steps[0], until
+        self._mailbox.until_step = until
+
     def leave(self) -> None:
         """No step will follow, and it is not known yet whether this rank failed. Waits for nothing.
 

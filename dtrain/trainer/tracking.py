@@ -114,7 +114,8 @@ class TrackedState:
             if item is not loader:
                 raise UserError(
                     f"run.track({name}=...) got a {type(item).__name__} without state_dict(), and it is not the loader "
-                    "given to run.steps(): only that one's position can be followed."
+                    "given to run.steps(): only that one's position can be followed. For anything else, wrap it in an "
+                    "object that has state_dict() and load_state_dict()."
                 )
 
     # ---- taking ------------------------------------------------------------------------------------------
