@@ -9,6 +9,7 @@ import contextlib
 import logging
 import signal
 import socket
+import time
 from dataclasses import dataclass
 
 import grpc.aio
@@ -19,7 +20,7 @@ from dtrain.coordinator.core.commands import Command
 from dtrain.coordinator.core.effects import Effect
 from dtrain.coordinator.core.states import JobState
 from dtrain.coordinator.effects import EffectRunner
-from dtrain.coordinator.election import LeaderRecord, Leadership, campaign, started_now, this_process
+from dtrain.coordinator.election import LEASE_TTL_S, LeaderRecord, Leadership, campaign, started_now, this_process
 from dtrain.coordinator.log import Deposed, EventLog, replay
 from dtrain.coordinator.loop import LeaderLoop
 from dtrain.coordinator.rpc.agents import AgentStreams
@@ -32,6 +33,8 @@ from dtrain.proto import MESSAGE_MAX_BYTES, agent_pb2_grpc
 logger = logging.getLogger(__name__)
 
 _REPLAY_RETRY_S = 0.5
+_LOOK_S = 1.0  # between two looks at whether any worker reaches this leader
+_AWAY_S = 3 * LEASE_TTL_S  # how long one that none reaches lets others lead, who ask every few seconds
 _STOP_GRACE_S = 0.5  # for answers under way when the process is asked to end
 _SERVER_OPTIONS = (
     # Workers ping every few seconds to notice a dead link; gRPC's server would call that abuse by default.
@@ -72,6 +75,10 @@ class _Outbox:
         self.effects.perform(effects)
 
 
+class Unreached(Exception):
+    """No worker reaches this leader, though some are there."""
+
+
 class Coordinator:
     """One coordinator process."""
 
@@ -102,14 +109,23 @@ class Coordinator:
         record = LeaderRecord(id=self.identity, address=self.address, started=started_now(), process=this_process())
         while True:
             leadership = await campaign(self._client, self._config.prefix, record)
+            away_s = 0.0
             try:
                 await self._lead(leadership)
             except Deposed as error:
                 logger.warning("deposed: %s", error)
+            except Unreached:
+                logger.warning(
+                    "no worker reaches %s, though some are registered: another coordinator may lead. "
+                    "Look at --advertise, and at what stands between them and this port",
+                    self.address,
+                )
+                away_s = _AWAY_S
             finally:
                 self._streams.follow()
                 self._requests.follow()
                 await leadership.resign()
+            await asyncio.sleep(away_s)
 
     async def close(self) -> None:
         await self._server.stop(_STOP_GRACE_S)
@@ -126,6 +142,7 @@ class Coordinator:
             asyncio.create_task(loop.run(), name="leader loop"),
             asyncio.create_task(leadership.lost(), name="leadership"),
             asyncio.create_task(follow_registrations(self._client, self._config.prefix, loop.tell), name="workers"),
+            asyncio.create_task(_until_unreached(loop), name="reach"),
         ]
         try:
             waiting = {*tasks, outbox.effects.failed}
@@ -138,6 +155,13 @@ class Coordinator:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             await outbox.effects.close()
+
+
+async def _until_unreached(loop: LeaderLoop) -> None:
+    """Raise Unreached once no worker reaches this leader any more."""
+    while not loop.observed.unreached(time.monotonic()):
+        await asyncio.sleep(_LOOK_S)
+    raise Unreached
 
 
 async def _replay_while_leading(client: EtcdClient, prefix: str, leadership: Leadership) -> dict[JobName, JobState]:

@@ -45,6 +45,8 @@ STREAM_SILENT_S = 3.0
 # A worker that keeps its lease and tells this leader nothing for so long does not reach it, or hangs. It is not lost,
 # for its ranks may well train; but nothing that is to be decided may wait for its word any longer.
 MUTE_AFTER_S = 30.0
+# A leader that no worker reaches for so long, though some are registered, is of no use: another may be reached.
+UNREACHED_AFTER_S = 60.0
 # How long what the commit markers of a store say may be old: one listing of a job's keys.
 AUDIT_EVERY_S = 600.0
 # A worker that has been away for so long is no longer shown: nodes come and go, each with a name of its own.
@@ -113,6 +115,7 @@ class Observed:
     listed_at_s: float | None = None
     heard_before_listed_s: float = 0.0  # how much it had heard of all workers by then
     hearing: Hearing = field(init=False)
+    registered_since_s: float = 0.0  # monotonic; since when there is always some worker that is registered
     workers: dict[WorkerId, WorkerView] = field(default_factory=dict)
     manifests: dict[tuple[JobName, AttemptNumber], ManifestFact] = field(default_factory=dict)
     markers: set[tuple[JobName, CheckpointNumber]] = field(default_factory=set)
@@ -158,8 +161,17 @@ class Observed:
         silent_s = now.mono_s - max(since_s, self.hearing.last_s)
         if heard_s >= patience_s or silent_s >= MUTE_AFTER_S:
             return True
-        nobody_to_hear = view.lease_ended_s is not None and not any(v.registration for v in self.workers.values())
+        nobody_to_hear = view.lease_ended_s is not None and not self._any_registered
         return nobody_to_hear and now.mono_s - since_s >= patience_s
+
+    @property
+    def _any_registered(self) -> bool:
+        return any(view.registration is not None for view in self.workers.values())
+
+    def unreached(self, now_s: float) -> bool:
+        """True once no worker has reached this leader for so long, though some keep their leases."""
+        silent_s = now_s - max(self.hearing.last_s, self.registered_since_s)
+        return silent_s >= UNREACHED_AFTER_S and self._any_registered
 
     def mute(self, worker: WorkerId, now: Now) -> bool:
         """True once the worker has told this leader nothing for so long that nothing may wait for its word."""
@@ -183,6 +195,7 @@ class Observed:
         match fact:
             case WorkerRegistered(registration=registration):
                 view = self.view(registration.worker)
+                self.registered_since_s = self.registered_since_s if self._any_registered else now.mono_s
                 view.registration = registration
                 view.lease_ended_s = None
                 return self._presence_changed(view, now)
