@@ -12,8 +12,9 @@ IDENTITY = Identity(worker=WorkerId("w1"), journal="j1", incarnation="a", versio
 
 
 def test_a_registration_is_its_data_folders_whatever_life_put_it() -> None:
-    value = registration(IDENTITY, slots=8)
-    assert json.loads(value)["slots"] == 8
+    value = registration(IDENTITY, slots=8, fence_after_s=1800.0)
+    said = json.loads(value)
+    assert (said["slots"], said["fence_after_s"]) == (8, 1800.0)
     assert is_of("j1", value)
     assert not is_of("j2", value)
 
