@@ -129,7 +129,7 @@ PLANTED = (
             "    return jobs",
             "    for c in (c for state in jobs.values() for c in state.committed.values()):\n"
             "        object.__setattr__(c, 'quarantined', '')\n    return jobs"),
-    Planted("delete packs that others name", _EFFECTS, ", keep=effect.keep)", ")"),
+    Planted("delete packs that others name", _EFFECTS, ", keep=effect.keep)", ", keep=frozenset())"),
     Planted("take a new data folder for the old one", "coordinator/core/failures.py",
             "if view.journal and view.journal != member.journal:", "if False:"),
     Planted("let a registration go before it is put anew", "etcd/registrations.py",
