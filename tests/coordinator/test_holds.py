@@ -4,6 +4,7 @@ import pytest
 
 from dtrain.common.errors import UserError
 from dtrain.common.names import Step
+from dtrain.coordinator.core.checkpoints import untracked
 from dtrain.coordinator.core.facts import ShardPhase
 from dtrain.coordinator.core.first_causes import FIRST_CAUSE_WAIT_S
 from dtrain.coordinator.core.observed import MUTE_AFTER_S
@@ -157,3 +158,14 @@ def test_no_step_is_chosen_by_what_a_worker_said_long_ago() -> None:
     cluster.reports("w2")
     cluster.asks_for_checkpoint()
     assert cluster.inflight().step < 60
+
+
+def test_it_is_said_which_rank_tracks_nothing_so_that_no_checkpoint_can_be_taken() -> None:
+    cluster = running()
+    assert untracked(cluster.job(), cluster.generation(), cluster.observed) == ""
+    cluster.says(3, tracking=False)
+    assert cluster.decides() == []
+    assert "rank 3 tracks nothing" in untracked(cluster.job(), cluster.generation(), cluster.observed)
+    for rank in range(3):
+        cluster.says(rank, tracking=False)
+    assert untracked(cluster.job(), cluster.generation(), cluster.observed) == "", "the script wants none"

@@ -76,6 +76,17 @@ def progress(job: JobState, generation: GenerationState, observed: Observed, now
     )
 
 
+def untracked(job: JobState, generation: GenerationState, observed: Observed) -> str:
+    """What a job's checkpoints wait for in vain, in words: ranks that train and track nothing, where others do."""
+    policy = job.spec.checkpoints
+    ranks = [rank for _, report in reports(job, generation, observed) for rank in report.ranks]
+    steps = [rank for rank in ranks if rank.phase in _CHECKPOINTABLE_PHASES and rank.completed_step > 0]
+    silent = sorted(rank.rank for rank in steps if not rank.tracking)
+    if not (policy.every_steps or policy.every_seconds) or not silent or len(silent) == len(steps):
+        return ""
+    return f"run.track() on every rank, to take checkpoints: rank {silent[0]} tracks nothing"
+
+
 def lead_steps(job: JobState, at: Progress) -> int:
     """Steps that may pass before a request reaches the trainers; at least 1."""
     base = math.ceil((at.age_s + COMMAND_TRAVEL_S) / at.step_s)

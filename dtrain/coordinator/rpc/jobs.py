@@ -8,6 +8,7 @@ import grpc.aio
 from dtrain.common.errors import DtrainError, UserError
 from dtrain.common.names import CheckpointNumber, JobName, job_name
 from dtrain.common.specs import JobSpec
+from dtrain.coordinator.core.checkpoints import untracked
 from dtrain.coordinator.core.facts import CancelAsked, CheckpointAsked, PinAsked, QuarantineAsked, Request, SubmitAsked
 from dtrain.coordinator.core.failures import reports
 from dtrain.coordinator.core.observed import WorkerView
@@ -193,6 +194,8 @@ def _status(loop: LeaderLoop, job: JobState) -> wire.JobStatus:
         status.waiting_for = waiting_for(job, loop.observed, loop.jobs, loop.now())
     elif job.inflight is not None and job.inflight.salvaging:
         status.waiting_for = f"checkpoint {job.inflight.number} to be stored, which its failed generation had staged"
+    elif generation is not None:
+        status.waiting_for = untracked(job, generation, loop.observed)
     if generation is not None:
         for member, report in reports(job, generation, loop.observed):
             status.ranks.extend(wire.JobRank(worker=member.worker, report=rank_to_wire(rank)) for rank in report.ranks)
