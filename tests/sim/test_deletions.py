@@ -85,6 +85,16 @@ def test_a_manifest_that_a_leader_before_puts_in_the_midst_of_the_deletion_promi
     assert found(story(LIFE, deeds, by={2.4: "c0", 2.5: "c0"})) == {"order"}, "who deletes has not deleted it yet"
 
 
+@pytest.mark.parametrize(
+    ("put_s", "by", "objects"), [(1.2, "c0", set()), (1.2, "c1", {"order"}), (0.8, "c0", {"order"})]
+)
+def test_a_manifest_that_a_leader_before_puts_when_its_attempt_was_aborted_promises_nothing(
+    put_s: float, by: str, objects: set[str]
+) -> None:
+    deeds = [(0.5, SHARD, b""), (put_s, MANIFEST, b""), (1.5, SHARD, None), (1.6, MANIFEST, None)]
+    assert found(story(SWEPT, deeds, by={put_s: by})) == objects
+
+
 @pytest.mark.parametrize("key", [MARKER, MANIFEST, SHARD, PACK], ids=lambda key: key.rsplit("/")[-1])
 def test_what_is_called_deleted_must_be_gone_and_must_not_come_back(key: str) -> None:
     kept = [deed for deed in GONE if deed[1] != key]

@@ -75,10 +75,17 @@ def order(story: Story) -> Iterator[str]:
 
 
 def _came_back(story: Story, promise: str, deed: Deed) -> bool:
-    """Whether the promise had been deleted first, and was put again by another: a leader before, who did not know."""
+    """Whether the promise was put by another when it was over: a leader before, who slept and did not know.
+
+    It was over when it had been deleted, or when the log had called the attempt aborted.
+    """
     before = [other for other in story.deeds_of(promise) if other.at_s < deed.at_s]
-    deleted = any(other.data is None and other.by == deed.by for other in before)
-    return deleted and before[-1].data is not None and before[-1].by != deed.by
+    over_s = [other.at_s for other in before if other.data is None and other.by == deed.by]
+    over_s += [
+        told.at_s for told in story.events_of("CheckpointAborted") if told.data["attempt"] == attempt_in(promise)
+    ]
+    newest = before[-1]
+    return newest.data is not None and newest.by != deed.by and any(at_s < newest.at_s for at_s in over_s)
 
 
 def confirmed(story: Story) -> Iterator[str]:
