@@ -11,7 +11,6 @@ from typing import TypeVar
 from dtrain.common.errors import UserError
 
 Batch = TypeVar("Batch")
-_END = object()
 
 
 class Steps(Iterator[Batch]):
@@ -30,8 +29,12 @@ class Steps(Iterator[Batch]):
     def __iter__(self) -> Iterator[Batch]:
         self._take_up()
         try:
-            while (batch := self._next(_END)) is not _END:
-                yield batch  # type: ignore[misc]
+            while True:
+                try:
+                    batch = self._next()
+                except StopIteration:
+                    return
+                yield batch
         except GeneratorExit:
             # By break, return or an exception of the body: which one cannot be seen here.
             self._left = True
@@ -40,23 +43,23 @@ class Steps(Iterator[Batch]):
 
     def __next__(self) -> Batch:
         self._take_up()
-        if (batch := self._next(_END)) is _END:
-            raise StopIteration
-        return batch  # type: ignore[return-value]
+        return self._next()
 
     def close(self) -> None:
         """No step will follow."""
         self._batches.close()
 
-    def _next(self, end: object) -> Batch | object:
-        """The next batch, or ``end``. Behind an error there is none: its place in the data could not be found again."""
+    def _next(self) -> Batch:
+        """The next batch. Behind an error there is none: its place in the data could not be found again."""
         if self._failed is not None:
             raise UserError(
                 f"run.steps() was asked for a batch behind an error ({type(self._failed).__name__}): what cannot be "
                 "read is to be skipped in the dataset, or let the error end the rank."
             ) from self._failed
         try:
-            return next(self._batches, end)
+            return next(self._batches)
+        except StopIteration:
+            raise
         except Exception as error:
             self._failed = error
             raise

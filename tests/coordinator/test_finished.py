@@ -98,18 +98,6 @@ def test_what_the_others_lose_by_its_going_is_a_failure_of_theirs() -> None:
     assert (event.kind, event.counted) == (FailureKind.CONNECTION, True)
 
 
-def test_a_hang_of_the_others_is_found_though_one_is_gone() -> None:
-    cluster = half_done()
-    leaves_for_good(cluster, "w2")
-    successor = under_its_successor(cluster)
-    for step in (51, 52):
-        for rank in (0, 1):
-            successor.says(rank, phase="training", completed_step=Step(step), step_s=0.1)
-        successor.passes(0.1)
-    successor.stands_still(AUTO_FLOOR_S + 1.0)
-    assert successor.decides() == ["HangSuspected"]
-
-
 def test_an_attempt_is_kept_until_those_that_still_hold_their_last_state_were_asked() -> None:
     cluster = Cluster()
     cluster.joins("w1", "w2")
@@ -196,7 +184,7 @@ def test_a_worker_that_was_silent_for_a_while_still_stores_the_last_checkpoint(l
     assert cluster.decides() == ["CheckpointCommitted", "JobSucceeded"]
 
 
-def test_nobody_is_blamed_for_a_hang_where_it_is_not_known_how_far_one_had_come() -> None:
+def test_a_hang_of_the_others_is_found_and_nobody_is_blamed_where_it_is_not_known_how_far_one_had_come() -> None:
     cluster = half_done()
     leaves_for_good(cluster, "w2")
     successor = under_its_successor(cluster)

@@ -8,6 +8,14 @@ from dtrain.coordinator.core.observed import LOST_AFTER_S, MUTE_AFTER_S, STREAM_
 from tests.coordinator.support.clusters import HEARTBEAT_S, Cluster
 
 
+def new_leader() -> Cluster:
+    """A job runs on w1, of which the successor of its leader has heard nothing."""
+    cluster = Cluster()
+    cluster.joins("w1")
+    cluster.runs(step=5)
+    return cluster.fails_over()
+
+
 def hears_for(leader: Cluster, seconds: float) -> None:
     """Time passes in which another worker's heartbeats come, the last of them just now."""
     end_s = leader.now_s + seconds
@@ -31,10 +39,7 @@ def test_a_new_leader_gives_every_worker_time_to_find_it_before_it_calls_one_los
 
 
 def test_a_new_leader_that_workers_reach_no_more_may_be_the_one_that_is_cut_off_or_asleep() -> None:
-    cluster = Cluster()
-    cluster.joins("w1")
-    cluster.runs(step=5)
-    successor = cluster.fails_over()
+    successor = new_leader()
     successor.joins("w9")
     hears_for(successor, 0.5)
     successor.passes(UNSEEN_LOST_AFTER_S * 2)
@@ -47,10 +52,7 @@ def test_a_new_leader_that_workers_reach_no_more_may_be_the_one_that_is_cut_off_
 
 
 def test_what_a_leader_heard_before_a_worker_was_gone_is_nothing_against_it() -> None:
-    cluster = Cluster()
-    cluster.joins("w1")
-    cluster.runs(step=5)
-    successor = cluster.fails_over()
+    successor = new_leader()
     successor.joins("w9")
     successor.connects("w1")  # it is not registered yet
     hears_for(successor, UNSEEN_LOST_AFTER_S * 2)
@@ -62,10 +64,7 @@ def test_what_a_leader_heard_before_a_worker_was_gone_is_nothing_against_it() ->
 
 
 def test_a_new_leader_that_no_worker_reaches_may_be_the_one_that_is_cut_off() -> None:
-    cluster = Cluster()
-    cluster.joins("w1")
-    cluster.runs(step=5)
-    successor = cluster.fails_over()
+    successor = new_leader()
     successor.passes(MUTE_AFTER_S - 1.0)
     assert successor.decides() == [], "whoever it does not hear of may train"
     successor.joins("w9")
@@ -75,10 +74,7 @@ def test_a_new_leader_that_no_worker_reaches_may_be_the_one_that_is_cut_off() ->
 
 
 def test_a_new_leader_that_no_worker_ever_reaches_gives_up_those_that_it_never_saw() -> None:
-    cluster = Cluster()
-    cluster.joins("w1")
-    cluster.runs(step=5)
-    successor = cluster.fails_over()
+    successor = new_leader()
     successor.passes(MUTE_AFTER_S - 0.1)
     assert successor.decides() == []
     successor.passes(0.1)
@@ -86,10 +82,7 @@ def test_a_new_leader_that_no_worker_ever_reaches_gives_up_those_that_it_never_s
 
 
 def test_a_leader_that_has_not_read_yet_who_is_registered_takes_nobody_for_lost() -> None:
-    cluster = Cluster()
-    cluster.joins("w1")
-    cluster.runs(step=5)
-    successor = cluster.fails_over()
+    successor = new_leader()
     successor.joins("w9")
     successor.observed = Observed(term=successor.term, since_s=successor.now_s)  # etcd does not answer it
     successor.connects("w9")
@@ -133,10 +126,7 @@ def test_where_nobody_else_is_registered_there_is_nobody_to_hear() -> None:
 
 
 def test_a_worker_that_speaks_once_and_never_registers_is_given_up() -> None:
-    cluster = Cluster()
-    cluster.joins("w1")
-    cluster.runs(step=5)
-    successor = cluster.fails_over()
+    successor = new_leader()
     successor.joins("w9")
     successor.connects("w1")
     hears_for(successor, MUTE_AFTER_S - 0.1)

@@ -42,8 +42,6 @@ class Bad(torch.utils.data.Dataset[int]):
 
 
 STOPPING = """
-import sys
-from pathlib import Path
 import dtrain
 
 class Still:

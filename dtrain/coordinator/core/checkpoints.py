@@ -240,22 +240,19 @@ def _unstorable(
         return _abort(inflight, why, Cause(fact="base_damaged"))
     if why := packs.why_foreign(job, inflight, acknowledged(job, generation, inflight, observed) or ()):
         return _abort(inflight, why, Cause(fact="acknowledgement_refused", detail=why))
-    staged, durable = set(), set()
+    durable = set()
     for shard, cause in _shards(job, generation, inflight, observed):
         if shard.phase is ShardPhase.MISSED:
             reason = f"rank {shard.rank} had already passed step {inflight.step}"
             return _abort(inflight, reason, cause, missed=True)
         if shard.phase is ShardPhase.FAILED:
             return _abort(inflight, f"rank {shard.rank} could not store its shard: {shard.reason}", cause)
-        if shard.phase in (ShardPhase.STAGED, ShardPhase.DURABLE):
-            staged.add(shard.rank)
         if shard.phase is ShardPhase.DURABLE:
             durable.add(shard.rank)
-    for member, report in reports(job, generation, observed):
-        for rank in report.ranks:
-            if _is_too_late(rank, inflight) and rank.rank not in staged:
-                cause = Cause(fact="steps_over", worker=member.worker, rank=rank.rank)
-                return _abort(inflight, f"rank {rank.rank} finished without reaching step {inflight.step}", cause)
+    for member, rank in _ended_without(job, generation, inflight, observed):
+        cause = Cause(fact="steps_over", worker=member.worker, rank=rank)
+        return _abort(inflight, f"rank {rank} finished without reaching step {inflight.step}", cause)
+    for member, _ in reports(job, generation, observed):
         for refusal in _refusals(job, inflight, observed, member):
             cause = Cause(fact="command_refused", worker=member.worker, detail=refusal)
             return _abort(inflight, f"worker {member.worker} refused it: {refusal}", cause)
@@ -271,9 +268,18 @@ def _unstorable(
 
 def is_in_vain(job: JobState, generation: GenerationState, inflight: InflightCheckpoint, observed: Observed) -> bool:
     """Whether the attempt can never be committed, since a rank had ended its steps and has nothing of it."""
+    return any(_ended_without(job, generation, inflight, observed))
+
+
+def _ended_without(
+    job: JobState, generation: GenerationState, inflight: InflightCheckpoint, observed: Observed
+) -> Iterator[tuple[Member, int]]:
+    """The ranks that ended their steps before the attempt's and have staged nothing of it."""
     have = {shard.rank for shard, _ in _shards(job, generation, inflight, observed) if shard.phase in _STAGES}
-    told = [rank for _, report in reports(job, generation, observed) for rank in report.ranks]
-    return any(_is_too_late(rank, inflight) and rank.rank not in have for rank in told)
+    for member, report in reports(job, generation, observed):
+        for rank in report.ranks:
+            if _is_too_late(rank, inflight) and rank.rank not in have:
+                yield member, rank.rank
 
 
 def _is_too_late(rank: RankReport, inflight: InflightCheckpoint) -> bool:

@@ -144,7 +144,10 @@ class Observed:
         return self.workers[worker]
 
     def lost(self, worker: WorkerId, now: Now) -> bool:
-        """True once the worker has been without lease and stream for long enough, as far as etcd could say so."""
+        """True once the worker has been without lease and stream for long enough, as far as etcd could say so.
+
+        And once it was silent for so long, lease or not, that it has ended what it ran: see docs/decisions/0018.
+        """
         if self.listed_at_s is None:
             return False
         view = self.view(worker)
